@@ -1,0 +1,1 @@
+"""What decides: how many replicas, when, and what that cost; and the `relight` command line."""
