@@ -41,7 +41,7 @@ def ours(run_dir: Path) -> list[Process]:
 def end(
     run_dir: Path,
     *,
-    patience_s: float = 8.0,
+    patience_s: float = 3.0,
     find: Callable[[Path], list[Process]] = ours,
     note: Callable[[str], None] = lambda _: None,
 ) -> int:

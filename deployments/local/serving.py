@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.local.console import Step
-from deployments.local.state import MARK, Checkout, Cluster, ClusterError
+from deployments.local.state import MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
 from deployments.ray_env import ray_env
 
 APPLICATION = "default"
@@ -40,16 +41,18 @@ def head_env(checkout: Checkout) -> dict[str, str]:
 def start_head(checkout: Checkout, cluster: Cluster) -> None:
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--disable-usage-stats"),
-        # On loopback alone: this is a cluster of one machine. Files for larger ones are in cluster-configs/.
-        "--node-ip-address=127.0.0.1",
+        # On loopback, so that a laptop that changes networks keeps its cluster. Files for clusters of several
+        # machines are in cluster-configs/.
+        f"--node-ip-address={NODE_ADDRESS}",
         f"--port={cluster.ray_port}",
         f"--ray-client-server-port={cluster.client_port}",
-        # Workers take ports from the kernel: Ray's fixed range is shared with every other Ray here.
-        *("--min-worker-port=0", "--max-worker-port=0"),
+        # These take ports from the kernel: Ray's fixed ones are shared with every other Ray here.
+        *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
         f"--temp-dir={checkout.run_dir / 'ray'}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         # Logical ones: what bounds the load on the machine is the engines' own configuration.
         f"--num-cpus={cluster.num_cpus}",
+        # Without the dashboard, which is eleven more processes and 230 MB; nothing of ours asks it.
         "--include-dashboard=false",
     ]
     log = checkout.state_dir / "ray-start.log"
@@ -77,6 +80,8 @@ def deploy(checkout: Checkout, cluster: Cluster, *, timeout_s: float) -> None:
     with Step("Deploying to Ray Serve") as step:
         import ray
         from ray import serve
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # its progress, in other words than ours
 
         ray.init(cluster.ray_address, namespace="serve", log_to_driver=False, logging_level="WARNING")
         try:

@@ -17,6 +17,9 @@ from pathlib import Path
 MARK = "RELIGHT_LOCAL_CLUSTER"
 """In the environment of every process of a local cluster; its value is the run directory."""
 
+NODE_ADDRESS = "127.0.0.2"
+"""Ray's address here: on loopback, but not 127.0.0.1, which Ray replaces by the network's address."""
+
 
 class ClusterError(Exception):
     """Something that the person at the terminal can act on; its text is all that they see."""
@@ -38,7 +41,7 @@ class Cluster:
 
     @property
     def ray_address(self) -> str:
-        return f"127.0.0.1:{self.ray_port}"
+        return f"{NODE_ADDRESS}:{self.ray_port}"
 
     @property
     def endpoint(self) -> str:
