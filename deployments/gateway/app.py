@@ -1,0 +1,145 @@
+"""The gateway as an ASGI application. Knows nothing of Ray: `Engines` is its only way to an engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib import metadata
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from deployments.errors import MethodNotAllowed, NotFound, RelightError
+from deployments.gateway import exposition, openai, openapi
+from deployments.gateway.engines import Engines
+from deployments.gateway.observe import Clock, GatewayTelemetry, SystemClock
+from deployments.gateway.proxy import Fleet, Proxy, path_of
+
+log = logging.getLogger(__name__)
+
+
+class Gateway(Starlette):
+    """The application.
+
+    Proxied requests go around Starlette's middleware, which would cost a coroutine or two for each chunk;
+    they are in its route table all the same, for those who name requests by it (Ray Serve's metrics).
+    """
+
+    def __init__(self, fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, clock: Clock) -> None:
+        self.proxy = Proxy(fleet, engines, telemetry, clock)
+        site = _Site(fleet, engines, telemetry, clock)
+        super().__init__(
+            routes=[
+                Route("/v1/models", site.models),
+                Route("/v1/models/{model_id:path}", site.model),
+                *(Route(path, site.health) for path in ("/health", "/healthz", "/ping")),
+                Route("/relight/v1/status", site.status),
+                Route("/metrics", site.metrics),
+                Route("/openapi.json", site.openapi),
+                *(Route(path, _unreached, methods=["POST"]) for path in openai.ROUTES),
+                Route(openai.CANCEL_RESPONSE.template, _unreached, methods=["POST"]),
+                Route(openai.RETRIEVE_RESPONSE.template, _unreached, methods=["GET"]),
+                Route("/v1/{path:path}", _unreached, methods=["POST"]),
+                WebSocketRoute("/{path:path}", _no_websocket),
+            ],
+            exception_handlers={
+                HTTPException: _http_error,
+                RelightError: _relight_error,
+                Exception: _unexpected,
+            },
+        )
+        self.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI connection."""
+        if scope["type"] == "http" and (route := openai.match_route(path_of(scope))) is not None:
+            await self.proxy(route, scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+class _Site:
+    """What the gateway answers itself."""
+
+    def __init__(self, fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, clock: Clock) -> None:
+        self._fleet = fleet
+        self._engines = engines
+        self._telemetry = telemetry
+        self._started_s = clock.time_s()
+        self._names = [name for model in fleet.models for name in (model.id, *model.aliases)]
+        self._document = json.dumps(openapi.document(metadata.version("relight"))).encode()
+
+    def _model_document(self, model: Any) -> dict[str, Any]:
+        return openai.model_document(model.id, model.aliases, self._engines.state(model.id), self._started_s)
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse(
+            {"object": "list", "data": [self._model_document(model) for model in self._fleet.models]}
+        )
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["model_id"]
+        model = self._fleet.resolve(name)
+        if model is None:
+            raise openai.model_not_found(name, self._names)
+        return JSONResponse(self._model_document(model))
+
+    async def health(self, request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def status(self, request: Request) -> Response:
+        return JSONResponse(dict(await self._engines.status()))
+
+    async def metrics(self, request: Request) -> Response:
+        page = exposition.merge(self._telemetry.prometheus(), await self._engines.engine_metrics())
+        return Response(page, headers={"content-type": exposition.CONTENT_TYPE})
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(self._document, media_type="application/json")
+
+
+async def _unreached(request: Request) -> Response:
+    """The endpoint of the routes that `Gateway.__call__` takes before the router sees them."""
+    raise NotFound(f"There is no {request.url.path}.")
+
+
+async def _no_websocket(websocket: WebSocket) -> None:
+    """Refuses: vLLM's realtime route would hold an engine for as long as a client likes."""
+    await websocket.close(1008, "This gateway has no websocket routes.")
+
+
+def _answer(error: RelightError, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(openai.error_document(openai.error_fields(error)), error.status, headers)
+
+
+async def _relight_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RelightError)
+    return _answer(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:200]
+    if error.status_code == MethodNotAllowed.status:
+        allow = (error.headers or {}).get("Allow", "")
+        message = f"{path} takes {allow}, not {request.method[:20]}."
+        return _answer(MethodNotAllowed(message), dict(error.headers or {}))
+    return _answer(NotFound(f"There is no {path}."))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    log.error("%s failed in the gateway", request.url.path, exc_info=error)
+    return _answer(RelightError("The gateway failed; its log tells more."))
+
+
+def build_gateway(
+    fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, *, clock: Clock | None = None
+) -> Gateway:
+    """The gateway of a fleet, ready to be served. Needs no event loop yet."""
+    return Gateway(fleet, engines, telemetry, clock or SystemClock())
