@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from autoscaling.commands import cluster, status
 from deployments.errors import ConfigError
 from deployments.fleet import Fleet, fleet_json_schema, load_fleet
 
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 fleet_app = typer.Typer(help="Check and describe fleet files.", no_args_is_help=True)
 app.add_typer(fleet_app, name="fleet")
+status.register(app)
+cluster.register(app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 

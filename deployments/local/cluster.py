@@ -7,13 +7,13 @@ import json
 import os
 import re
 import shutil
-import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
 from deployments.local import processes
 from deployments.local.console import Step
+from deployments.local.http import get_json
 from deployments.local.lock import exclusive
 from deployments.local.state import Checkout, Cluster, ClusterError, pick_port, port_is_free
 
@@ -169,8 +169,7 @@ def _greet(checkout: Checkout, cluster: Cluster) -> None:
 
 def _first_model(cluster: Cluster) -> str | None:
     try:
-        with urllib.request.urlopen(f"{cluster.endpoint}/v1/models", timeout=5) as response:
-            return str(json.load(response)["data"][0]["id"])
+        return str(get_json(f"{cluster.endpoint}/v1/models", timeout_s=5)["data"][0]["id"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from deployments.local.console import Step
+from deployments.local.http import get
 from deployments.local.state import MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
 from deployments.ray_env import ray_env
 
@@ -141,10 +140,10 @@ def _wait_for_http(cluster: Cluster, step: Step, deadline: float) -> None:
 def answers(cluster: Cluster) -> bool:
     """Whether Serve's HTTP proxy is there (its own health route; the application is not asked)."""
     try:
-        with urllib.request.urlopen(f"{cluster.endpoint}/-/healthz", timeout=2) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, OSError, ValueError):
+        get(f"{cluster.endpoint}/-/healthz", timeout_s=2)
+    except OSError:
         return False
+    return True
 
 
 def prepare_model(source: str, cwd: Path) -> None:

@@ -184,7 +184,9 @@ def _watch(process: subprocess.Popen[bytes], log: Path, step: Step) -> int:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            step.note(_tail(log, 1)[:100])
+            line = _tail(log, 1)
+            if not line.startswith("WARNING"):
+                step.note(line[:100])
 
 
 def _tail(log: Path, lines: int = 20) -> str:
