@@ -77,8 +77,9 @@ def install(*, dev: bool) -> None:
         wanted = {"engine": fingerprint([*files_for(engine), project], engine, wheel, sys.version, str(ROOT))}
         if dev:
             wanted["dev"] = fingerprint([REQUIREMENTS / "dev.txt"], wanted["engine"])
+        _discard_unfinished()
         missing = [part for part, stamp in wanted.items() if _stamp(part) != stamp]
-        if not missing and not _unfinished().exists():
+        if not missing:
             return
         _prepare_venv()
         if "engine" in missing:
@@ -90,12 +91,15 @@ def install(*, dev: bool) -> None:
             _write_stamp("dev", wanted["dev"])
 
 
-def _prepare_venv() -> None:
+def _discard_unfinished() -> None:
     if _unfinished().exists():
         # pip takes a package that was half written for an installed one, so there is nothing to build on.
         print("The last install was cut short; starting it anew (downloads are in pip's cache).", flush=True)
         shutil.rmtree(VENV, ignore_errors=True)
         _unfinished().unlink()
+
+
+def _prepare_venv() -> None:
     python = VENV / "bin" / "python"
     if python.exists():
         check = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
@@ -160,7 +164,7 @@ def _pip(title: str, *arguments: str, quiet: bool = False) -> None:
     ]
     command += [*([] if show else ["--progress-bar=off"]), *arguments]
     log = STATE / "install.log"
-    # Removed only when pip has come to an end by itself: see _prepare_venv.
+    # Removed only when pip has come to an end by itself: see _discard_unfinished.
     _unfinished().touch()
     with Step(title, live=False if show else None) as step, log.open("w+") as output:
         if show:

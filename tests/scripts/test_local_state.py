@@ -164,7 +164,10 @@ def test_a_bad_relight_port_is_named(
 
 def test_the_second_of_two_waits_and_says_for_whom(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
-    code = f"from pathlib import Path; from deployments.local.lock import exclusive\nwith exclusive(Path({str(lock)!r}), 'up or down'): print('in', flush=True)"
+    code = (
+        "from pathlib import Path; from deployments.local.lock import exclusive\n"
+        f"with exclusive(Path({str(lock)!r}), 'up or down'): print('in', flush=True)"
+    )
     with exclusive(lock, "up or down"):
         second = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
         assert second.stdout is not None

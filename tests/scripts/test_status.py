@@ -1,0 +1,136 @@
+"""`relight status` against a gateway that a test answers for."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from autoscaling.commands import status
+
+ANSWER: dict[str, Any] = {
+    "models": [
+        {
+            "id": "smollm2",
+            "aliases": ["small", "[bold]"],
+            "state": "ready",
+            "replicas": 1,
+            "queued": 0,
+            "in_flight": 3,
+            "last_cold_start": {
+                "kind": "fork",
+                "total_s": 2.314,
+                "phases": [
+                    {"name": "load", "start_s": 0.9, "duration_s": 1.2},
+                    {"name": "place", "start_s": 0.0, "duration_s": 0.9},
+                    {"name": "nothing", "start_s": 0.0, "duration_s": 0.0},
+                ],
+            },
+            "reason": "someone asked",
+        },
+        {"id": "dark-one", "aliases": [], "state": "dark", "replicas": 0, "queued": 0, "in_flight": 0},
+    ],
+    "nodes": [{}],
+    "gateways": 2,
+}
+
+
+class Gateway:
+    def __init__(self) -> None:
+        self.code = 200
+        self.body = json.dumps(ANSWER)
+        self.address = ""
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    state = Gateway()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(state.code if self.path == "/relight/v1/status" else 404)
+            self.end_headers()
+            self.wfile.write(state.body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    state.address = f"http://127.0.0.1:{server.server_port}"
+    yield state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(*arguments: str) -> Any:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    status.register(app)
+    return CliRunner().invoke(app, ["status", *arguments], env={"COLUMNS": "160"})
+
+
+def test_the_table_shows_every_model(gateway: Gateway) -> None:
+    result = run("--address", gateway.address + "/")
+    assert result.exit_code == 0, result.output
+    assert "smollm2, small, [bold]" in result.output
+    assert "2.31 s fork: place 0.90, load 1.20" in result.output
+    assert "nothing" not in result.output
+    assert "someone asked" in result.output
+    assert "1 node, 2 gateways" in result.output
+
+
+def test_json_is_what_the_gateway_said(gateway: Gateway) -> None:
+    assert json.loads(run("--json", "--address", gateway.address).output) == ANSWER
+
+
+def test_a_proxy_in_the_environment_is_not_asked(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert run("--address", gateway.address).exit_code == 0
+
+
+def test_where_nothing_answers_one_line_says_so() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    result = run("--address", address)
+    assert result.exit_code == 3
+    assert result.output == f"Nothing answers at {address}; scripts/up starts it.\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "body"), [(404, "{}"), (500, "{}"), (200, "<html>"), (200, "[]"), (200, '{"models": 1}')]
+)
+def test_something_else_on_the_port_is_told_apart(gateway: Gateway, code: int, body: str) -> None:
+    gateway.code, gateway.body = code, body
+    result = run("--address", gateway.address)
+    assert result.exit_code == 3
+    assert "answers, but not as Relight does" in result.output
+
+
+def test_an_address_without_a_scheme_is_explained() -> None:
+    result = run("--address", "localhost:8000")
+    assert result.exit_code == 3
+    assert "http://" in result.output
+
+
+def test_the_default_address_is_the_port_that_one_chose(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(status.Checkout, "here", lambda: status.Checkout(tmp_path))
+    monkeypatch.delenv("RELIGHT_ADDRESS", raising=False)
+    monkeypatch.delenv("RELIGHT_PORT", raising=False)
+    assert status.default_address() == "http://127.0.0.1:8000"
+    monkeypatch.setenv("RELIGHT_PORT", "8123")
+    assert status.default_address() == "http://127.0.0.1:8123"
+    monkeypatch.setenv("RELIGHT_ADDRESS", "http://gpu-box:8000")
+    assert status.default_address() == "http://gpu-box:8000"
