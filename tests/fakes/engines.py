@@ -206,8 +206,8 @@ class FakeEngine(Watched):
 def vllm_answer(path: str, asked: Mapping[str, Any], tokens: Sequence[str]) -> tuple[Any, list[bytes]]:
     """(document, events) as vLLM would answer; no events where it doesn't stream."""
     text = "".join(tokens)
-    base = {"id": "x-1", "created": 1, "model": asked.get("model", "m")}
-    usage = {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": 1 + len(tokens)}
+    base: dict[str, Any] = {"id": "x-1", "created": 1, "model": asked.get("model", "m")}
+    usage: dict[str, Any] = {"prompt_tokens": 1, "completion_tokens": len(tokens), "total_tokens": 1 + len(tokens)}
 
     def data(*documents: Any) -> list[bytes]:
         return [b"data: " + json.dumps(item).encode() + b"\n\n" for item in documents] + [b"data: [DONE]\n\n"]
@@ -216,10 +216,10 @@ def vllm_answer(path: str, asked: Mapping[str, Any], tokens: Sequence[str]) -> t
         return [f"event: {item['type']}\ndata: {json.dumps(item)}\n\n".encode() for item in documents]
 
     if path == "/v1/chat/completions":
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        chunk = {**base, "object": "chat.completion.chunk"}
-        deltas = [{"index": 0, "delta": {"content": token}, "finish_reason": None} for token in tokens]
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": "stop", "message": message}
+        chunk: dict[str, Any] = {**base, "object": "chat.completion.chunk"}
+        deltas: list[Any] = [{"index": 0, "delta": {"content": token}, "finish_reason": None} for token in tokens]
         return (
             {**base, "object": "chat.completion", "choices": [choice], "usage": usage},
             data(*({**chunk, "choices": [delta]} for delta in deltas)),
@@ -235,7 +235,7 @@ def vllm_answer(path: str, asked: Mapping[str, Any], tokens: Sequence[str]) -> t
             data(*({**base, "object": "text_completion", "choices": choice} for choice in choices)),
         )
     if path == "/v1/embeddings":
-        entry = {"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}
+        entry: dict[str, Any] = {"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}
         return {**base, "object": "list", "data": [entry], "usage": usage}, []
     if path.startswith("/v1/responses"):
         content = {"type": "output_text", "text": text, "annotations": []}
@@ -308,11 +308,6 @@ class FakeLease:
             self._model.leased -= 1
             self._model.failed_leases += engine_failed
             self._model.notify()
-
-
-@dataclass(slots=True, eq=False)
-class _Failure:
-    reason: str | None = None
 
 
 class FakeModel(Watched):
