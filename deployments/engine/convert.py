@@ -206,7 +206,11 @@ def _save(weights: Mapping[str, Array], file: Path, dtype: Dtype) -> None:
     import torch
     from safetensors.torch import save_file as save_torch
 
-    tensors = {name: torch.from_numpy(weight).to(torch.bfloat16) for name, weight in weights.items()}
+    # gguf gives weights that it need not dequantise as read-only views of the file, which torch warns about.
+    tensors = {
+        name: torch.from_numpy(np.require(weight, requirements="W")).to(torch.bfloat16)
+        for name, weight in weights.items()
+    }
     save_torch(tensors, file, metadata=metadata)
 
 

@@ -395,8 +395,8 @@ class _Stage:
         return int(content["total_bytes"]) if content.get("reserved") else self.done_bytes()
 
     def done_bytes(self) -> int:
-        """What is on the disk."""
-        return sum(_sizes(self.folder).values())
+        """What is on the disk of the model."""
+        return sum(size for folder in (self.files, self.parts) for size in _sizes(folder).values())
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -347,7 +347,10 @@ def test_yaml_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     """`off`, `no`, 1:30 and dates are strings; 1e3 is a number; leading zeros are decimal."""
     (tmp_path / "fleet.yaml").write_text(
         "models:\n"
-        "- {id: m, source: o/n, env: {A: no, B: 1:30, C: 2024-01-01}, engine: {a: 1e3, b: 010, c: 0x1F, d: -2}}\n"
+        "- id: m\n"
+        "  source: o/n\n"
+        "  env: {A: no, B: 1:30, C: 2024-01-01}\n"
+        "  engine: {a: 1e3, b: 010, c: 0x1F, d: -2}\n"
         "gateway: {early_wake: off}\n"
     )
     fleet = load_fleet(tmp_path / "fleet.yaml")
