@@ -13,6 +13,8 @@ from starlette.responses import JSONResponse, Response
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0.1})
 class Stub:
     def __init__(self, fleet: str) -> None:
+        if fleet == "broken":
+            raise ValueError("this fleet is broken")
         self._fleet = fleet
 
     async def __call__(self, request: Request) -> Response:
@@ -23,4 +25,4 @@ class Stub:
 
 def build(args: dict[str, str]) -> Application:
     fleet = args.get("fleet")
-    return Stub.bind(Path(fleet).read_text() if fleet else "")  # type: ignore[attr-defined, no-any-return]
+    return Stub.bind(Path(fleet).read_text() if fleet else "")  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from autoscaling.commands import status
+from deployments.local.state import Checkout
 
 ANSWER: dict[str, Any] = {
     "models": [
@@ -126,7 +127,7 @@ def test_an_address_without_a_scheme_is_explained() -> None:
 def test_the_default_address_is_the_port_that_one_chose(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(status.Checkout, "here", lambda: status.Checkout(tmp_path))
+    monkeypatch.setattr(Checkout, "here", lambda: Checkout(tmp_path))
     monkeypatch.delenv("RELIGHT_ADDRESS", raising=False)
     monkeypatch.delenv("RELIGHT_PORT", raising=False)
     assert status.default_address() == "http://127.0.0.1:8000"
