@@ -10,8 +10,11 @@ from pathlib import Path
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Holds `path` locked. The kernel lets go when the process ends, however it ends: no lock is stale."""
+def exclusive(path: Path, what: str) -> Iterator[int]:
+    """Holds `path` locked. The kernel lets go when the process ends, however it ends: no lock is stale.
+
+    Yields the descriptor: a child that inherits it holds the lock for as long as it lives, too.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Python opens files non-inheritable, so that a daemon that we start does not hold the lock for ever.
     with path.open("a+") as file:
@@ -27,6 +30,6 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         file.write(f"process {os.getpid()}")
         file.flush()
         try:
-            yield
+            yield file.fileno()
         finally:
             file.truncate(0)

@@ -28,6 +28,9 @@ STATE = ROOT / ".relight"
 REQUIREMENTS = ROOT / "requirements"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
+# pip inherits the lock: where this script is killed and its pip goes on, the next run waits for that pip.
+_shared_with_pip: list[int] = []
+
 
 class InstallError(Exception):
     pass
@@ -68,7 +71,8 @@ def fingerprint(files: list[Path], *extra: str) -> str:
 
 def install(*, dev: bool) -> None:
     STATE.mkdir(mode=0o700, exist_ok=True)
-    with exclusive(STATE / "install.lock", "installing"):
+    with exclusive(STATE / "install.lock", "installing") as lock:
+        _shared_with_pip[:] = [lock]
         engine = engine_kind()
         wheel = os.environ.get("RELIGHT_VLLM_WHEEL", "")
         if wheel and engine != "cpu":
@@ -168,10 +172,18 @@ def _pip(title: str, *arguments: str, quiet: bool = False) -> None:
     _unfinished().touch()
     with Step(title, live=False if show else None) as step, log.open("w+") as output:
         if show:
-            code = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False).returncode
+            done = subprocess.run(
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=_shared_with_pip, check=False
+            )
+            code = done.returncode
         else:
             with subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=_shared_with_pip,
             ) as process:
                 code = _watch(process, log, step)
         if code < 0 or code == 130:
