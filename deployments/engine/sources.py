@@ -766,6 +766,9 @@ def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
+        # safetensors and the Hub's transfer library, written in Rust, put the number into the text.
+        if f"(os error {errno.ENOSPC})" in str(error):
+            return True
         error = error.__cause__ or error.__context__
     return False
 

@@ -22,6 +22,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from deployments.engine import convert, sources
@@ -513,6 +514,21 @@ def test_disk_full_on_the_way(tmp_path: Path, cache: ModelCache, counted: type[C
     assert not any((cache.root / ".staging").iterdir())
     counted.fail_with = None
     assert same_files(model, cache.resolve(f"counted://{model}"))
+
+
+def test_disk_full_as_rust_says_it(
+    tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors reports a full disk as an error of its own kind, which is recognised as well."""
+    model = make_model(tmp_path / "model")
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sources, "_verify", full)
+    assert "the disk is full" in refusal(cache, f"file://{model}")
+    assert not any((cache.root / ".staging").iterdir())
 
 
 def test_a_network_error_keeps_what_was_brought(
