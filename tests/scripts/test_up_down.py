@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 
-# `python -m deployments.local` for a checkout of the test's own, so that a cluster of this one stays as it is.
+# `python -m deployments.local` for a checkout of the test's own: a cluster of this one stays as it is.
 COMMAND = """
 import sys
 from pathlib import Path
