@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,21 +42,19 @@ def up(wanted: Wanted, checkout: Checkout) -> None:
     checkout.state_dir.mkdir(mode=0o700, exist_ok=True)
     with exclusive(checkout.lock_file, "up or down"):
         checkout.make_dirs()
-        cluster = running(checkout)
-        if cluster is None:
-            cluster = _start(wanted, checkout)
-        else:
-            _refuse_other_ports(wanted, cluster)
-        if cluster.code != checkout.code_fingerprint():
-            print(
-                "Relight's code has changed since this cluster started; scripts/down && scripts/up runs it."
-            )
         content = fleet.read_bytes() if fleet.is_file() else b""
         served = hashlib.sha256(f"{app}\n{fleet}\n".encode() + content).hexdigest()
-        if cluster.served != served or not _serving().answers(cluster):
-            fleet_text = content.decode(errors="replace")
-            for source in _package_sources(fleet_text) if app == _DEFAULT_APP else []:
-                _serving().prepare_model(source, checkout.root)
+        cluster = running(checkout)
+        if cluster is not None:
+            _refuse_other_ports(wanted, cluster)
+            if cluster.code != checkout.code_fingerprint():
+                print("Relight's code is newer than this cluster; scripts/down && scripts/up runs it.")
+        if cluster is None or cluster.served != served or not _serving().answers(cluster):
+            # What is wrong with the fleet file is said before anything starts.
+            downloads = _packaged_models(fleet) if app == _DEFAULT_APP else []
+            cluster = cluster or _start(wanted, checkout)
+            for source, cache_dir in downloads:
+                _serving().prepare_model(source, cache_dir, checkout.root)
             cluster = replace(cluster, app=app, fleet=str(fleet) if fleet.is_file() else "", served="")
             checkout.save(cluster)
             _serving().deploy(checkout, cluster, timeout_s=wanted.timeout_s)
@@ -150,9 +147,20 @@ def _keep_last_logs(checkout: Checkout) -> None:
         shutil.copytree(logs.resolve(), kept, symlinks=True, ignore_dangling_symlinks=True)
 
 
-def _package_sources(fleet_text: str) -> list[str]:
-    """The models that come in Python packages. (The application reads the fleet file for good.)"""
-    return sorted(set(re.findall(r"^[^#\n]*?\b(package://[\w.-]+)", fleet_text, flags=re.MULTILINE)))
+def _packaged_models(fleet: Path) -> list[tuple[str, str | None]]:
+    """Models that come in Python packages, with the folder for their weights.
+
+    These are turned into what vLLM loads here, where one sees it happen, and not in a first cold start.
+    """
+    from deployments.errors import ConfigError
+    from deployments.fleet import load_fleet
+
+    try:
+        read = load_fleet(fleet)
+    except ConfigError as error:
+        raise ClusterError(error.message) from None
+    sources = {model.source for model in read.models if model.source.startswith("package://")}
+    return [(source, read.engine_host.cache_dir) for source in sorted(sources)]
 
 
 def _greet(checkout: Checkout, cluster: Cluster) -> None:

