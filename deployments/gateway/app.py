@@ -73,7 +73,8 @@ class _Site:
         self._telemetry = telemetry
         self._started_s = clock.time_s()
         self._names = [name for model in fleet.models for name in (model.id, *model.aliases)]
-        self._document = json.dumps(openapi.document(metadata.version("relight"))).encode()
+        document = openapi.document(metadata.version("relight"), one_model=len(fleet.models) == 1)
+        self._document = json.dumps(document).encode()
 
     def _model_document(self, model: Any) -> dict[str, Any]:
         return openai.model_document(model.id, model.aliases, self._engines.state(model.id), self._started_s)

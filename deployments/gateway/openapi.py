@@ -133,7 +133,7 @@ def _operation_id(method: str, path: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", f"{method} {path}").strip("_")
 
 
-def _proxied(route: Route) -> dict[str, Any]:
+def _proxied(route: Route, *, one_model: bool = False) -> dict[str, Any]:
     responses: dict[str, Any] = {
         "200": {
             "description": "The engine's answer, byte for byte.",
@@ -166,8 +166,9 @@ def _proxied(route: Route) -> dict[str, Any]:
             {
                 "name": "model",
                 "in": "query",
-                "schema": {"type": "string"},
-                "description": "The model that made the response; not needed when the fleet has only one.",
+                "required": not one_model,
+                "schema": {"type": "string", "minLength": 1},
+                "description": "The model that made the response; or the header X-Relight-Model says it.",
             },
         ]
     return {route.methods[0].lower(): operation}
@@ -178,11 +179,11 @@ def _get(path: str, description: str, content: dict[str, Any], **more: Any) -> d
     return {"get": {"operationId": _operation_id("get", path), "responses": responses, **more}}
 
 
-def document(version: str) -> dict[str, Any]:
-    """The document as JSON values."""
+def document(version: str, *, one_model: bool) -> dict[str, Any]:
+    """The document as JSON values. `one_model`: the fleet has one, which needs no name beside a body."""
     paths: dict[str, Any] = {route.template: _proxied(route) for route in ROUTES.values()}
-    paths[RETRIEVE_RESPONSE.template] = _proxied(RETRIEVE_RESPONSE)
-    paths[CANCEL_RESPONSE.template] = _proxied(CANCEL_RESPONSE)
+    paths[RETRIEVE_RESPONSE.template] = _proxied(RETRIEVE_RESPONSE, one_model=one_model)
+    paths[CANCEL_RESPONSE.template] = _proxied(CANCEL_RESPONSE, one_model=one_model)
     paths["/v1/models"] = _get(
         "/v1/models",
         "Every model of the fleet, dark ones too.",

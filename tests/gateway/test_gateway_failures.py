@@ -221,12 +221,12 @@ async def scope_call(lab: Lab, until: asyncio.Event) -> None:
     async def send(message: object) -> None:
         until.set()
 
-    await lab.gateway(scope, receive, send)  # type: ignore[arg-type]
+    await lab.gateway(scope, receive, send)
 
 
 @pytest.mark.parametrize("lit", [True, False])
 async def test_being_cancelled_cleans_up_and_stays_cancelled(lab: Lab, lit: bool) -> None:
-    """Serve cancels a request's task: the engine's work is aborted, the lease returned, the task cancelled."""
+    """When Serve cancels a request's task, work is aborted, the lease returned, the task cancelled."""
     begun = asyncio.Event()
     if lit:
         lab.model.light()
