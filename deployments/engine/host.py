@@ -1,0 +1,939 @@
+"""The engine host: one process for each node, which starts engines, hands them to replicas, parks and ends them.
+
+It imports neither torch nor vLLM, and it is no Ray actor: an actor would keep its node from ever being idle. It is
+started by whoever first needs it on the node (`deployments.engine.client.ensure_host`) and ends with the node's
+raylet.
+
+What survives what:
+- The host is killed: engines live on, held by their replicas (see keeper.py). The next host reads the registry in
+  the run directory and takes them over. Parked engines get the same chance, within the keeper's grace.
+- The template is killed: engines live on; a new template is started. Until it is ready, starts wait for it.
+- A replica is killed: its engine finishes what it is generating and waits `ABANDONED_S` for the next replica of its model.
+- An engine is killed: its replica is told at once, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deployments.engine import http
+from deployments.engine.parking import Parked, evict
+from deployments.engine.protocol import (
+    EngineInfo,
+    EngineSpec,
+    encode,
+    receive_with_fds,
+    send_with_fds,
+    set_private,
+)
+
+log = logging.getLogger("relight.host")
+
+ABANDONED_S = 10.0  # how long an engine without a replica waits for the next one
+PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the replica
+STOP_GRACE_S = 5.0
+REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
+HEALTH_TIMEOUT_S = 10.0
+
+
+class StartFailed(Exception):
+    """An engine can't start; the message is its own reason."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """An engine and what the host holds of it."""
+
+    info: EngineInfo
+    spec: EngineSpec
+    control: socket.socket | None = None  # our holder's connection
+    pidfd: int | None = None
+    watcher: Callable[[Mapping[str, Any]], None] | None = None  # the replica's connection
+    settled: asyncio.Future[None] | None = None  # ready, or StartFailed
+    expiry: asyncio.TimerHandle | None = None
+    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    start_s: float = 0.0  # what its start took
+
+
+@dataclass(slots=True)
+class ModelEntry:
+    """What the node has of a model."""
+
+    spec: EngineSpec
+    path: str | None = None
+    resolving: asyncio.Task[str] | None = None
+    source_state: str = "unresolved"  # resolving, ready, failed
+    source_reason: str | None = None
+    source_progress: tuple[int, int] | None = None
+    template: Template | None = None
+    template_state: str = "none"  # building, ready, failed, off
+    template_reason: str | None = None
+    template_tried_s: float = 0.0
+
+
+class Template:
+    """A template process, the node's or a model's: forks what it is asked to."""
+
+    def __init__(self, channel: socket.socket, name: str, on_end: Callable[[], None]) -> None:
+        self.name = name
+        self.ready: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self.pid: int | None = None
+        self._channel = channel
+        self._on_end = on_end
+        self._forks: dict[str, asyncio.Future[int]] = {}
+        channel.setblocking(False)
+        asyncio.get_running_loop().add_reader(channel.fileno(), self._receive)
+
+    def _receive(self) -> None:
+        try:
+            received = receive_with_fds(self._channel)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = None
+        if received is None:
+            self.close("the template process ended")
+            return
+        message, _ = received
+        match message["event"]:
+            case "template_ready":
+                if message["threads"] > 1:
+                    log.warning("%s template has %d threads before its forks", self.name, message["threads"])
+                if not self.ready.done():
+                    self.ready.set_result(message["seconds"])
+            case "template_failed":
+                if not self.ready.done():
+                    self.ready.set_exception(StartFailed(message["reason"]))
+            case "forked":
+                if (future := self._forks.pop(message["engine_id"], None)) and not future.done():
+                    future.set_result(message["pid"])
+            case "fork_failed":
+                if (future := self._forks.pop(message["engine_id"], None)) and not future.done():
+                    future.set_exception(StartFailed(message["reason"]))
+
+    def fork(self, message: Mapping[str, Any], fds: list[int]) -> asyncio.Future[int]:
+        """Ask for a fork; the future is its pid. Raises StartFailed if the template is gone."""
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        try:
+            send_with_fds(self._channel, message, fds)
+        except OSError as error:
+            raise StartFailed(f"the {self.name} template is gone: {error}") from error
+        self._forks[message["engine_id"]] = future
+        return future
+
+    def close(self, reason: str) -> None:
+        """Forget the process; it ends when its channel closes. Idempotent."""
+        if self._channel.fileno() < 0:
+            return
+        asyncio.get_running_loop().remove_reader(self._channel.fileno())
+        self._channel.close()
+        if not self.ready.done():
+            self.ready.set_exception(StartFailed(reason))
+        for future in self._forks.values():
+            if not future.done():
+                future.set_exception(StartFailed(reason))
+        self._forks.clear()
+        self._on_end()
+
+
+class Host:
+    """The node's engines. Everything runs on one event loop; there are no locks but one for each model's starts."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.engine_dir = run_dir / "engines"
+        set_private(self.engine_dir)
+        self.config: dict[str, Any] = {"park_memory_bytes": 0, "prebuilt": "auto", "cache_dir": None}
+        self.engines: dict[str, Engine] = {}
+        self.models: dict[str, ModelEntry] = {}
+        self.node: Template | None = None
+        self.node_process: subprocess.Popen[bytes] | None = None
+        self.started_s = time.time()
+        self._start_locks: dict[str, asyncio.Lock] = {}
+        self._watchers: set[Callable[[Mapping[str, Any]], None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._eviction_clock = 0.0
+        self._build_lock = asyncio.Lock()
+        self._closing = False
+
+    # The node's template
+
+    def start_node_template(self) -> None:
+        """Start the node's template process. Starts of engines wait until it is ready."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with (self.run_dir / "template.log").open("ab") as output:
+            self.node_process = subprocess.Popen(
+                [sys.executable, "-m", "deployments.engine.template", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        theirs.close()
+        born_s = time.time()
+
+        def ended() -> None:
+            process = self.node_process
+            if process is not None:
+                process.kill()
+                process.wait()
+            if self._closing:
+                return
+            # A template that can't even import is tried again, but not in a tight loop.
+            delay_s = 0.0 if time.time() - born_s > 60 else 2.0
+            log.warning("the node's template ended; starting another in %.0f s", delay_s)
+            asyncio.get_running_loop().call_later(delay_s, self._restart_node_template)
+
+        self.node = Template(ours, "node", ended)
+        self.node.pid = self.node_process.pid
+
+    def _restart_node_template(self) -> None:
+        if self._closing:
+            return
+        self.start_node_template()
+        # Models' templates outlive the node's, but the dead ones can be rebuilt now.
+        self._spawn(self._build_templates())
+
+    # Models
+
+    def configure(self, config: Mapping[str, Any], specs: list[EngineSpec]) -> None:
+        """Take the fleet's settings and models: bring sources to this node and build templates ahead."""
+        self.config.update({k: v for k, v in config.items() if k in self.config})
+        wanted = {spec.fingerprint: spec for spec in specs}
+        for fingerprint, spec in wanted.items():
+            if fingerprint in self.models:
+                self.models[fingerprint].spec = spec
+            else:
+                self.models[fingerprint] = ModelEntry(spec)
+        for fingerprint in [f for f in self.models if f not in wanted]:
+            entry = self.models.pop(fingerprint)
+            if entry.template is not None:
+                entry.template.close("the model left the fleet")
+            for engine in list(self.engines.values()):
+                if engine.info.fingerprint == fingerprint and not engine.info.held:
+                    self._spawn(self.stop(engine, "its model left the fleet"))
+        self._changed()
+        self._spawn(self._build_templates())
+
+    def entry(self, spec: EngineSpec) -> ModelEntry:
+        """The model's entry, made if a replica came before the fleet did."""
+        return self.models.setdefault(spec.fingerprint, ModelEntry(spec))
+
+    async def resolve(self, entry: ModelEntry) -> str:
+        """The local folder of the model's source; fetches it at most once at a time. Raises StartFailed."""
+        if entry.path is not None and Path(entry.path).is_dir():
+            return entry.path
+        if (Path(entry.spec.source) / "config.json").is_file():  # a folder: used where it is
+            entry.path, entry.source_state, entry.source_reason = entry.spec.source, "ready", None
+            return entry.path
+        if entry.resolving is None or entry.resolving.done():
+            entry.resolving = asyncio.create_task(self._fetch(entry))
+        try:
+            entry.path = await asyncio.shield(entry.resolving)
+        except StartFailed as error:
+            entry.source_state, entry.source_reason = "failed", str(error)
+            self._changed()
+            raise
+        entry.source_state, entry.source_reason = "ready", None
+        return entry.path
+
+    async def _fetch(self, entry: ModelEntry) -> str:
+        # In a process of its own: fetching imports and converts, and may be killed.
+        entry.source_state = "resolving"
+        command = [sys.executable, "-m", "deployments.engine.sources", entry.spec.source, "--json"]
+        if self.config["cache_dir"]:
+            command += ["--cache-dir", self.config["cache_dir"]]
+        if self.config.get("cache_budget_bytes"):
+            command += ["--budget-bytes", str(self.config["cache_budget_bytes"])]
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **dict(entry.spec.env)},
+        )
+        assert process.stdout is not None and process.stderr is not None
+        reading_errors = asyncio.create_task(process.stderr.read())
+        path = None
+        async for line in process.stdout:
+            with contextlib.suppress(ValueError):
+                message = json.loads(line)
+                path = message.get("path", path)
+                if "done_bytes" in message:
+                    entry.source_progress = (message["done_bytes"], message["total_bytes"])
+                    self._changed()
+        errors = (await reading_errors).decode(errors="replace").strip()
+        if await process.wait() != 0 or path is None:
+            raise StartFailed(errors.splitlines()[-1] if errors else f"source {entry.spec.source} failed")
+        return str(path)
+
+    async def _build_templates(self) -> None:
+        """Build the missing model templates, one at a time: building takes all cores."""
+        async with self._build_lock:
+            for entry in list(self.models.values()):
+                if self.config["prebuilt"] == "off" or entry.spec.gpus:
+                    entry.template_state = "off"
+                    if entry.spec.gpus:
+                        with contextlib.suppress(StartFailed):
+                            await self.resolve(entry)
+                elif entry.template is None and (
+                    entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
+                ):
+                    await self._build_template(entry)
+
+    async def _build_template(self, entry: ModelEntry) -> None:
+        entry.template_tried_s = time.time()
+        entry.template_state = "building"
+        self._changed()
+        try:
+            path = await self.resolve(entry)
+            node = self.node
+            if node is None:
+                raise StartFailed("the node's template is not there")
+            await asyncio.shield(node.ready)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            template_id = f"template-{_slug(entry.spec.model)}-{secrets.token_hex(3)}"
+
+            def ended() -> None:
+                entry.template = None
+                if entry.template_state == "ready" and not self._closing:
+                    entry.template_state = "none"
+                    self._changed()
+                    self._spawn(self._build_templates())
+
+            template = Template(ours, entry.spec.model, ended)
+            message = {
+                "op": "template",
+                "engine_id": template_id,
+                "model": entry.spec.model,
+                "argv": _argv(entry.spec, path),
+                "env": dict(entry.spec.env),
+                "log": str(self.run_dir / f"{template_id}.log"),
+                "flat_dir": str(Path(self.config["cache_dir"] or _default_cache()) / "mapped"),
+                "threads": _threads_for(entry.spec),
+            }
+            entry.template = template
+            with theirs:
+                template.pid = await node.fork(message, [theirs.fileno()])
+            seconds = await asyncio.shield(template.ready)
+            entry.template_state, entry.template_reason = "ready", None
+            log.info("template of %s built in %.1f s", entry.spec.model, seconds)
+        except (StartFailed, OSError) as error:
+            entry.template_state, entry.template_reason = "failed", str(error)
+            if entry.template is not None:
+                entry.template.close(str(error))
+            log.warning("no template for %s, its starts are plain: %s", entry.spec.model, error)
+        self._changed()
+
+    # Engines
+
+    async def start(self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float) -> Engine:
+        """Fork a new engine. Returns as soon as it is on its way: `engine.settled` tells the rest."""
+        entry = self.entry(spec)
+        path = await self.resolve(entry)
+        template, kind = entry.template, "prebuilt"
+        if template is None or entry.template_state != "ready":
+            template, kind = self.node, "forked"
+            if template is None:
+                raise StartFailed("the node's template is not there")
+            await asyncio.shield(template.ready)
+        engine_id = f"{_slug(spec.model)}-{secrets.token_hex(4)}"
+        base = self.engine_dir / engine_id
+        info = EngineInfo(
+            engine_id=engine_id,
+            model=spec.model,
+            fingerprint=spec.fingerprint,
+            kind=kind,
+            state="starting",
+            http=f"{base}.http",
+            control=f"{base}.ctl",
+            gpu_ids=gpu_ids,
+            requested_s=requested_s,
+            last_used_s=time.time(),
+        )
+        engine = Engine(info, spec, settled=asyncio.get_running_loop().create_future())
+        assert engine.settled is not None
+        engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
+        self.engines[engine_id] = engine
+        http_socket, control = _listen(info.http, 4096), _listen(info.control, 16)
+        status_read, status_write = os.pipe()
+        message = {
+            "op": "fork",
+            "engine_id": engine_id,
+            "model": spec.model,
+            "argv": _argv(spec, path),
+            "env": dict(spec.env),
+            "gpu_ids": list(gpu_ids),
+            "log": f"{base}.log",
+            "requested_s": time.time(),
+        }
+        self._spawn(self._read_status(engine, status_read), engine)
+        try:
+            with http_socket, control:
+                forked = template.fork(message, [http_socket.fileno(), control.fileno(), status_write])
+            os.close(status_write)
+            status_write = -1
+            info.pid = await forked
+        except StartFailed as error:
+            self._ended(engine, str(error))
+            raise
+        finally:
+            if status_write >= 0:
+                os.close(status_write)
+        self._hold(engine)
+        self._register(engine)
+        self._spawn(self._wait_ready(engine), engine)
+        self._changed(engine)
+        return engine
+
+    def _hold(self, engine: Engine) -> None:
+        """Become a holder of the engine and watch its process. Raises OSError if it is gone."""
+        assert engine.info.pid is not None
+        engine.pidfd = os.pidfd_open(engine.info.pid)
+        asyncio.get_running_loop().add_reader(engine.pidfd, self._on_exit, engine)
+        engine.control = socket.socket(socket.AF_UNIX)
+        engine.control.connect(engine.info.control)
+
+    def _register(self, engine: Engine) -> None:
+        """Write what the next host needs to take this engine over."""
+        path = self.engine_dir / f"{engine.info.engine_id}.json"
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"info": engine.info.to_json(), "spec": engine.spec.to_json()}))
+        partial.rename(path)
+
+    async def _read_status(self, engine: Engine, descriptor: int) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
+        )
+        try:
+            async for line in reader:
+                message = json.loads(line)
+                if message["event"] == "phase":
+                    engine.info.phases.append((message["name"], message["start_s"], message["duration_s"]))
+                    self._changed(engine)
+                elif message["event"] == "failed":
+                    engine.info.reason = message["reason"]
+        finally:
+            transport.close()
+
+    async def _wait_ready(self, engine: Engine) -> None:
+        """One request for /health: the socket is bound already, so its answer is the notification."""
+        info = engine.info
+        started_s = time.time()
+        try:
+            status, _ = await asyncio.wait_for(
+                http.request(info.http, "GET", "/health"), engine.spec.start_deadline_s
+            )
+        except TimeoutError:
+            phase = info.phases[-1][0] if info.phases else "fork"
+            reason = f"not ready after {engine.spec.start_deadline_s:.0f} s (last phase done: {phase})"
+            info.reason = reason
+            self._kill(engine)
+            return
+        except OSError:
+            return  # it died: _on_exit tells why
+        if status != 200:
+            info.reason = f"/health answered {status}"
+            self._kill(engine)
+            return
+        now_s = time.time()
+        if not any(name == "warm_up" for name, _, _ in info.phases):
+            last_s = max([started_s, *(s + d for _, s, d in info.phases)])
+            info.phases.append(("warm_up", last_s, max(0.0, now_s - last_s)))
+        info.state, info.ready_s = "ready", now_s
+        engine.start_s = now_s - info.requested_s
+        self._register(engine)
+        self._settle(engine, None)
+        self._changed(engine)
+        entry = self.entry(engine.spec)
+        if info.kind == "forked" and entry.template_state == "failed":
+            self._spawn(self._build_templates())
+
+    def _settle(self, engine: Engine, reason: str | None) -> None:
+        if engine.settled is not None and not engine.settled.done():
+            if reason is None:
+                engine.settled.set_result(None)
+            else:
+                engine.settled.set_exception(StartFailed(reason))
+
+    def _on_exit(self, engine: Engine) -> None:
+        if engine.pidfd is not None:
+            asyncio.get_running_loop().remove_reader(engine.pidfd)
+        # The status pipe may still hold the reason: let its reader run first.
+        asyncio.get_running_loop().call_later(0.05, self._ended, engine, None)
+
+    def _ended(self, engine: Engine, reason: str | None) -> None:
+        info = engine.info
+        if self.engines.pop(info.engine_id, None) is None:
+            return
+        was_starting = info.state == "starting"
+        info.reason = reason or info.reason or f"the engine process {info.pid} ended unexpectedly"
+        if info.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(info.pid, signal.SIGKILL)  # what it started and left behind
+        if engine.pidfd is not None:
+            os.close(engine.pidfd)
+            engine.pidfd = None
+        if engine.control is not None:
+            engine.control.close()
+        if engine.expiry is not None:
+            engine.expiry.cancel()
+        info.state = "failed" if was_starting else "dead"
+        for path in (info.http, info.control, str(self.engine_dir / f"{info.engine_id}.json")):
+            Path(path).unlink(missing_ok=True)
+        if not was_starting:
+            Path(f"{self.engine_dir / info.engine_id}.log").unlink(missing_ok=True)
+        self._settle(engine, info.reason)
+        if engine.watcher is not None:
+            engine.watcher({"event": "exit", "engine_id": info.engine_id, "reason": info.reason})
+        log.info("engine %s is %s: %s", info.engine_id, info.state, info.reason)
+        self._changed(engine)
+
+    def _kill(self, engine: Engine) -> None:
+        if engine.info.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(engine.info.pid, signal.SIGKILL)
+
+    async def stop(self, engine: Engine, reason: str) -> None:
+        """End an engine: SIGTERM lets it finish what it answers, SIGKILL ends what is left of its group."""
+        info = engine.info
+        if info.engine_id not in self.engines or info.pid is None:
+            return
+        info.state, info.reason = "draining", reason
+        self._changed(engine)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(info.pid, signal.SIGTERM)
+        for _ in range(int(STOP_GRACE_S / 0.05)):
+            if info.engine_id not in self.engines:
+                return
+            await asyncio.sleep(0.05)
+        self._kill(engine)
+
+    async def obtain(
+        self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float, *, hold: bool
+    ) -> Engine:
+        """An engine for one more replica: one that waits, a parked one that still answers, or a new one.
+
+        With `hold` the caller owns it from here on; without, it waits for an owner for `PROVISIONAL_S`.
+        """
+        async with self._start_locks.setdefault(spec.fingerprint, asyncio.Lock()):
+            for engine in self._waiting(spec, gpu_ids):
+                if engine.info.state == "parked" and not await self._adopt(engine):
+                    continue
+                if engine.info.engine_id in self.engines:
+                    self._claim(engine, hold=hold)
+                    return engine
+            for engine in list(self.engines.values()):
+                if set(gpu_ids) & set(engine.info.gpu_ids) and not engine.info.held:
+                    # Ray has given these GPUs to somebody else: what is left on them goes at once.
+                    engine.info.reason = "its GPUs were granted to another replica"
+                    self._kill(engine)
+            engine = await self.start(spec, gpu_ids, requested_s)
+            self._claim(engine, hold=hold)
+            return engine
+
+    def _waiting(self, spec: EngineSpec, gpu_ids: tuple[str, ...]) -> list[Engine]:
+        order = {"ready": 0, "starting": 1, "parked": 2}
+        found = [
+            e
+            for e in self.engines.values()
+            if e.info.fingerprint == spec.fingerprint
+            and not e.info.held
+            and e.info.state in order
+            and e.info.gpu_ids == gpu_ids
+        ]
+        return sorted(found, key=lambda e: order[e.info.state])
+
+    def _claim(self, engine: Engine, *, hold: bool) -> None:
+        if engine.expiry is not None:
+            engine.expiry.cancel()
+            engine.expiry = None
+        engine.info.held = engine.info.held or hold
+        engine.info.uses += hold
+        engine.info.last_used_s = time.time()
+        if not engine.info.held:
+            self._expire(engine, PROVISIONAL_S + engine.spec.start_deadline_s * (engine.info.state == "starting"))
+        self._changed(engine)
+
+    def _expire(self, engine: Engine, after_s: float) -> None:
+        def expired() -> None:
+            if not engine.info.held and engine.info.state in ("starting", "ready"):
+                self._spawn(self.let_go(engine, park=True))
+
+        if engine.expiry is not None:
+            engine.expiry.cancel()
+        engine.expiry = asyncio.get_running_loop().call_later(after_s, expired)
+
+    async def _adopt(self, engine: Engine) -> bool:
+        """Wake a parked engine and see that it still answers; one that does not is ended."""
+        info = engine.info
+        started_s = time.time()
+        info.state = "starting"
+        try:
+            if info.gpu_ids:
+                await self._ask(engine, "POST", "/wake_up")
+            await self._canary(engine)
+        except (OSError, TimeoutError, StartFailed) as error:
+            log.warning("parked engine %s no longer answers: %s", info.engine_id, error)
+            info.reason = f"it no longer answered after being parked: {error}"
+            self._kill(engine)
+            return False
+        now_s = time.time()
+        info.kind, info.state, info.ready_s, info.requested_s = "adopted", "ready", now_s, started_s
+        info.phases = [("adopt", started_s, now_s - started_s)]
+        self._register(engine)
+        return True
+
+    async def _ask(self, engine: Engine, method: str, target: str, body: Any = None) -> bytes:
+        status, data = await asyncio.wait_for(
+            http.request(engine.info.http, method, target, body), HEALTH_TIMEOUT_S
+        )
+        if status != 200:
+            raise StartFailed(f"{target} answered {status}: {data[:200]!r}")
+        return data
+
+    async def _canary(self, engine: Engine) -> None:
+        """One token, or its health for a model that generates none (sleep mode is known to wake up broken)."""
+        body = {"model": engine.spec.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        status, data = await asyncio.wait_for(
+            http.request(engine.info.http, "POST", "/v1/completions", body), HEALTH_TIMEOUT_S
+        )
+        if status in (400, 404):
+            await self._ask(engine, "GET", "/health")
+        elif status != 200:
+            raise StartFailed(f"a completion answered {status}: {data[:200]!r}")
+
+    async def let_go(self, engine: Engine, *, park: bool) -> None:
+        """Its replica is done with it: park it within the budget, or end it."""
+        info = engine.info
+        info.held, engine.watcher = False, None
+        budget_bytes = int(self.config["park_memory_bytes"])
+        if not (park and engine.spec.park and budget_bytes and info.state == "ready"):
+            await self.stop(engine, "no replica uses it any more")
+            return
+        try:
+            if info.gpu_ids:
+                await self._ask(engine, "POST", "/sleep?level=1")
+            info.memory_bytes = await asyncio.to_thread(group_pss_bytes, info.pid)
+        except (OSError, TimeoutError, StartFailed) as error:
+            await self.stop(engine, f"it could not be parked: {error}")
+            return
+        info.state = "parked"
+        self._register(engine)
+        self._changed(engine)
+        parked = [
+            Parked(e.info.engine_id, e.info.memory_bytes, e.start_s or 1.0, e.info.uses, e.info.last_used_s)
+            for e in self.engines.values()
+            if e.info.state == "parked"
+        ]
+        eviction = evict(parked, budget_bytes, self._eviction_clock)
+        self._eviction_clock = eviction.clock
+        for engine_id in eviction.evict:
+            await self.stop(self.engines[engine_id], "evicted: the parking budget is spent")
+
+    def abandon(self, engine: Engine) -> None:
+        """Its replica died without a word: the next one may take it, for a while."""
+        engine.info.held, engine.watcher = False, None
+        if engine.info.engine_id in self.engines:
+            self._expire(engine, ABANDONED_S)
+            self._changed(engine)
+
+    async def recover(self) -> None:
+        """Take over the engines of a host that was killed, or end what can't be taken over."""
+        for path in self.engine_dir.glob("*.json"):
+            try:
+                saved = json.loads(path.read_text())
+                info, spec = EngineInfo.from_json(saved["info"]), EngineSpec.from_json(saved["spec"])
+                engine = Engine(info, spec)
+                self._hold(engine)
+                assert engine.control is not None and engine.control.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_PEERCRED, 12
+                )
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                log.info("engine of %s is gone: %s", path.name, error)
+                for stale in self.engine_dir.glob(f"{path.stem}.*"):
+                    stale.unlink(missing_ok=True)
+                continue
+            info.held = False
+            self.engines[info.engine_id] = engine
+            if info.state == "starting":
+                engine.settled = asyncio.get_running_loop().create_future()
+                engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
+                self._spawn(self._wait_ready(engine), engine)
+            self._expire(engine, ABANDONED_S)
+            log.info("took over engine %s (%s)", info.engine_id, info.state)
+
+    # Telling
+
+    def status(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        return {
+            "pid": os.getpid(),
+            "started_s": self.started_s,
+            "template": {
+                "pid": self.node.pid if self.node else None,
+                "ready": bool(self.node and self.node.ready.done() and not self.node.ready.exception()),
+            },
+            "models": [self._model_json(e) for e in self.models.values()],
+            "engines": [e.info.to_json() for e in self.engines.values()],
+            "config": self.config,
+        }
+
+    @staticmethod
+    def _model_json(entry: ModelEntry) -> dict[str, Any]:
+        return {
+            "model": entry.spec.model,
+            "fingerprint": entry.spec.fingerprint,
+            "source": {
+                "state": entry.source_state,
+                "path": entry.path,
+                "reason": entry.source_reason,
+                "progress": entry.source_progress,
+            },
+            "template": {
+                "state": entry.template_state,
+                "reason": entry.template_reason,
+                "pid": entry.template.pid if entry.template else None,
+            },
+        }
+
+    def _changed(self, engine: Engine | None = None) -> None:
+        for watcher in list(self._watchers):
+            if engine is None:
+                watcher({"event": "status", **self.status()})
+            else:
+                watcher({"event": "engine", "engine": engine.info.to_json()})
+
+    def _spawn(self, work: Awaitable[Any], engine: Engine | None = None) -> None:
+        task = asyncio.ensure_future(work)
+        tasks = engine.tasks if engine else self._tasks
+        tasks.add(task)
+
+        def done(finished: asyncio.Future[Any]) -> None:
+            tasks.discard(task)
+            if not finished.cancelled() and (error := finished.exception()):
+                log.error("a task of the host failed", exc_info=error)
+
+        task.add_done_callback(done)
+
+    # The control socket
+
+    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One client: a replica with its lease, a gateway that watches, or a question."""
+
+        def tell(message: Mapping[str, Any]) -> None:
+            if not writer.is_closing():
+                writer.write(encode(message))
+
+        held: Engine | None = None
+        try:
+            async for line in reader:
+                try:
+                    message = json.loads(line)
+                    operation = message["op"]
+                except (ValueError, KeyError, TypeError):
+                    tell({"event": "error", "reason": "not a message of this protocol"})
+                    continue
+                match operation:
+                    case "configure":
+                        specs = [EngineSpec.from_json(s) for s in message["models"]]
+                        self.configure(message["config"], specs)
+                        tell({"event": "ok"})
+                    case "status":
+                        tell({"event": "status", **self.status()})
+                    case "watch":
+                        self._watchers.add(tell)
+                        tell({"event": "status", **self.status()})
+                    case "light":
+                        self._spawn(self._light(message))
+                    case "acquire":
+                        held = await self._acquire(message, tell)
+                    case "attach":
+                        held = self._attach(message, tell)
+                    case "release" if held is not None:
+                        engine, held = held, None
+                        await self.let_go(engine, park=message.get("park", True))
+                        tell({"event": "released"})
+                    case "kill" if held is not None:
+                        held.info.reason = message.get("reason", "its replica asked for its end")
+                        self._kill(held)
+                    case _:
+                        tell({"event": "error", "reason": f"can't {operation!r} here"})
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._watchers.discard(tell)
+            if held is not None and held.watcher is tell:
+                self.abandon(held)
+            writer.close()
+
+    async def _light(self, message: Mapping[str, Any]) -> None:
+        """Start the model's engine ahead of its replica, if none is waiting or serving."""
+        spec = EngineSpec.from_json(message["spec"])
+        if any(
+            e.info.fingerprint == spec.fingerprint and e.info.state in ("starting", "ready")
+            for e in self.engines.values()
+        ):
+            return
+        with contextlib.suppress(StartFailed):
+            await self.obtain(spec, (), message["requested_s"], hold=False)
+
+    async def _acquire(
+        self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]
+    ) -> Engine | None:
+        spec = EngineSpec.from_json(message["spec"])
+        try:
+            engine = await self.obtain(spec, tuple(message["gpu_ids"]), message["requested_s"], hold=True)
+        except StartFailed as error:
+            tell({"event": "failed", "reason": str(error)})
+            return None
+        engine.watcher = tell
+        self._spawn(self._tell_when_ready(engine, tell), engine)
+        return engine
+
+    async def _tell_when_ready(self, engine: Engine, tell: Callable[[Mapping[str, Any]], None]) -> None:
+        try:
+            if engine.settled is not None:
+                await asyncio.shield(engine.settled)
+        except StartFailed as error:
+            tell({"event": "failed", "reason": str(error)})
+            return
+        tell({"event": "ready", "engine": engine.info.to_json()})
+
+    def _attach(self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]) -> Engine | None:
+        """A replica whose host was killed comes back with the engine that it holds."""
+        engine = self.engines.get(message["engine_id"])
+        if engine is None:
+            tell({"event": "exit", "engine_id": message["engine_id"], "reason": "the engine is gone"})
+            return None
+        self._claim(engine, hold=True)
+        engine.watcher = tell
+        tell({"event": "attached"})
+        return engine
+
+    async def close(self) -> None:
+        """End every engine and template."""
+        self._closing = True
+        for engine in list(self.engines.values()):
+            self._kill(engine)
+        for entry in self.models.values():
+            if entry.template is not None:
+                entry.template.close("the host ends")
+        if self.node is not None:
+            self.node.close("the host ends")
+
+
+def group_pss_bytes(pgid: int | None) -> int:
+    """Proportional set size of a process group: what ending it would give back."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == pgid:
+                rollup = stat.with_name("smaps_rollup").read_text()
+                total += int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) * 1024  # type: ignore[index]
+    return total
+
+
+def _argv(spec: EngineSpec, path: str) -> list[str]:
+    own = ["--model", path, "--served-model-name", *spec.names]
+    own += ["--shutdown-timeout", str(int(STOP_GRACE_S)), "--disable-uvicorn-access-log"]
+    if spec.gpus and spec.park:
+        own.append("--enable-sleep-mode")
+    if spec.gpus > 1 and "--tensor-parallel-size" not in spec.argv:
+        own += ["--tensor-parallel-size", str(spec.gpus)]
+    return [*own, *spec.argv]
+
+
+def _threads_for(spec: EngineSpec) -> int:
+    wanted = dict(spec.env).get("OMP_NUM_THREADS")
+    return int(wanted) if wanted else len(os.sched_getaffinity(0))
+
+
+def _default_cache() -> str:
+    return os.environ.get("RELIGHT_CACHE") or str(Path("~/.cache/relight").expanduser())
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", model)[:24].strip("-").lower() or "model"
+
+
+def _listen(path: str, backlog: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(backlog)
+    return listener
+
+
+def _watch_raylet(pid: int, on_end: Callable[[], None]) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        on_end()
+        return
+    asyncio.get_running_loop().add_reader(descriptor, on_end)
+
+
+async def run(run_dir: Path, raylet_pid: int | None) -> None:
+    """Serve until SIGTERM or the end of the raylet."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    if raylet_pid is not None:
+        _watch_raylet(raylet_pid, ended.set)
+    host = Host(run_dir)
+    await host.recover()
+    host.start_node_template()
+    path = run_dir / "host.sock"
+    path.unlink(missing_ok=True)
+    server = await asyncio.start_unix_server(host.serve_connection, path, limit=1 << 22)
+    async with server:
+        await ended.wait()
+    await host.close()
+
+
+def main() -> None:
+    """Entry point: `python -m deployments.engine.host --run-dir DIR [--raylet-pid N]`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--raylet-pid", type=int)
+    options = parser.parse_args()
+    set_private(options.run_dir)
+    lock = (options.run_dir / "host.lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return  # another host has this node
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    with contextlib.suppress(ImportError):
+        import setproctitle
+
+        setproctitle.setproctitle(f"relight-host {options.run_dir}")
+    asyncio.run(run(options.run_dir, options.raylet_pid))
+
+
+if __name__ == "__main__":
+    main()
+
+

@@ -1,0 +1,164 @@
+"""The node's template process: it has imported torch and vLLM, holds no weights and no device, and forks engines.
+
+Importing is most of a plain start's time; a fork pays it once a node. The process has one thread and never touches
+a CUDA device: both are what makes the fork safe. It answers its host over one SOCK_SEQPACKET channel and ends when
+the host does; the engines that it forked live on (deployments/engine/keeper.py).
+
+Run by the host: `python -m deployments.engine.template CHANNEL_FD`.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from deployments.engine.process import StatusReporter, run_engine, serve_forked
+from deployments.engine.protocol import receive_with_fds, send_with_fds
+
+# A fork copies the caller's thread and no other: these libraries would start pools of their own at import.
+SINGLE_THREAD_ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
+
+# What a first start of vLLM's server imports, at the latest. A module that is gone in another version is skipped.
+PRELOAD = (
+    "vllm.entrypoints.launchers.api_server.entry",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.v1.structured_output",
+    "transformers.models.auto.tokenization_auto",
+    "uvloop",
+    "uvicorn.protocols.http.httptools_impl",
+)
+PRELOAD_CPU = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.attention.backends.cpu_attn",
+)
+
+Serve = Callable[[Mapping[str, Any], socket.socket, StatusReporter], None]
+
+
+def preload() -> None:
+    """Import all that an engine needs. Must not start a thread or touch a device."""
+    os.environ.update(SINGLE_THREAD_ENVIRONMENT)
+    # vLLM's command line chooses spawn, which would import everything again in the engine core.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # its monitor is a thread
+    for name in PRELOAD:
+        _import(name)
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        for name in PRELOAD_CPU:
+            _import(name)
+
+
+def _import(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        print(f"template: no module {name} in this version of vLLM", flush=True)
+
+
+def fork_engine(
+    channel: socket.socket,
+    message: Mapping[str, Any],
+    fds: list[int],
+    serve: Serve,
+) -> int:
+    """Fork one engine from this process; returns its pid. `fds` are [http, control, status], owned by the child."""
+    pid = os.fork()
+    if pid == 0:
+        channel.close()
+        http, control = socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
+        run_engine(message, http, control, fds[2], lambda sock, reporter: serve(message, sock, reporter))
+    return pid
+
+
+def serve_channel(channel: socket.socket, serve: Serve) -> NoReturn:
+    """Fork what the host asks for, until the host is gone."""
+    # Children are reaped by the kernel: the host learns of their end through their status descriptor and pidfd.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    gc.collect()
+    # Pages of objects that exist now stay shared with the engines: the collector no longer writes to them.
+    gc.freeze()
+    while True:
+        try:
+            received = receive_with_fds(channel)
+        except OSError:
+            received = None
+        if received is None:
+            os._exit(0)
+        message, fds = received
+        try:
+            if message["op"] == "fork":
+                pid = fork_engine(channel, message, fds, serve)
+            else:
+                pid = _fork_model_template(channel, message, fds)
+            send_with_fds(channel, {"event": "forked", "engine_id": message["engine_id"], "pid": pid})
+        except OSError as error:
+            send_with_fds(
+                channel, {"event": "fork_failed", "engine_id": message["engine_id"], "reason": str(error)}
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _fork_model_template(channel: socket.socket, message: Mapping[str, Any], fds: list[int]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        from deployments.engine.prebuilt import model_template
+
+        channel.close()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        model_template(message, socket.socket(fileno=fds[0]))
+    except BaseException:  # noqa: BLE001 - last frame of this process: print, then end without the parent's handlers
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
+
+
+def _serve_plain(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
+    serve_forked(list(message["argv"]), http, reporter)
+
+
+def main() -> None:
+    """Entry point of the node's template."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    started_s = time.time()
+    preload()
+    threads = len(os.listdir("/proc/self/task"))
+    send_with_fds(
+        channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": threads}
+    )
+    serve_channel(channel, _serve_plain)
+
+
+if __name__ == "__main__":
+    main()
