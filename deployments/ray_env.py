@@ -3,6 +3,10 @@
 Ray and Serve read these when their processes start, so they belong to `ray start` (scripts/up sets them; in
 cluster-configs/ they stand in the head's and the workers' commands). They must never go through a
 `runtime_env`: a worker whose runtime_env is not empty is started from nothing, and a cold start waits for it.
+
+Ray's worker pool is left at its defaults. Idle workers belong to the job for which they were started, and that of
+scripts/up is over when the cluster is up: with RAY_enable_worker_prestart, RAY_preload_python_modules or a larger
+RAY_num_workers_soft_limit there were none either, and a replica took as long (1.3 to 1.7 s, two cores).
 """
 
 from __future__ import annotations
@@ -23,14 +27,6 @@ RAY_ENV: dict[str, Setting] = {
     "RAY_worker_niceness": Setting(
         "0",
         "Ray runs workers at nice 15; ours answer requests, and would lose to any batch job on the machine",
-    ),
-    "RAY_preload_python_modules": Setting(
-        "ray.serve._private.replica",
-        "an idle worker that has imported Serve's replica code saves a cold start that import",
-    ),
-    "RAY_num_workers_soft_limit": Setting(
-        "3",
-        "how many idle workers Ray keeps; its default is one per CPU, and ours are logical",
     ),
     "RAY_USAGE_STATS_ENABLED": Setting("0", "a self-hosted cluster reports to nobody"),
     "SPT_NOENV": Setting(
