@@ -1,0 +1,241 @@
+"""The composition root: a fleet file becomes one Serve application.
+
+`serve run deployments.app:build fleet=fleet.yaml`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.handle import DeploymentHandle
+
+from autoscaling.live.observer import Observer
+from deployments.engine.protocol import EngineSpec, default_run_dir
+from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
+from deployments.model import ModelReplica
+
+# How soon Serve sees that somebody waits. Its metrics of a waiting handle are those of the last period: the defaults
+# (10 s) cost a dark model 13 s before anything is even started.
+METRICS_INTERVAL_S = 0.2
+LOOK_BACK_S = 1.0
+# A gateway's requests are bounded by its own queues, model by model; Serve's bound would answer in another shape.
+GATEWAY_MAX_ONGOING = 100_000
+# vLLM takes 92 % of the memory of the machine for its KV cache on a CPU unless it is told otherwise.
+DEFAULT_CPU_KV_CACHE_GIB = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    node_id: str
+    raylet_pid: int
+    run_dir: Path
+
+
+def deployment_name(model_id: str) -> str:
+    """The Serve deployment of a model: its id, in the characters that Serve allows."""
+    return "model-" + re.sub(r"[^A-Za-z0-9_.-]+", "--", model_id)
+
+
+def engine_spec(model: Model, telemetry_argv: tuple[str, ...] = (), env: dict[str, str] | None = None) -> EngineSpec:
+    """What the engine host needs of a model of the fleet."""
+    environment = {**(env or {}), **model.env}
+    if not model.resources.gpus and "kv_cache_memory_bytes" not in {k.replace("-", "_") for k in model.engine}:
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
+    return EngineSpec(
+        model=model.id,
+        names=(model.id, *model.aliases),
+        source=model.source,
+        argv=(*telemetry_argv, *model.argv()),
+        env=tuple(sorted(environment.items())),
+        gpus=model.resources.gpus,
+        park=model.scaling.park,
+        start_deadline_s=model.limits.start_deadline_s,
+        drain_deadline_s=model.limits.drain_deadline_s,
+    )
+
+
+def host_config(fleet: Fleet) -> dict[str, Any]:
+    """The engine host's share of the fleet file."""
+    return fleet.engine_host.model_dump(mode="json")
+
+
+def only_node_that_fits(spec: EngineSpec, node_id: str) -> bool:
+    """Whether the replica of `spec` can land on this node alone, so that starting its engine here is not in vain.
+
+    An engine on GPUs has to wait for those that Ray grants to its replica.
+    """
+    import ray
+
+    if spec.gpus:
+        return False
+    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    return len(alive) == 1 and alive[0]["NodeID"] == node_id
+
+
+@serve.ingress()
+class GatewayDeployment:
+    """The ingress: `deployments.gateway` over Serve handles."""
+
+    def __init__(
+        self, fleet: dict[str, Any], observer: DeploymentHandle, **models: DeploymentHandle
+    ) -> None:
+        import ray
+
+        self._fleet = parse_fleet(fleet, "fleet")
+        self._observer = observer
+        self._handles = {m.id: models[_argument(m.id)] for m in self._fleet.models}
+        node_id = ray.get_runtime_context().get_node_id()
+        self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return LateGateway(self._build)
+
+    def _build(self) -> Any:
+        from deployments.gateway.app import build_gateway
+        from deployments.gateway.leases import ServeEngines
+        from deployments.telemetry import build_telemetry, engine_otel_args, settings
+
+        fleet = self._fleet
+        otel = settings(fleet.telemetry, os.environ)
+        telemetry = build_telemetry(fleet.telemetry, os.environ, role="gateway", instance=self._place.node_id[:12])
+        argv, env = engine_otel_args(otel)
+        specs = {m.id: engine_spec(m, tuple(argv), dict(env)) for m in fleet.models}
+        early = fleet.gateway.early_wake == "auto"
+        fits: dict[str, bool] = {}
+
+        def early_wake(spec: EngineSpec) -> bool:
+            if spec.model not in fits:
+                fits[spec.model] = early and only_node_that_fits(spec, self._place.node_id)
+            return fits[spec.model]
+
+        async def refresh_fits() -> None:
+            while True:
+                await asyncio.sleep(5)
+                fits.clear()
+
+        engines = ServeEngines(
+            specs,
+            self._handles,
+            self._observer,
+            self._place,
+            host_config(fleet),
+            early_wake=early_wake,
+            counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
+        )
+        gateway = build_gateway(fleet, engines, telemetry)
+        engines.start()
+        self._refreshing = asyncio.ensure_future(refresh_fits())
+        return gateway
+
+
+class LateGateway:
+    """Builds the application on the event loop that serves it, at its lifespan's start."""
+
+    def __init__(self, build: Any) -> None:
+        self._build = build
+        self._app: Any = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self._app is None:
+            self._app = self._build()
+        await self._app(scope, receive, send)
+
+
+def _argument(model_id: str) -> str:
+    return "m_" + model_id.encode().hex()
+
+
+def build_from_fleet(fleet: Fleet) -> serve.Application:
+    """One application: the gateway, the observer, and one deployment for each model."""
+    from deployments.telemetry import engine_otel_args, settings
+
+    argv, env = engine_otel_args(settings(fleet.telemetry, os.environ))
+    config = host_config(fleet)
+    handles = {
+        _argument(m.id): _model_deployment(m, engine_spec(m, tuple(argv), dict(env)), config) for m in fleet.models
+    }
+    observer = serve.deployment(Observer).options(
+        name="observer",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(
+        [{"id": m.id, "aliases": list(m.aliases), "deployment": deployment_name(m.id)} for m in fleet.models]
+    )
+    gateway: dict[str, Any] = {"num_replicas": fleet.gateway.replicas}
+    if fleet.gateway.max_replicas > fleet.gateway.replicas:
+        gateway = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=fleet.gateway.replicas,
+                max_replicas=fleet.gateway.max_replicas,
+                target_ongoing_requests=1000,
+            )
+        }
+    application: serve.Application = serve.deployment(GatewayDeployment).options(
+        name="gateway",
+        max_ongoing_requests=GATEWAY_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=5,
+        **gateway,
+    ).bind(fleet.model_dump(mode="json"), observer, **handles)
+    return application
+
+
+def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) -> serve.Application:
+    scaling, resources = model.scaling, model.resources
+    options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    if resources.custom:
+        options["resources"] = dict(resources.custom)
+    if len(resources.accelerator_types) == 1:
+        options["accelerator_type"] = resources.accelerator_types[0]
+    elif resources.accelerator_types:
+        options["label_selector"] = {
+            "ray.io/accelerator-type": f"in({','.join(resources.accelerator_types)})"
+        }
+    application: serve.Application = serve.deployment(ModelReplica).options(
+        name=deployment_name(model.id),
+        max_ongoing_requests=scaling.max_ongoing_requests,
+        ray_actor_options=options,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            target_ongoing_requests=scaling.target_ongoing_requests,
+            metrics_interval_s=METRICS_INTERVAL_S,
+            look_back_period_s=LOOK_BACK_S,
+            upscale_delay_s=0.0,
+            downscale_delay_s=min(scaling.keep_alive_s, 30.0),
+            downscale_to_zero_delay_s=scaling.keep_alive_s,
+        ),
+        # Serve kills a replica that drains longer; a lease lasts as long as its generation.
+        graceful_shutdown_timeout_s=model.limits.drain_deadline_s + 5,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=10,
+        health_check_timeout_s=60,
+    ).bind(spec.to_json(), config)
+    return application
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """`serve run deployments.app:build fleet=FILE`: the application of a fleet file.
+
+    In a Serve config file, `args: {fleet: FILE}` or the fleet itself under `args: {fleet: {...}}`.
+    Raises ConfigError for anything else.
+    """
+    from deployments.errors import ConfigError
+
+    unknown = sorted(set(args) - {"fleet"})
+    if unknown:
+        raise ConfigError(f"deployments.app:build takes fleet=FILE, not {', '.join(unknown)}")
+    fleet = args.get("fleet", "fleet.yaml")
+    if isinstance(fleet, str):
+        return build_from_fleet(load_fleet(Path(fleet)))
+    return build_from_fleet(parse_fleet(fleet, "args.fleet"))

@@ -1,0 +1,102 @@
+"""Bytes between a gateway and an engine on another node: a TCP tunnel from socket to socket, nothing parsed.
+
+The replica listens on its node's address. A connection begins with one line, `{"token": …, "to": "engine"|"leases"}`;
+whoever does not know the replica's token, which travels only through Ray, is cut off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+CHUNK_BYTES = 1 << 16
+HELLO_DEADLINE_S = 5.0
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Tunnel:
+    """The replica's end: lets gateways on other nodes reach its engine's socket and its leases."""
+
+    def __init__(self, serve_leases: Serve) -> None:
+        self.token = secrets.token_hex(16)
+        self.target: str | None = None  # the engine's unix socket, while there is one
+        self._serve_leases = serve_leases
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, ip: str) -> tuple[str, int]:
+        """Listen on a free port of `ip`; returns the address."""
+        self._server = await asyncio.start_server(self._accept, ip, 0)
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return host, port
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            line = await asyncio.wait_for(reader.readline(), HELLO_DEADLINE_S)
+            hello = json.loads(line)
+            if not hmac.compare_digest(str(hello["token"]), self.token):
+                return
+            if hello["to"] == "leases":
+                await self._serve_leases(reader, writer)
+            elif self.target is not None:
+                await splice(reader, writer, *await asyncio.open_unix_connection(self.target))
+        except (OSError, TimeoutError, ValueError, KeyError, TypeError):
+            return
+        finally:
+            writer.close()
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
+async def open_tunnel(
+    address: tuple[str, int], token: str, to: str
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to a replica's tunnel. Raises OSError."""
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(json.dumps({"token": token, "to": to}).encode() + b"\n")
+    return reader, writer
+
+
+async def local_end(path: Path, address: tuple[str, int], token: str) -> asyncio.Server:
+    """The gateway's end: a unix socket at `path` whose connections come out at the engine."""
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await splice(reader, writer, *await open_tunnel(address, token, "engine"))
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    return await asyncio.start_unix_server(accept, path)
+
+
+async def splice(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    far_reader: asyncio.StreamReader,
+    far_writer: asyncio.StreamWriter,
+) -> None:
+    """Copy both ways until one side closes; then close the other, so that a hang-up reaches the engine."""
+
+    async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(CHUNK_BYTES):
+                sink.write(data)
+                await sink.drain()
+
+    ways = [asyncio.create_task(copy(reader, far_writer)), asyncio.create_task(copy(far_reader, writer))]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            way.cancel()
+        far_writer.close()
+        writer.close()

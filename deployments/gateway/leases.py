@@ -1,0 +1,492 @@
+"""`Engines` over Ray Serve: a lease comes through a Serve handle, the bytes go straight to the engine's socket.
+
+On the engine's own node that socket is used as it is; from another node through a tunnel to the replica
+(deployments/engine/relay.py). A model that is dark is asked for twice at once: from Serve, whose queue is what makes it
+start a replica, and, where the replica can only land on this node and needs no GPU, from this node's engine host, so
+that the engine starts beside the replica and can answer before it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.engine.client import HostConnection
+from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
+from deployments.engine.relay import local_end, open_tunnel
+from deployments.errors import EngineStartFailed, EngineUnreachable
+from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase, Progress
+from deployments.gateway.transport import UnixTransport
+
+log = logging.getLogger("ray.serve")
+
+REPORT_EVERY_S = 1.0
+REPORT_AT_LEAST_EVERY_S = 5.0
+RETRY_S = 0.1
+METRICS_TIMEOUT_S = 2.0
+
+
+class Place(Protocol):
+    """Where this gateway runs."""
+
+    node_id: str
+    raylet_pid: int
+    run_dir: Path
+
+
+class ServeLease:
+    """A lease that Serve has granted."""
+
+    def __init__(
+        self,
+        engines: ServeEngines,
+        lease_id: str,
+        generator: Any,
+        grant: Mapping[str, Any],
+        cold_start: ColdStart,
+        transport: UnixTransport,
+    ) -> None:
+        self.engine_id: str = grant["engine"]["engine_id"]
+        self.cold_start = cold_start
+        self._engines = engines
+        self._lease_id = lease_id
+        self._generator = generator
+        self._grant = grant
+        self._transport = transport
+        self._released = False
+
+    async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
+        return await self._transport.request(method, target, headers, body)
+
+    async def release(self, *, engine_failed: bool = False) -> None:
+        if self._released:
+            return
+        self._released = True
+        self._engines.give_back(self._grant, self._lease_id, self._generator, engine_failed=engine_failed)
+
+
+class EarlyLease:
+    """A lease on an engine that its replica has not taken over yet; Serve's own lease follows in the background."""
+
+    def __init__(
+        self, engines: ServeEngines, info: EngineInfo, granted: asyncio.Task[ServeLease], transport: UnixTransport
+    ) -> None:
+        self.engine_id = info.engine_id
+        self.cold_start = _cold_start(info, ())
+        self._engines = engines
+        self._granted = granted
+        self._transport = transport
+
+    async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
+        return await self._transport.request(method, target, headers, body)
+
+    async def release(self, *, engine_failed: bool = False) -> None:
+        # Serve's lease is awaited, not cancelled: it is the demand that brings up the replica that will own the
+        # engine.
+        self._engines.release_when_granted(self._granted, engine_failed=engine_failed)
+
+
+class ServeEngines:
+    """See the module. Create it on the event loop that uses it, then `start` it."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, EngineSpec],
+        handles: Mapping[str, Any],
+        observer: Any,
+        place: Place,
+        host_config: Mapping[str, Any],
+        *,
+        early_wake: Callable[[EngineSpec], bool],
+        counts: Callable[[], Mapping[str, tuple[int, int]]],
+    ) -> None:
+        self._specs = specs
+        self._handles = {model: handle.options(stream=True) for model, handle in handles.items()}
+        self._observer = observer
+        self._place = place
+        self._host_config = dict(host_config)
+        self._early_wake = early_wake
+        self._counts = counts
+        self._id = secrets.token_hex(4)
+        self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
+        self._host_models: list[dict[str, Any]] = []
+        self._host_up = asyncio.Event()
+        self._local_changed: dict[str, asyncio.Event] = {model: asyncio.Event() for model in specs}
+        self._host: HostConnection | None = None
+        self._transports: dict[str, UnixTransport] = {}
+        self._tunnels: dict[str, asyncio.Server] = {}
+        self._lease_channels: dict[str, asyncio.StreamWriter] = {}
+        self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
+        self._failures: dict[str, str] = {}
+        self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
+        self._past_starts_s: dict[str, deque[float]] = {model: deque(maxlen=32) for model in specs}
+        self._last_start: dict[str, dict[str, Any]] = {}
+        self._counted: set[str] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        """Begin to follow this node's engine host and to report to the observer."""
+        self._spawn(self._follow_host())
+        self._spawn(self._report())
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # The node's engine host
+
+    async def _follow_host(self) -> None:
+        models = [spec.to_json() for spec in self._specs.values()]
+        while True:
+            try:
+                host = await HostConnection.open(self._place.run_dir, self._place.raylet_pid)
+                host.send({"op": "configure", "config": self._host_config, "models": models})
+                host.send({"op": "watch"})
+                self._host = host
+                self._host_up.set()
+                async for event in host.events():
+                    self._take_event(event)
+            except (OSError, TimeoutError, ValueError) as error:
+                log.warning("the node's engine host: %s", error)
+            self._host = None
+            self._host_up.clear()
+            self._local.clear()
+            await asyncio.sleep(RETRY_S)
+
+    def _take_event(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "engine":
+            infos = [EngineInfo.from_json(event["engine"])]
+        elif event["event"] == "status":
+            infos = [EngineInfo.from_json(e) for e in event["engines"]]
+            self._host_models = event["models"]
+            gone = set(self._local) - {i.engine_id for i in infos}
+            for engine_id in gone:
+                self._forget(self._local.pop(engine_id))
+        else:
+            return
+        for info in infos:
+            if info.state in ("failed", "dead"):
+                self._local.pop(info.engine_id, None)
+                self._forget(info)
+            else:
+                self._local[info.engine_id] = info
+            if changed := self._local_changed.get(info.model):
+                changed.set()
+
+    def _forget(self, info: EngineInfo) -> None:
+        if transport := self._transports.pop(info.engine_id, None):
+            self._spawn(transport.close())
+        if tunnel := self._tunnels.pop(info.engine_id, None):
+            tunnel.close()
+        if self._ready_models.get(info.model) == info.engine_id:
+            del self._ready_models[info.model]
+
+    def _local_engines(self, model: str) -> list[EngineInfo]:
+        fingerprint = self._specs[model].fingerprint
+        return [i for i in self._local.values() if i.fingerprint == fingerprint]
+
+    # Leases
+
+    async def acquire(self, model: str) -> ServeLease | EarlyLease:
+        waiting_id = secrets.token_hex(8)
+        self._waiting_since[model][waiting_id] = time.time()
+        try:
+            return await self._acquire(model)
+        finally:
+            self._waiting_since[model].pop(waiting_id, None)
+
+    async def _acquire(self, model: str) -> ServeLease | EarlyLease:
+        spec = self._specs[model]
+        granted = self._spawn(self._granted(model, time.time()))
+        if not self._early_wake(spec):
+            return await _own(granted)
+        if not any(i.held for i in self._local_engines(model)):
+            self._light(spec)
+        changed = self._local_changed[model]
+        try:
+            while True:
+                changed.clear()
+                ready = next((i for i in self._local_engines(model) if i.state == "ready" and not i.held), None)
+                if ready is not None and not granted.done():
+                    self._note_start(ready, None)
+                    return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
+                change = asyncio.ensure_future(changed.wait())
+                await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
+                change.cancel()
+                if granted.done():
+                    return granted.result()
+        except asyncio.CancelledError:
+            await _abandon(granted)
+            raise
+
+    def _light(self, spec: EngineSpec) -> None:
+        if self._host is not None:
+            self._host.send({"op": "light", "spec": spec.to_json(), "requested_s": time.time()})
+
+    async def _granted(self, model: str, arrived_s: float) -> ServeLease:
+        """Serve's lease. Waits through replicas that die meanwhile; the caller holds the deadline."""
+        while True:
+            lease_id = secrets.token_hex(8)
+            generator = self._handles[model].lease.remote(lease_id)
+            try:
+                grant = await anext(generator)
+            except DeploymentUnavailableError as error:
+                raise EngineStartFailed(f"Serve has given {model} up: {error}") from error
+            except (RayActorError, StopAsyncIteration) as error:
+                log.info("replica of %s went before it granted a lease: %r", model, error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            except asyncio.CancelledError:
+                generator.cancel()
+                raise
+            except RayError as error:
+                log.warning("lease of %s: %s", model, error)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if "failed" in grant:
+                self._spawn(_drain(generator))
+                self._failures[model] = grant["failed"]
+                raise EngineStartFailed(grant["failed"])
+            self._failures.pop(model, None)
+            return await self._lease(model, lease_id, generator, grant, arrived_s)
+
+    async def _lease(
+        self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
+    ) -> ServeLease:
+        info = EngineInfo.from_json(grant["engine"])
+        self._ready_models[model] = info.engine_id
+        phases: list[Phase] = []
+        if grant["init_s"] > arrived_s:  # the replica was started for this request
+            process_s = max(arrived_s, grant["process_s"])
+            phases.append(Phase("schedule", arrived_s, process_s - arrived_s))
+            phases.append(Phase("replica", process_s, max(0.0, grant["init_s"] - process_s)))
+        self._note_start(info, phases)
+        remote = grant["node"] != self._place.node_id
+        try:
+            if remote:
+                await self._open_tunnel(info, grant)
+                transport = self._transport(info.engine_id, str(self._tunnel_path(info)))
+            else:
+                transport = self._transport(info.engine_id, info.http)
+            channel = await self._lease_channel(grant, remote=remote)
+            channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
+        except OSError as error:
+            self._spawn(_drain(generator))
+            raise EngineUnreachable(f"the replica of {model} went away: {error}") from error
+        return ServeLease(self, lease_id, generator, grant, _cold_start(info, phases), transport)
+
+    async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
+        replica = grant["replica"]
+        channel = self._lease_channels.get(replica)
+        if channel is None or channel.is_closing():
+            if remote:
+                tunnel = grant["tunnel"]
+                reader, channel = await open_tunnel(tuple(tunnel["address"]), tunnel["token"], "leases")
+            else:
+                reader, channel = await asyncio.open_unix_connection(grant["lease_socket"])
+            self._lease_channels[replica] = channel
+            self._spawn(self._close_at_end(replica, reader, channel))
+        return channel
+
+    async def _close_at_end(
+        self, replica: str, reader: asyncio.StreamReader, channel: asyncio.StreamWriter
+    ) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        channel.close()
+        if self._lease_channels.get(replica) is channel:
+            del self._lease_channels[replica]
+
+    def give_back(self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool) -> None:
+        """Tell the replica that a lease is over; Serve's call then ends by itself."""
+        channel = self._lease_channels.get(grant["replica"])
+        if channel is not None and not channel.is_closing():
+            message = {
+                "op": "release",
+                "lease": lease_id,
+                "engine_failed": engine_failed,
+                "engine_id": grant["engine"]["engine_id"],
+            }
+            channel.write(json.dumps(message).encode() + b"\n")
+        self._spawn(_drain(generator))
+
+    def release_when_granted(self, granted: asyncio.Task[ServeLease], *, engine_failed: bool) -> None:
+        """Give a lease back as soon as Serve has granted it."""
+
+        async def release() -> None:
+            with contextlib.suppress(EngineStartFailed, EngineUnreachable):
+                lease = await granted
+                await lease.release(engine_failed=engine_failed)
+
+        self._spawn(release())
+
+    def _transport(self, engine_id: str, path: str) -> UnixTransport:
+        if engine_id not in self._transports:
+            self._transports[engine_id] = UnixTransport(path)
+        return self._transports[engine_id]
+
+    def _tunnel_path(self, info: EngineInfo) -> Path:
+        return self._place.run_dir / "gateways" / f"{self._id}-{info.engine_id}.sock"
+
+    async def _open_tunnel(self, info: EngineInfo, grant: Mapping[str, Any]) -> None:
+        if info.engine_id not in self._tunnels:
+            path = self._tunnel_path(info)
+            set_private(path.parent)
+            tunnel = grant["tunnel"]
+            self._tunnels[info.engine_id] = await local_end(path, tuple(tunnel["address"]), tunnel["token"])
+
+    # What is known
+
+    def _note_start(self, info: EngineInfo, phases: Sequence[Phase] | None) -> None:
+        if info.engine_id in self._counted and phases is None:
+            return
+        key = f"{info.engine_id}@{info.ready_s}"
+        if key in self._counted or info.ready_s is None:
+            return
+        self._counted.add(key)
+        start_s = min([info.requested_s, *(p.start_s for p in phases or ())])
+        self._past_starts_s[info.model].append(info.ready_s - start_s)
+        start = _cold_start(info, phases or ())
+        self._last_start[info.model] = {
+            "kind": start.kind,
+            "engine_id": start.engine_id,
+            "ready_s": start.ready_s,
+            "total_s": round(info.ready_s - start_s, 4),
+            "phases": [
+                {"name": p.name, "start_s": p.start_s, "duration_s": round(p.duration_s, 4)} for p in start.phases
+            ],
+        }
+
+    def progress(self, model: str) -> Progress | None:
+        waiting = self._waiting_since[model]
+        if not waiting:
+            return None
+        starting = [i for i in self._local_engines(model) if i.state == "starting"]
+        phase = "schedule"
+        if starting:
+            done = {name for name, _, _ in starting[0].phases}
+            phase = next((p for p in ("fork", "config", "weights", "warm_up") if p not in done), "warm_up")
+        elif any(m["model"] == model and m["source"]["state"] == "resolving" for m in self._host_models):
+            phase = "download"
+        elif model in self._ready_models:
+            phase = "queue"
+        past = self._past_starts_s[model]
+        return Progress(phase, time.time() - min(waiting.values()), statistics.median(past) if past else None)
+
+    def state(self, model: str) -> str:
+        states = {i.state for i in self._local_engines(model)}
+        if "ready" in states or model in self._ready_models:
+            return "ready"
+        if "starting" in states:
+            return "lighting"
+        if model in self._failures:
+            return "failed"
+        if self._waiting_since[model]:
+            return "lighting"
+        for state in ("draining", "parked"):
+            if state in states:
+                return state
+        return "dark"
+
+    async def status(self) -> Mapping[str, Any]:
+        await self._send_report()
+        result: Mapping[str, Any] = await self._observer.snapshot.remote()
+        return result
+
+    async def engine_metrics(self) -> Sequence[tuple[str, str]]:
+        async def one(info: EngineInfo) -> tuple[str, str] | None:
+            try:
+                async with asyncio.timeout(METRICS_TIMEOUT_S):
+                    transport = self._transport(info.engine_id, info.http)
+                    response = await transport.request("GET", "/metrics", [], b"")
+                    text = b"".join([chunk async for chunk in response.chunks()]).decode(errors="replace")
+            except (EngineUnreachable, TimeoutError):
+                return None
+            return (info.model, text) if response.status == 200 else None
+
+        ready = [i for i in self._local.values() if i.state == "ready"]
+        return [found for found in await asyncio.gather(*(one(i) for i in ready)) if found]
+
+    # Reports
+
+    async def _report(self) -> None:
+        last: Any = None
+        last_s = 0.0
+        while True:
+            report = self._report_now()
+            if report != last or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S:
+                await self._send_report()
+                last, last_s = report, time.monotonic()
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def _send_report(self) -> None:
+        try:
+            await self._observer.report.remote(self._id, self._report_now())
+        except RayError as error:
+            log.warning("the observer did not take the report: %s", error)
+
+    def _report_now(self) -> dict[str, Any]:
+        counts = self._counts()
+        return {
+            "node": self._place.node_id,
+            "host_up": self._host_up.is_set(),
+            "engines": [i.to_json() for i in self._local.values()],
+            "host_models": self._host_models,
+            "models": {
+                model: {
+                    "queued": counts.get(model, (0, 0))[0],
+                    "in_flight": counts.get(model, (0, 0))[1],
+                    "last_cold_start": self._last_start.get(model),
+                    "failure": self._failures.get(model),
+                    "seen_ready": model in self._ready_models,
+                }
+                for model in self._specs
+            },
+        }
+
+
+def _cold_start(info: EngineInfo, phases: Sequence[Phase]) -> ColdStart:
+    return ColdStart(
+        engine_id=info.engine_id,
+        kind=info.kind,
+        ready_s=info.ready_s or 0.0,
+        phases=(*phases, *(Phase(name, start_s, duration_s) for name, start_s, duration_s in info.phases)),
+    )
+
+
+async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await _abandon(task)
+        raise
+
+
+async def _abandon(task: asyncio.Task[ServeLease]) -> None:
+    """The caller is gone: cancel the call, or give back what it got in the meantime."""
+    if task.done():
+        if not task.cancelled() and task.exception() is None:
+            await task.result().release()
+    else:
+        task.cancel()
+
+
+async def _drain(generator: Any) -> None:
+    """Take Serve's end of the call, so that it forgets it."""
+    with contextlib.suppress(RayError, StopAsyncIteration):
+        async for _ in generator:
+            pass
