@@ -4,9 +4,9 @@ Ray and Serve read these when their processes start, so they belong to `ray star
 cluster-configs/ they stand in the head's and the workers' commands). They must never go through a
 `runtime_env`: a worker whose runtime_env is not empty is started from nothing, and a cold start waits for it.
 
-Ray's worker pool is left at its defaults. Idle workers belong to the job for which they were started, and that
-of scripts/up is over when the cluster is up: with RAY_enable_worker_prestart, RAY_preload_python_modules or a
-larger RAY_num_workers_soft_limit there were none either, and replicas started no sooner (1.3 to 1.7 s, 2 cores).
+Ray's worker pool is left at its defaults. Idle workers belong to the job for which they were started, and
+that of scripts/up is over when the cluster is up: with RAY_enable_worker_prestart, RAY_preload_python_modules
+or a larger RAY_num_workers_soft_limit there were none either, and replicas started no sooner.
 """
 
 from __future__ import annotations
