@@ -205,7 +205,12 @@ def test_every_ray_setting_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("verb", ["up", "down"])
-def test_scripts_tell_their_options_from_any_folder(verb: str, tmp_path: Path) -> None:
+def test_scripts_are_those_of_their_checkout_whatever_the_folder(verb: str, tmp_path: Path) -> None:
+    other = tmp_path / "deployments" / "local"
+    other.mkdir(parents=True)
+    (tmp_path / "deployments" / "__init__.py").touch()
+    (other / "__init__.py").touch()
+    (other / "__main__.py").write_text("print('another checkout')")
     done = subprocess.run(
         [ROOT / "scripts" / verb, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
