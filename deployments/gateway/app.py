@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from deployments.errors import MethodNotAllowed, NotFound, RelightError
@@ -60,6 +60,8 @@ class Gateway(Starlette):
         """Serve one ASGI connection."""
         if scope["type"] == "http" and (route := openai.match_route(path_of(scope))) is not None:
             await self.proxy(route, scope, receive, send)
+        elif scope["type"] == "http":
+            await super().__call__(scope, receive, _with_request_id(scope, send))
         else:
             await super().__call__(scope, receive, send)
 
@@ -103,6 +105,18 @@ class _Site:
 
     async def openapi(self, request: Request) -> Response:
         return Response(self._document, media_type="application/json")
+
+
+def _with_request_id(scope: Scope, send: Send) -> Send:
+    """A `send` that puts the request's id into the answer's headers."""
+    request_id = openai.request_id(scope["headers"]).encode("ascii")
+
+    async def send_with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+        await send(message)
+
+    return send_with_id
 
 
 async def _unreached(request: Request) -> Response:

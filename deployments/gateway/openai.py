@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -284,10 +285,10 @@ def check_headers(headers: Headers) -> None:
         )
 
 
-def to_engine(headers: Headers, request_id: str) -> list[tuple[bytes, bytes]]:
+def to_engine(headers: Headers, id_: str) -> list[tuple[bytes, bytes]]:
     """The client's headers that an engine may see, and the request's id."""
     kept = [(name, value) for name, value in _crossing(headers, _NOT_FORWARDED) if not _CONTROL.search(value)]
-    kept.append((b"x-request-id", request_id.encode("ascii")))
+    kept.append((b"x-request-id", id_.encode("ascii")))
     return kept
 
 
@@ -306,9 +307,10 @@ def _crossing(headers: Headers, dropped: frozenset[bytes]) -> Iterable[tuple[byt
             yield name, value
 
 
-def sane_request_id(value: bytes) -> str | None:
-    """The client's own request id, if it can be put into headers and logs without harm."""
-    return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else None
+def request_id(headers: Headers) -> str:
+    """The client's own request id if it can be put into headers and logs without harm, else a new one."""
+    value = header(headers, b"x-request-id")
+    return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
 
 
 def client_timeout_s(value: bytes) -> float | None:

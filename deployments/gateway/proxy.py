@@ -7,12 +7,11 @@ import contextlib
 import json
 import logging
 import math
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import parse_qs, quote
 
 from starlette.types import Receive, Scope, Send
@@ -95,11 +94,13 @@ class _ClientGone(Exception):
 class _HangUp:
     """Cancels the task inside its block when the client hangs up, and swallows that cancellation alone.
 
-    One task for each request watches `receive`; none for each chunk.
+    One task for each request watches `receive`; none for each chunk. Servers report a disconnect after a
+    complete answer too, which is no hang-up: `finished` tells.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, finished: Callable[[], bool]) -> None:
         self._receive = receive
+        self._finished = finished
         self.happened = False
 
     async def __aenter__(self) -> _HangUp:
@@ -112,8 +113,9 @@ class _HangUp:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        self.happened = True
-        self._task.cancel()
+        if not self._finished():
+            self.happened = True
+            self._task.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -156,9 +158,7 @@ class _Exchange:
         self.headers: Headers = scope["headers"]
         self.arrived_s = self.clock.time_s()
         self.arrived_monotonic_s = self.clock.monotonic_s()
-        self.request_id = (
-            openai.sane_request_id(openai.header(self.headers, b"x-request-id")) or uuid.uuid4().hex
-        )
+        self.request_id = openai.request_id(self.headers)
         self.method: str = scope["method"]
         self.query: bytes = scope.get("query_string", b"")
         self.target = ""
@@ -173,6 +173,7 @@ class _Exchange:
         self.status = 0  # what the client has been told; 0: nothing yet
         self.error: str | None = None
         self.events = False
+        self.finished = False  # the last byte was handed to the server
         self.send = send
 
     @property
@@ -203,6 +204,7 @@ class _Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def write(self, body: bytes, *, more: bool = True) -> None:
+        self.finished = not more
         await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def fail(self, error: RelightError, *, state: str | None = None) -> None:
@@ -330,7 +332,7 @@ class Proxy:
         self._queue(model, self._queues[model.id].arrive(model.id, self.engines.progress(model.id)))
         place = _Place(self, model)
         try:
-            async with _HangUp(receive) as hang_up:
+            async with _HangUp(receive, lambda: x.finished) as hang_up:
                 await self._converse(x, model, place)
             if hang_up.happened:
                 raise _ClientGone
@@ -355,7 +357,7 @@ class Proxy:
             failed = True
             raise
         finally:
-            await answer.close(engine_failed=failed)
+            await _to_the_end(answer.close(engine_failed=failed))
 
     async def _hold(self, x: _Exchange, model: Model, opening: asyncio.Task[_Answer]) -> None:
         """Wait until an engine answers. Streaming clients see the wake go on as comments."""
@@ -416,10 +418,10 @@ class Proxy:
                 try:
                     return await self._ask(x, lease)
                 except (EngineUnreachable, EngineInterrupted):
-                    await lease.release(engine_failed=True)
+                    await _to_the_end(lease.release(engine_failed=True))
                     raise
                 except BaseException:
-                    await lease.release()
+                    await _to_the_end(lease.release())
                     raise
             except (EngineUnreachable, EngineInterrupted) as error:
                 log.info("%s: attempt %d: %s", x.request_id, x.attempts, error.message)
@@ -467,7 +469,7 @@ class Proxy:
                     return _Answer(lease, response, b"".join(held), chunks, events)
             return _Answer(lease, response, b"".join(held), None, events)
         except BaseException:
-            await response.close()
+            await _to_the_end(response.close())
             raise
 
     # --------------------------------------------------------------------------------------------- the answer
@@ -480,7 +482,9 @@ class Proxy:
                 return
         else:
             headers = openai.to_client(response.headers) + x.own_headers()
-            if answer.rest is None:
+            if response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
+                pass  # these have no body, and HTTP forbids them a length
+            elif answer.rest is None:
                 headers.append((b"content-length", str(len(answer.head)).encode("ascii")))
             elif length := openai.header(response.headers, b"content-length"):
                 headers.append((b"content-length", length))
@@ -562,13 +566,30 @@ class _Place:
 async def _abandon(opening: asyncio.Task[_Answer]) -> None:
     """Stop an opening and wait until it has cleaned up; an answer that came at the same moment is closed."""
     opening.cancel()
-    while not opening.done():
-        # A second cancellation of the caller may not cut this short, or a lease would be lost; the first is
-        # raised.
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait({opening})
-    if not opening.cancelled() and opening.exception() is None:
-        await opening.result().close()
+
+    async def settle() -> None:
+        await asyncio.wait({opening})
+        if not opening.cancelled() and opening.exception() is None:
+            await opening.result().close()
+
+    await _to_the_end(settle())
+
+
+async def _to_the_end(cleanup: Coroutine[Any, Any, None]) -> None:
+    """Await a cleanup that a cancellation can't cut short, lest a lease be lost; then be cancelled.
+
+    A request may well be cancelled twice: by its client's hang-up, and by Serve for the same reason.
+    """
+    task = asyncio.create_task(cleanup)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    task.result()
 
 
 def _query(x: _Exchange, name: str) -> str:
@@ -604,10 +625,9 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
     (A server that answers and closes before a client has written everything resets the connection, and the
     client never reads the answer.)
     """
-    too_large = BodyTooLarge(f"The body is larger than the {max_bytes} bytes that this gateway takes.")
     declared = openai.header(headers, b"content-length")
     if declared.isdigit() and int(declared) > 2 * max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     parts: list[bytes] = []
     size = 0
     while True:
@@ -619,11 +639,15 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
         if size > max_bytes:
             parts.clear()
             if size > 2 * max_bytes:
-                raise too_large
+                raise _too_large(max_bytes)
         else:
             parts.append(part)
         if not message.get("more_body", False):
             break
     if size > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     return b"".join(parts)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than the {max_bytes} bytes that this gateway takes.")

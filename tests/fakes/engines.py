@@ -313,7 +313,11 @@ class FakeLease:
         return await self._model.transport(self._engine).request(method, target, headers, body)
 
     async def release(self, *, engine_failed: bool = False) -> None:
-        """Count the lease as given back."""
+        """Count the lease as given back, when `release_gate` lets it."""
+        if not self._released and self._model.release_gate is not None:
+            self._model.releasing += 1
+            self._model.notify()
+            await self._model.release_gate.wait()
         if not self._released:
             self._released = True
             self._model.leased -= 1
@@ -338,6 +342,8 @@ class FakeModel(Watched):
         self.leased = 0
         self.acquired = 0
         self.failed_leases = 0
+        self.releasing = 0
+        self.release_gate: asyncio.Event | None = None
         self.on_acquire: Callable[[], Awaitable[None]] | None = None
 
     def transport(self, engine: FakeEngine) -> UnixTransport:

@@ -245,6 +245,43 @@ async def test_being_cancelled_cleans_up_and_stays_cancelled(lab: Lab, lit: bool
         await lab.engine.until(lambda: lab.engine.aborted == 1)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_disconnect_after_the_last_byte_is_no_hang_up(lab: Lab, stream: bool) -> None:
+    """Servers report one after a complete answer, maybe before the lease has been given back."""
+    lab.model.light()
+    gate = lab.model.release_gate = asyncio.Event()
+    answer = await lab.chat(stream=stream)
+    await lab.model.until(lambda: lab.model.releasing == 1)
+    await lab.client.aclose()
+    gate.set()
+    await lab.quiet()
+    assert answer.status_code == 200
+    assert lab.telemetry.ended() == [(200, None)]
+
+
+@pytest.mark.parametrize("lit_late", [True, False])
+async def test_being_cancelled_twice_loses_no_lease(lab: Lab, lit_late: bool) -> None:
+    """A second cancellation, while the lease is being given back, doesn't keep it from being given back."""
+    begun = asyncio.Event()
+    lab.model.light()
+    gate = lab.model.release_gate = asyncio.Event()
+    if lit_late:
+        lab.engine.script.gate = asyncio.Event()  # still before the first byte
+    else:
+        lab.engine.script.gate_after_chunks = (1, asyncio.Event())
+    task = asyncio.create_task(scope_call(lab, begun))
+    await lab.engine.until(lambda: len(lab.engine.seen) == 1)
+    if not lit_late:
+        await begun.wait()
+    task.cancel()
+    await lab.model.until(lambda: lab.model.releasing == 1)
+    task.cancel()
+    gate.set()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    await lab.quiet()
+
+
 async def test_a_fault_of_the_gateway_is_a_500_with_its_traceback_in_the_log(
     lab: Lab, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,6 +7,7 @@ import schemathesis
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.gateway import exposition
+from tests.fakes.engines import FakeEngines
 from tests.gateway.lab import Lab
 
 VLLM = """\
@@ -62,6 +63,22 @@ async def test_the_status_is_the_engines(lab: Lab) -> None:
     """The whole fleet as the engines tell it."""
     document = (await lab.client.get("/relight/v1/status")).json()
     assert document["models"][0] == {"id": "tiny", "state": "dark"}
+
+
+async def test_a_status_that_fails_is_a_500_in_openais_shape(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody foresaw on the gateway's own pages tells no secrets either."""
+
+    async def broken(self: FakeEngines) -> None:
+        raise LookupError("unforeseen")
+
+    monkeypatch.setattr(FakeEngines, "status", broken)
+    answer = await lab.client.get("/relight/v1/status", headers={"X-Request-Id": "mine"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    assert "unforeseen" not in answer.text
+    assert answer.headers["x-request-id"] == "mine"
 
 
 async def test_metrics_are_one_valid_page(lab: Lab) -> None:
