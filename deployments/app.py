@@ -43,10 +43,14 @@ def deployment_name(model_id: str) -> str:
     return "model-" + re.sub(r"[^A-Za-z0-9_.-]+", "--", model_id)
 
 
-def engine_spec(model: Model, telemetry_argv: tuple[str, ...] = (), env: dict[str, str] | None = None) -> EngineSpec:
+def engine_spec(
+    model: Model, telemetry_argv: tuple[str, ...] = (), env: dict[str, str] | None = None
+) -> EngineSpec:
     """What the engine host needs of a model of the fleet."""
     environment = {**(env or {}), **model.env}
-    if not model.resources.gpus and "kv_cache_memory_bytes" not in {k.replace("-", "_") for k in model.engine}:
+    if not model.resources.gpus and "kv_cache_memory_bytes" not in {
+        k.replace("-", "_") for k in model.engine
+    }:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
     return EngineSpec(
         model=model.id,
@@ -84,11 +88,19 @@ class GatewayDeployment:
     """The ingress: `deployments.gateway` over Serve handles."""
 
     def __init__(
-        self, fleet: dict[str, Any], observer: DeploymentHandle, **models: DeploymentHandle
+        self,
+        fleet: dict[str, Any],
+        specs: list[dict[str, Any]],
+        otel: dict[str, str],
+        observer: DeploymentHandle,
+        **models: DeploymentHandle,
     ) -> None:
         import ray
 
         self._fleet = parse_fleet(fleet, "fleet")
+        # As the replicas have them: an engine that the gateway asks for must be one that a replica can take over.
+        self._specs = {s["model"]: EngineSpec.from_json(s) for s in specs}
+        self._environ = {**os.environ, **otel}
         self._observer = observer
         self._handles = {m.id: models[_argument(m.id)] for m in self._fleet.models}
         node_id = ray.get_runtime_context().get_node_id()
@@ -100,13 +112,11 @@ class GatewayDeployment:
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
         from deployments.gateway.leases import ServeEngines
-        from deployments.telemetry import build_telemetry, engine_otel_args, settings
+        from deployments.telemetry import build_telemetry
 
         fleet = self._fleet
-        otel = settings(fleet.telemetry, os.environ)
-        telemetry = build_telemetry(fleet.telemetry, os.environ, role="gateway", instance=self._place.node_id[:12])
-        argv, env = engine_otel_args(otel)
-        specs = {m.id: engine_spec(m, tuple(argv), dict(env)) for m in fleet.models}
+        instance = serve.get_replica_context().replica_id.unique_id
+        telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
         early = fleet.gateway.early_wake == "auto"
         fits: dict[str, bool] = {}
 
@@ -121,7 +131,7 @@ class GatewayDeployment:
                 fits.clear()
 
         engines = ServeEngines(
-            specs,
+            self._specs,
             self._handles,
             self._observer,
             self._place,
@@ -156,18 +166,26 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
     """One application: the gateway, the observer, and one deployment for each model."""
     from deployments.telemetry import engine_otel_args, settings
 
+    # The OTEL_* variables of whoever deploys count, also where Ray was started without them.
+    otel = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
     argv, env = engine_otel_args(settings(fleet.telemetry, os.environ))
     config = host_config(fleet)
-    handles = {
-        _argument(m.id): _model_deployment(m, engine_spec(m, tuple(argv), dict(env)), config) for m in fleet.models
-    }
-    observer = serve.deployment(Observer).options(
-        name="observer",
-        num_replicas=1,
-        max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0},
-    ).bind(
-        [{"id": m.id, "aliases": list(m.aliases), "deployment": deployment_name(m.id)} for m in fleet.models]
+    specs = {m.id: engine_spec(m, tuple(argv), dict(env)) for m in fleet.models}
+    handles = {_argument(m.id): _model_deployment(m, specs[m.id], config) for m in fleet.models}
+    observer = (
+        serve.deployment(Observer)
+        .options(
+            name="observer",
+            num_replicas=1,
+            max_ongoing_requests=1000,
+            ray_actor_options={"num_cpus": 0},
+        )
+        .bind(
+            [
+                {"id": m.id, "aliases": list(m.aliases), "deployment": deployment_name(m.id)}
+                for m in fleet.models
+            ]
+        )
     )
     gateway: dict[str, Any] = {"num_replicas": fleet.gateway.replicas}
     if fleet.gateway.max_replicas > fleet.gateway.replicas:
@@ -178,15 +196,19 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
                 target_ongoing_requests=1000,
             )
         }
-    application: serve.Application = serve.deployment(GatewayDeployment).options(
-        name="gateway",
-        max_ongoing_requests=GATEWAY_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0},
-        graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
-        graceful_shutdown_wait_loop_s=0.5,
-        health_check_period_s=5,
-        **gateway,
-    ).bind(fleet.model_dump(mode="json"), observer, **handles)
+    application: serve.Application = (
+        serve.deployment(GatewayDeployment)
+        .options(
+            name="gateway",
+            max_ongoing_requests=GATEWAY_MAX_ONGOING,
+            ray_actor_options={"num_cpus": 0},
+            graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
+            graceful_shutdown_wait_loop_s=0.5,
+            health_check_period_s=5,
+            **gateway,
+        )
+        .bind(fleet.model_dump(mode="json"), [s.to_json() for s in specs.values()], otel, observer, **handles)
+    )
     return application
 
 
@@ -201,26 +223,30 @@ def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) ->
         options["label_selector"] = {
             "ray.io/accelerator-type": f"in({','.join(resources.accelerator_types)})"
         }
-    application: serve.Application = serve.deployment(ModelReplica).options(
-        name=deployment_name(model.id),
-        max_ongoing_requests=scaling.max_ongoing_requests,
-        ray_actor_options=options,
-        autoscaling_config=AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
-            target_ongoing_requests=scaling.target_ongoing_requests,
-            metrics_interval_s=METRICS_INTERVAL_S,
-            look_back_period_s=LOOK_BACK_S,
-            upscale_delay_s=0.0,
-            downscale_delay_s=min(scaling.keep_alive_s, 30.0),
-            downscale_to_zero_delay_s=scaling.keep_alive_s,
-        ),
-        # Serve kills a replica that drains longer; a lease lasts as long as its generation.
-        graceful_shutdown_timeout_s=model.limits.drain_deadline_s + 5,
-        graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=10,
-        health_check_timeout_s=60,
-    ).bind(spec.to_json(), config)
+    application: serve.Application = (
+        serve.deployment(ModelReplica)
+        .options(
+            name=deployment_name(model.id),
+            max_ongoing_requests=scaling.max_ongoing_requests,
+            ray_actor_options=options,
+            autoscaling_config=AutoscalingConfig(
+                min_replicas=scaling.min_replicas,
+                max_replicas=scaling.max_replicas,
+                target_ongoing_requests=scaling.target_ongoing_requests,
+                metrics_interval_s=METRICS_INTERVAL_S,
+                look_back_period_s=LOOK_BACK_S,
+                upscale_delay_s=0.0,
+                downscale_delay_s=min(scaling.keep_alive_s, 30.0),
+                downscale_to_zero_delay_s=scaling.keep_alive_s,
+            ),
+            # Serve kills a replica that drains longer; a lease lasts as long as its generation.
+            graceful_shutdown_timeout_s=model.limits.drain_deadline_s + 5,
+            graceful_shutdown_wait_loop_s=0.2,
+            health_check_period_s=10,
+            health_check_timeout_s=60,
+        )
+        .bind(spec.to_json(), config)
+    )
     return application
 
 

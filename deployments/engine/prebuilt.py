@@ -34,7 +34,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from deployments.engine.process import StatusReporter, root_cause
 from deployments.engine.protocol import send_with_fds
@@ -67,13 +67,13 @@ class InProcessCore:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] | None = None
         self._outbox: asyncio.Queue[Any] | None = None
         self.idle_work: list[Callable[[], None]] = []  # done one at a time, when no request is running
-        self.steps = 0
 
     def start(self, loop: asyncio.AbstractEventLoop, threads: int) -> None:
         """Start the core's thread; `threads` is how many torch may use."""
         self._loop = loop
         self._inbox = queue.SimpleQueue()
         self._outbox = asyncio.Queue()
+        self.stepped = asyncio.Event()
         self._thread = threading.Thread(target=self._run, args=(threads,), daemon=True, name="EngineCore")
         self._thread.start()
 
@@ -98,7 +98,8 @@ class InProcessCore:
                         continue
                     outputs, executed = core.step_fn()
                     core.post_step(executed)
-                    self.steps += executed
+                    if executed and not self.stepped.is_set():
+                        self._loop.call_soon_threadsafe(self.stepped.set)
                     for output in (outputs or {}).values():
                         self._give(output)
                     if not executed:
@@ -170,7 +171,11 @@ class InProcessCore:
         future = self._loop.create_future()
 
         def settle(setter: Callable[[Any], None], value: Any) -> None:
-            self._loop.call_soon_threadsafe(lambda: future.done() or setter(value))
+            def if_wanted() -> None:
+                if not future.done():
+                    setter(value)
+
+            self._loop.call_soon_threadsafe(if_wanted)
 
         def run() -> None:
             try:
@@ -222,8 +227,8 @@ class ModelTemplate:
         """Build. `flat` is the file of mapped weights; `threads` what an engine may use. Raises `Unsupported`."""
         import torch
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -253,7 +258,7 @@ class ModelTemplate:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         if config.parallel_config.world_size > 1 or config.quant_config is not None:
             raise Unsupported("only one process, and weights that are not quantized, are prebuilt")
-        EngineCoreClient.make_async_mp_client = staticmethod(lambda **kwargs: InProcessCore(**kwargs))
+        EngineCoreClient.make_async_mp_client = staticmethod(InProcessCore)
         self.llm = AsyncLLM.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
@@ -311,7 +316,7 @@ class ModelTemplate:
             raise errors[0]
         return answers
 
-    def _prepare_server(self, lifespan: str) -> None:
+    def _prepare_server(self, lifespan: Literal["on", "off"]) -> None:
         import uvicorn
         from vllm import envs
 
@@ -368,7 +373,7 @@ class ModelTemplate:
             self.core.start(loop, self._threads)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, lambda: setattr(self._server, "should_exit", True))
-            loop.create_task(self._repack_after_first_tokens())
+            self._repacking = loop.create_task(self._repack_after_first_tokens())
             await self._server.serve(sockets=[http])
 
         uvloop.run(run())
@@ -380,8 +385,7 @@ class ModelTemplate:
         token. On a busy engine the work is spread: one layer every so many steps.
         """
         layers = repackable_layers(self._runner.model)
-        while layers and not self.core.steps:
-            await asyncio.sleep(0.1)
+        await self.core.stepped.wait()
 
         def pack_next() -> None:
             if layers:
@@ -422,7 +426,13 @@ def probe(address: str | bytes, model: str, tasks: tuple[str, ...]) -> list[byte
         text = _post(
             address,
             "/v1/completions",
-            {"model": model, "prompt": "One, two, three,", "max_tokens": WARM_TOKENS, "temperature": 0, "seed": 0},
+            {
+                "model": model,
+                "prompt": "One, two, three,",
+                "max_tokens": WARM_TOKENS,
+                "temperature": 0,
+                "seed": 0,
+            },
         )
         answers.append(json.dumps(json.loads(text)["choices"][0]["text"]).encode())
         chat = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
@@ -493,7 +503,9 @@ def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoRetu
         sys.stderr.flush()
         send_with_fds(channel, {"event": "template_failed", "reason": root_cause(error, log)})
         os._exit(1)
-    send_with_fds(channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": _threads()})
+    send_with_fds(
+        channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": _threads()}
+    )
     serve_channel(channel, template.serve)
 
 
@@ -503,7 +515,9 @@ def flat_name(message: Mapping[str, Any]) -> str:
     import vllm
 
     config = Path(message["argv"][message["argv"].index("--model") + 1])
-    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.glob("*")) if p.is_file()]
+    stamp = [
+        (p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(config.glob("*")) if p.is_file()
+    ]
     what = (str(config), stamp, message["argv"], vllm.__version__, torch.__version__)
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
@@ -571,9 +585,9 @@ def reset_thread_pools() -> None:
     for pool in list(_pools):
         pool._threads = set()
         pool._idle_semaphore = threading.Semaphore(0)
-        pool._work_queue = queue.SimpleQueue()  # type: ignore[assignment]
+        pool._work_queue = queue.SimpleQueue()
         pool._shutdown_lock = threading.Lock()
-    thread_pools._threads_queues.clear()
+    thread_pools._threads_queues.clear()  # type: ignore[attr-defined]
 
 
 def _fake_process_group() -> None:
@@ -605,8 +619,8 @@ def _drop_pages(address: int, size_bytes: int) -> None:
 
 
 def _threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def _thread_names() -> list[str]:
-    return [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deployments.engine.process import StatusReporter, run_engine, serve_forked
@@ -157,7 +158,7 @@ def main() -> None:
     channel = socket.socket(fileno=int(sys.argv[1]))
     started_s = time.time()
     preload()
-    threads = len(os.listdir("/proc/self/task"))
+    threads = len(list(Path("/proc/self/task").iterdir()))
     send_with_fds(
         channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": threads}
     )
