@@ -80,7 +80,7 @@ async def test_openai_models(lab: Lab) -> None:
 
 async def test_openai_errors_have_their_classes() -> None:
     """Each of the gateway's errors is the client's own exception for it."""
-    async with make_lab(limits={"max_queued": 1, "start_deadline_s": 0.3}) as lab, official(lab) as client:
+    async with make_lab(limits={"max_queued": 1}) as lab, official(lab) as client:
 
         async def ask(**fields: object) -> None:
             await client.chat.completions.create(**{"model": "tiny", "messages": HELLO, **fields})
@@ -94,8 +94,10 @@ async def test_openai_errors_have_their_classes() -> None:
         await lab.model.until(lambda: lab.model.waiting == 1)
         with pytest.raises(openai.RateLimitError):
             await ask()
+        waiting.cancel()
+        await lab.quiet()
         with pytest.raises(openai.InternalServerError) as late:
-            await waiting
+            await ask(extra_headers={"X-Request-Timeout-Seconds": "0.05"})
         assert late.value.status_code == 504
         lab.model.fail("no room on any GPU")
         with pytest.raises(openai.InternalServerError, match="no room on any GPU"):
