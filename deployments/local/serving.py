@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.local.console import Step
-from deployments.local.http import get
+from deployments.local.http import get, get_json
 from deployments.local.state import MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
 from deployments.ray_env import ray_env
 
@@ -98,6 +98,34 @@ def deploy(checkout: Checkout, cluster: Cluster, *, timeout_s: float) -> None:
         finally:
             ray.shutdown()
         _wait_for_http(cluster, step, time.monotonic() + 30)
+    _wait_for_templates(cluster, time.monotonic() + timeout_s)
+
+
+def _wait_for_templates(cluster: Cluster, deadline: float) -> None:
+    """Until the node's engine templates are built: a request before that would meet a slow first start.
+
+    A model whose template can't be built is named with the reason; it is served all the same, by plain starts.
+    """
+    try:
+        _templates(cluster)
+    except (OSError, ValueError, KeyError):
+        return  # another application than Relight's (RELIGHT_APP)
+    with Step("Building engine templates") as step:
+        while time.monotonic() < deadline:
+            templates = _templates(cluster)
+            pending = [t["model"] for t in templates if t["state"] in {"none", "building"}]
+            if templates and not pending:
+                break
+            step.note(", ".join(pending) or "waiting for the engine host")
+            time.sleep(0.2)
+    for template in templates:
+        if template["state"] == "failed":
+            print(f"  {template['model']} has no template, its starts are slower: {template['reason']}")
+
+
+def _templates(cluster: Cluster) -> list[dict[str, Any]]:
+    status = get_json(f"{cluster.endpoint}/relight/v1/status", timeout_s=10)
+    return [template for node in status["nodes"] for template in node["templates"]]
 
 
 def _application(cluster: Cluster) -> Any:
