@@ -29,7 +29,8 @@ _PHASE_LOGS = (
     ("warm_up", re.compile(r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s")),
 )
 _ROOT_CAUSE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)): (.+)$")
-_ARGPARSE_ERROR = re.compile(r": error: (.+)$")
+# As argparse prints it; its own source, in the traceback below, is indented.
+_ARGPARSE_ERROR = re.compile(r"^\S.*: error: (.+)$")
 
 
 class StatusReporter:
