@@ -15,7 +15,7 @@ from typing import Any
 from bench import clusters, usage
 from bench.client import chat, closed_loop, one
 from bench.clusters import MODEL, Running, say
-from bench.numbers import table
+from bench.numbers import median_of, table
 
 REQUESTS = 100
 PROMPT = "What is the capital of France?"
@@ -25,15 +25,24 @@ Sample = dict[str, int]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--settle", type=float, default=2.0, help="seconds before each reading (default: 2)")
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=5.0,
+        help="seconds of quiet before each reading, in which the idle processor time is taken (default: 5)",
+    )
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    """Five states, `--runs` readings each."""
+    """Every state, `--runs` readings each."""
     samples: dict[str, list[Sample]] = {}
+    busy: dict[str, list[dict[str, float]]] = {}
 
     def read(state: str, running: Running) -> None:
+        before = usage.cpu_by_kind(running.processes())
         time.sleep(options.settle)
+        used = usage.cpu_between(before, usage.cpu_by_kind(running.processes()))
+        busy.setdefault(state, []).append({kind: s / options.settle for kind, s in used.items()})
         sample = usage.pss_by_kind(running.processes())
         samples.setdefault(state, []).append(sample)
         say(f"{state}: {sum(sample.values()) / 2**20:.0f} MiB")
@@ -73,10 +82,10 @@ def measure(options: Namespace) -> dict[str, Any]:
             read("dark, prebuilt off", running)
             light(running)
             read("lit, prebuilt off", running)
-    return {"states": {state: _summary(found) for state, found in samples.items()}}
+    return {"states": {state: _summary(found, busy[state]) for state, found in samples.items()}}
 
 
-def _summary(samples: list[Sample]) -> dict[str, Any]:
+def _summary(samples: list[Sample], busy: list[dict[str, float]]) -> dict[str, Any]:
     kinds = sorted({kind for sample in samples for kind in sample})
     medians = {kind: int(statistics.median(s.get(kind, 0) for s in samples)) for kind in kinds}
     return {
@@ -84,6 +93,8 @@ def _summary(samples: list[Sample]) -> dict[str, Any]:
         "pss_bytes": {k: v for k, v in medians.items() if v},
         "sum_bytes": int(statistics.median(sum(s.values()) for s in samples)),
         "ours_bytes": int(statistics.median(sum(s.get(k, 0) for k in OURS) for s in samples)),
+        "cores": round(statistics.median(sum(b.values()) for b in busy), 4),
+        "cores_by_process": {k: round(v, 4) for k, v in median_of(busy).items()},
     }
 
 
@@ -104,4 +115,11 @@ def text(result: dict[str, Any]) -> str:
     lines.append(["sum", *(mib(s["sum_bytes"]) for s in states.values())])
     bare = states["bare Serve"]["sum_bytes"]
     lines.append(["times bare Serve", *(round(s["sum_bytes"] / bare, 2) for s in states.values())])
-    return table(["PSS in MiB, medians", *states], lines)
+    cores = [
+        f"  {name}: {state['cores']:.1%} ("
+        + ", ".join(f"{kind} {share:.1%}" for kind, share in state["cores_by_process"].items())
+        + ")"
+        for name, state in states.items()
+    ]
+    sizes = table(["PSS in MiB, medians", *states], lines)
+    return "\n".join([sizes, "\nprocessor time while nothing is asked, of one core:", *cores])

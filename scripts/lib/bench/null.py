@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import httptools
@@ -33,8 +33,7 @@ class NullEngine(asyncio.Protocol):
     """One connection."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
         self._parser = httptools.HttpRequestParser(self)
         self._body = b""
 
@@ -132,8 +131,11 @@ async def bare_asgi(scope: Any, receive: Any, send: Any) -> None:
 def bare_application() -> Any:
     from ray import serve
 
+    def app() -> Any:  # Serve takes a plain function for one that makes the application
+        return bare_asgi
+
     @serve.deployment(name="Bare", max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0})
-    @serve.ingress(bare_asgi)
+    @serve.ingress(app)
     class Bare:
         pass
 

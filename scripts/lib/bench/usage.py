@@ -27,7 +27,7 @@ _KINDS = (
     (r"^ray::ServeReplica:[^:]+:LLMServer", "LLMServer replica"),
     (r"^ray::ServeReplica", "other replica"),
     (r"^ray::ServeController", "Serve controller"),
-    (r"^ray::Proxy", "Serve proxy"),
+    (r"^ray::(Proxy|HAProxy)", "Serve proxy"),
     (r"haproxy", "HAProxy"),
     (r"^ray::IDLE", "idle workers"),
     (r"gcs_server", "GCS"),
