@@ -29,6 +29,7 @@ LOOK_BACK_S = 1.0
 GATEWAY_MAX_ONGOING = 100_000
 # vLLM takes 92 % of the memory of the machine for its KV cache on a CPU unless it is told otherwise.
 DEFAULT_CPU_KV_CACHE_GIB = "1"
+REQUEST_ID = b"x-request-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,11 @@ class GatewayDeployment:
 
 
 class LateGateway:
-    """Builds the application on the event loop that serves it, at its lifespan's start."""
+    """Builds the application on the event loop that serves it, at its lifespan's start.
+
+    Serve's own middleware gives every request an `x-request-id` and appends it to every answer; the gateway's, which is
+    the same, is left out, since a client would read two as one: "id, id".
+    """
 
     def __init__(self, build: Any) -> None:
         self._build = build
@@ -155,7 +160,17 @@ class LateGateway:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self._app is None:
             self._app = self._build()
-        await self._app(scope, receive, send)
+        if scope["type"] != "http" or not any(name == REQUEST_ID for name, _ in scope["headers"]):
+            await self._app(scope, receive, send)
+            return
+
+        async def send_without_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(name, value) for name, value in message["headers"] if name.lower() != REQUEST_ID]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, receive, send_without_id)
 
 
 def _argument(model_id: str) -> str:
