@@ -20,10 +20,6 @@ class Setting(NamedTuple):
 
 
 RAY_ENV: dict[str, Setting] = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": Setting(
-        "0.03",
-        "a cold start crosses the Serve controller's loop about four times, at Ray's default 0.1 s each",
-    ),
     "RAY_worker_niceness": Setting(
         "0",
         "Ray runs workers at nice 15; ours answer requests, and would lose to any batch job on the machine",

@@ -201,7 +201,7 @@ def test_the_second_of_two_waits_and_says_for_whom(tmp_path: Path) -> None:
 
 def test_every_ray_setting_has_a_reason() -> None:
     assert all(setting.reason for setting in RAY_ENV.values())
-    assert ray_env()["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.03"
+    assert ray_env()["RAY_worker_niceness"] == "0"
 
 
 @pytest.mark.parametrize("verb", ["up", "down"])
