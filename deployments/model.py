@@ -37,7 +37,9 @@ class ModelReplica:
     good; a replica that says why lets the gateway tell the client, and tries again when asked again.
     """
 
-    async def __init__(self, spec: Mapping[str, Any], host_config: Mapping[str, Any]) -> None:
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, spec: Mapping[str, Any], host_config: Mapping[str, Any]
+    ) -> None:
         import ray
 
         self._init_s = time.time()
@@ -83,7 +85,7 @@ class ModelReplica:
         while True:
             try:
                 host = await HostConnection.open(self._run_dir, self._raylet_pid)
-                info = await acquire(host, self._spec, self._gpu_ids, requested_s)
+                info = await acquire(host, self._spec, self._gpu_ids, requested_s, self._host_config)
                 break
             except EngineStartFailed as error:
                 self._failure, self._failed_s = error.message, time.time()

@@ -58,16 +58,18 @@ def _spawn_host(run_dir: Path, raylet_pid: int | None) -> None:
     # Ray ends the children of a worker that ends; an orphan in its own session is not one of them.
     launcher = "import subprocess, sys; subprocess.Popen(sys.argv[1:], start_new_session=True)"
     with (run_dir / "host.log").open("ab") as output:
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", launcher, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
             cwd="/",
-            check=True,
+            check=False,
             start_new_session=True,
         )
+    if done.returncode:
+        raise ConnectionError(f"the engine host could not be started, see {run_dir / 'host.log'}")
 
 
 class HostConnection:
@@ -107,13 +109,25 @@ class HostConnection:
 
 
 async def acquire(
-    connection: HostConnection, spec: EngineSpec, gpu_ids: list[str], requested_s: float
+    connection: HostConnection,
+    spec: EngineSpec,
+    gpu_ids: list[str],
+    requested_s: float,
+    config: Mapping[str, Any] | None = None,
 ) -> EngineInfo:
     """Get an engine that is ready; the connection is its lease from here on.
 
+    `config` is the fleet's `engine_host`, for a host on a node without a gateway, whom nobody else tells.
+
     Raises EngineStartFailed with the engine's own reason, ConnectionError if the host goes.
     """
-    message = {"op": "acquire", "spec": spec.to_json(), "gpu_ids": gpu_ids, "requested_s": requested_s}
+    message = {
+        "op": "acquire",
+        "spec": spec.to_json(),
+        "gpu_ids": gpu_ids,
+        "requested_s": requested_s,
+        "config": config,
+    }
     connection.send(message)
     async for event in connection.events():
         if event["event"] == "ready":

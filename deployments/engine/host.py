@@ -8,7 +8,7 @@ What survives what:
 - The host is killed: engines live on, held by their replicas (see keeper.py). The next host reads the registry in
   the run directory and takes them over. Parked engines get the same chance, within the keeper's grace.
 - The template is killed: engines live on; a new template is started. Until it is ready, starts wait for it.
-- A replica is killed: its engine finishes what it is generating and waits `ABANDONED_S` for the next replica of its model.
+- A replica is killed: its engine finishes what it is generating and waits `ABANDONED_S` for the model's next replica.
 - An engine is killed: its replica is told at once, with the reason.
 """
 
@@ -43,6 +43,7 @@ from deployments.engine.protocol import (
     send_with_fds,
     set_private,
 )
+from deployments.engine.use_lock import UseLock, hold
 
 log = logging.getLogger("relight.host")
 
@@ -51,10 +52,21 @@ PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the r
 STOP_GRACE_S = 5.0
 REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 HEALTH_TIMEOUT_S = 10.0
+FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
+START_ATTEMPTS = 3  # templates that may die under a start
+
+
+STEADY_S = 60.0  # a template that lived this long is replaced at once
+RESTART_DELAY_S = 2.0
+TEMPLATE = "deployments.engine.template"
 
 
 class StartFailed(Exception):
     """An engine can't start; the message is its own reason."""
+
+
+class TemplateGone(StartFailed):
+    """The template ended before it had forked: another may do it."""
 
 
 @dataclass(slots=True)
@@ -70,6 +82,8 @@ class Engine:
     expiry: asyncio.TimerHandle | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     start_s: float = 0.0  # what its start took
+    path: str | None = None  # the folder of its weights
+    weights: UseLock | None = None  # keeps that folder in the node's cache
 
 
 @dataclass(slots=True)
@@ -86,13 +100,15 @@ class ModelEntry:
     template_state: str = "none"  # building, ready, failed, off
     template_reason: str | None = None
     template_tried_s: float = 0.0
+    failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
 
 
 class Template:
     """A template process, the node's or a model's: forks what it is asked to."""
 
-    def __init__(self, channel: socket.socket, name: str, on_end: Callable[[], None]) -> None:
+    def __init__(self, channel: socket.socket, name: str, on_end: Callable[[], None], log: Path) -> None:
         self.name = name
+        self.log = log
         self.ready: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
         self.pid: int | None = None
@@ -110,7 +126,7 @@ class Template:
         except OSError:
             received = None
         if received is None:
-            self.close("the template process ended")
+            self.close(f"the {self.name} template ended; its log ends with: {_last_line(self.log)}")
             return
         message, _ = received
         match message["event"]:
@@ -135,7 +151,7 @@ class Template:
         try:
             send_with_fds(self._channel, message, fds)
         except OSError as error:
-            raise StartFailed(f"the {self.name} template is gone: {error}") from error
+            raise TemplateGone(f"the {self.name} template is gone: {error}") from error
         self._forks[message["engine_id"]] = future
         return future
 
@@ -146,10 +162,10 @@ class Template:
         asyncio.get_running_loop().remove_reader(self._channel.fileno())
         self._channel.close()
         if not self.ready.done():
-            self.ready.set_exception(StartFailed(reason))
+            self.ready.set_exception(TemplateGone(reason))
         for future in self._forks.values():
             if not future.done():
-                future.set_exception(StartFailed(reason))
+                future.set_exception(TemplateGone(reason))
         self._forks.clear()
         self._on_end()
 
@@ -157,8 +173,9 @@ class Template:
 class Host:
     """The node's engines. Everything runs on one event loop; there are no locks but one for each model's starts."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, template: str = TEMPLATE) -> None:
         self.run_dir = run_dir
+        self.template_module = template
         self.engine_dir = run_dir / "engines"
         set_private(self.engine_dir)
         self.config: dict[str, Any] = {"park_memory_bytes": 0, "prebuilt": "auto", "cache_dir": None}
@@ -167,6 +184,8 @@ class Host:
         self.node: Template | None = None
         self.node_process: subprocess.Popen[bytes] | None = None
         self.started_s = time.time()
+        self._configured = False
+        self._node_up = asyncio.Event()  # the node's template lives, though it may not be ready
         self._start_locks: dict[str, asyncio.Lock] = {}
         self._watchers: set[Callable[[Mapping[str, Any]], None]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -181,7 +200,7 @@ class Host:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with (self.run_dir / "template.log").open("ab") as output:
             self.node_process = subprocess.Popen(
-                [sys.executable, "-m", "deployments.engine.template", str(theirs.fileno())],
+                [sys.executable, "-m", self.template_module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -192,6 +211,7 @@ class Host:
         born_s = time.time()
 
         def ended() -> None:
+            self._node_up.clear()
             process = self.node_process
             if process is not None:
                 process.kill()
@@ -199,12 +219,13 @@ class Host:
             if self._closing:
                 return
             # A template that can't even import is tried again, but not in a tight loop.
-            delay_s = 0.0 if time.time() - born_s > 60 else 2.0
+            delay_s = 0.0 if time.time() - born_s > STEADY_S else RESTART_DELAY_S
             log.warning("the node's template ended; starting another in %.0f s", delay_s)
             asyncio.get_running_loop().call_later(delay_s, self._restart_node_template)
 
-        self.node = Template(ours, "node", ended)
+        self.node = Template(ours, "node", ended, self.run_dir / "template.log")
         self.node.pid = self.node_process.pid
+        self._node_up.set()
 
     def _restart_node_template(self) -> None:
         if self._closing:
@@ -217,7 +238,8 @@ class Host:
 
     def configure(self, config: Mapping[str, Any], specs: list[EngineSpec]) -> None:
         """Take the fleet's settings and models: bring sources to this node and build templates ahead."""
-        self.config.update({k: v for k, v in config.items() if k in self.config})
+        self._configured = True
+        self._set(config)
         wanted = {spec.fingerprint: spec for spec in specs}
         for fingerprint, spec in wanted.items():
             if fingerprint in self.models:
@@ -233,14 +255,23 @@ class Host:
                     self._spawn(self.stop(engine, "its model left the fleet"))
         self._changed()
         self._spawn(self._build_templates())
+        self._spawn(self._evict())
+
+    def _set(self, config: Mapping[str, Any]) -> None:
+        self.config.update({k: v for k, v in config.items() if k in self.config})
 
     def entry(self, spec: EngineSpec) -> ModelEntry:
-        """The model's entry, made if a replica came before the fleet did."""
+        """The model's entry, made if a replica came before the fleet did, or on a node without a gateway."""
+        if spec.fingerprint not in self.models and not self._configured:
+            # Nobody tells this node what left the fleet: a model's new version replaces its old one.
+            for fingerprint in [f for f, e in self.models.items() if e.spec.model == spec.model]:
+                if template := self.models.pop(fingerprint).template:
+                    template.close("another version of the model came")
         return self.models.setdefault(spec.fingerprint, ModelEntry(spec))
 
     async def resolve(self, entry: ModelEntry) -> str:
         """The local folder of the model's source; fetches it at most once at a time. Raises StartFailed."""
-        if entry.path is not None and Path(entry.path).is_dir():
+        if entry.path is not None and Path(entry.path).is_dir():  # noqa: ASYNC240 - a stat, of a local disk
             return entry.path
         if (Path(entry.spec.source) / "config.json").is_file():  # a folder: used where it is
             entry.path, entry.source_state, entry.source_reason = entry.spec.source, "ready", None
@@ -255,6 +286,19 @@ class Host:
             raise
         entry.source_state, entry.source_reason = "ready", None
         return entry.path
+
+    async def _hold_weights(self, entry: ModelEntry) -> tuple[str, UseLock | None]:
+        """The folder of the model's source, and the lock that keeps it. Raises StartFailed."""
+        while True:
+            path = await self.resolve(entry)
+            try:
+                return path, hold(Path(path))
+            except FileNotFoundError:
+                entry.path = None
+            except BlockingIOError:
+                await asyncio.sleep(0.1)
+            except OSError as error:
+                raise StartFailed(f"{path}: {error}") from error
 
     async def _fetch(self, entry: ModelEntry) -> str:
         # In a process of its own: fetching imports and converts, and may be killed.
@@ -304,8 +348,9 @@ class Host:
         entry.template_tried_s = time.time()
         entry.template_state = "building"
         self._changed()
+        weights: UseLock | None = None
         try:
-            path = await self.resolve(entry)
+            path, weights = await self._hold_weights(entry)
             node = self.node
             if node is None:
                 raise StartFailed("the node's template is not there")
@@ -315,19 +360,21 @@ class Host:
 
             def ended() -> None:
                 entry.template = None
+                let_weights_go(weights)
                 if entry.template_state == "ready" and not self._closing:
                     entry.template_state = "none"
                     self._changed()
                     self._spawn(self._build_templates())
 
-            template = Template(ours, entry.spec.model, ended)
+            log_file = self.run_dir / f"{template_id}.log"
+            template = Template(ours, entry.spec.model, ended, log_file)
             message = {
                 "op": "template",
                 "engine_id": template_id,
                 "model": entry.spec.model,
                 "argv": _argv(entry.spec, path),
                 "env": dict(entry.spec.env),
-                "log": str(self.run_dir / f"{template_id}.log"),
+                "log": str(log_file),
                 "flat_dir": str(Path(self.config["cache_dir"] or _default_cache()) / "mapped"),
                 "threads": _threads_for(entry.spec),
             }
@@ -341,6 +388,8 @@ class Host:
             entry.template_state, entry.template_reason = "failed", str(error)
             if entry.template is not None:
                 entry.template.close(str(error))
+            else:
+                let_weights_go(weights)
             log.warning("no template for %s, its starts are plain: %s", entry.spec.model, error)
         self._changed()
 
@@ -349,13 +398,45 @@ class Host:
     async def start(self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float) -> Engine:
         """Fork a new engine. Returns as soon as it is on its way: `engine.settled` tells the rest."""
         entry = self.entry(spec)
-        path = await self.resolve(entry)
-        template, kind = entry.template, "prebuilt"
-        if template is None or entry.template_state != "ready":
-            template, kind = self.node, "forked"
-            if template is None:
-                raise StartFailed("the node's template is not there")
-            await asyncio.shield(template.ready)
+        attempt = 1
+        while True:
+            path, weights = await self._hold_weights(entry)
+            try:
+                template, kind = await self._template_for(entry)
+                return await self._fork(
+                    template, kind, spec, gpu_ids=gpu_ids, requested_s=requested_s, path=path, weights=weights
+                )
+            except TemplateGone as error:
+                let_weights_go(weights)
+                log.warning("start of %s, attempt %d: %s", spec.model, attempt, error)
+                if attempt == START_ATTEMPTS:
+                    raise
+                attempt += 1
+            except StartFailed:
+                let_weights_go(weights)
+                raise
+
+    async def _template_for(self, entry: ModelEntry) -> tuple[Template, str]:
+        """The model's own template, or the node's once it is ready."""
+        if entry.template is not None and entry.template_state == "ready":
+            return entry.template, "prebuilt"
+        await self._node_up.wait()
+        assert self.node is not None
+        node = self.node
+        await asyncio.shield(node.ready)
+        return node, "forked"
+
+    async def _fork(
+        self,
+        template: Template,
+        kind: str,
+        spec: EngineSpec,
+        *,
+        gpu_ids: tuple[str, ...],
+        requested_s: float,
+        path: str,
+        weights: UseLock | None,
+    ) -> Engine:
         engine_id = f"{_slug(spec.model)}-{secrets.token_hex(4)}"
         base = self.engine_dir / engine_id
         info = EngineInfo(
@@ -370,12 +451,9 @@ class Host:
             requested_s=requested_s,
             last_used_s=time.time(),
         )
-        engine = Engine(info, spec, settled=asyncio.get_running_loop().create_future())
+        engine = Engine(info, spec, settled=asyncio.get_running_loop().create_future(), path=path)
         assert engine.settled is not None
         engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
-        self.engines[engine_id] = engine
-        http_socket, control = _listen(info.http, 4096), _listen(info.control, 16)
-        status_read, status_write = os.pipe()
         message = {
             "op": "fork",
             "engine_id": engine_id,
@@ -386,21 +464,28 @@ class Host:
             "log": f"{base}.log",
             "requested_s": time.time(),
         }
-        self._spawn(self._read_status(engine, status_read), engine)
+        self.engines[engine_id] = engine
+        status_write = -1
         try:
-            with http_socket, control:
-                forked = template.fork(message, [http_socket.fileno(), control.fileno(), status_write])
-            os.close(status_write)
-            status_write = -1
-            info.pid = await forked
-        except StartFailed as error:
+            with _listen(info.http, 4096) as http_socket, _listen(info.control, 16) as control:
+                status_read, status_write = os.pipe()
+                self._spawn(self._read_status(engine, status_read), engine)
+                info.pid = await template.fork(
+                    message, [http_socket.fileno(), control.fileno(), status_write]
+                )
+            self._hold(engine)
+            self._register(engine)
+        except (StartFailed, OSError) as error:
+            # It may be the engine that has ended already: then it has said why.
+            if isinstance(error, OSError) and info.pid is not None:
+                await asyncio.sleep(0.05)
+                error = StartFailed(info.reason or f"the engine process {info.pid} ended at once: {error}")
             self._ended(engine, str(error))
-            raise
+            raise error if isinstance(error, StartFailed) else StartFailed(str(error)) from error
         finally:
             if status_write >= 0:
                 os.close(status_write)
-        self._hold(engine)
-        self._register(engine)
+        engine.weights = weights
         self._spawn(self._wait_ready(engine), engine)
         self._changed(engine)
         return engine
@@ -417,7 +502,8 @@ class Host:
         """Write what the next host needs to take this engine over."""
         path = self.engine_dir / f"{engine.info.engine_id}.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"info": engine.info.to_json(), "spec": engine.spec.to_json()}))
+        saved = {"info": engine.info.to_json(), "spec": engine.spec.to_json(), "path": engine.path}
+        partial.write_text(json.dumps(saved))
         partial.rename(path)
 
     async def _read_status(self, engine: Engine, descriptor: int) -> None:
@@ -433,6 +519,11 @@ class Host:
                     self._changed(engine)
                 elif message["event"] == "failed":
                     engine.info.reason = message["reason"]
+                elif message["event"] == "born":
+                    # Should its template die before it can name the child, this is how we know of it.
+                    engine.info.pid = message["pid"]
+                    if engine.info.engine_id not in self.engines:
+                        self._kill(engine)  # the start goes on elsewhere
         finally:
             transport.close()
 
@@ -466,7 +557,7 @@ class Host:
         self._settle(engine, None)
         self._changed(engine)
         entry = self.entry(engine.spec)
-        if info.kind == "forked" and entry.template_state == "failed":
+        if info.kind == "forked" and entry.template_state in ("failed", "none"):
             self._spawn(self._build_templates())
 
     def _settle(self, engine: Engine, reason: str | None) -> None:
@@ -498,16 +589,29 @@ class Host:
             engine.control.close()
         if engine.expiry is not None:
             engine.expiry.cancel()
+        let_weights_go(engine.weights)
+        engine.weights = None
         info.state = "failed" if was_starting else "dead"
         for path in (info.http, info.control, str(self.engine_dir / f"{info.engine_id}.json")):
             Path(path).unlink(missing_ok=True)
-        if not was_starting:
+        if was_starting:
+            if entry := self.models.get(info.fingerprint):
+                entry.failure = (info.reason, time.time())
+            self._keep_one_log(info)
+        else:
             Path(f"{self.engine_dir / info.engine_id}.log").unlink(missing_ok=True)
         self._settle(engine, info.reason)
         if engine.watcher is not None:
             engine.watcher({"event": "exit", "engine_id": info.engine_id, "reason": info.reason})
         log.info("engine %s is %s: %s", info.engine_id, info.state, info.reason)
         self._changed(engine)
+
+    def _keep_one_log(self, info: EngineInfo) -> None:
+        """Of the starts of a model that failed, the log of the last one is kept for a look."""
+        living = {*self.engines, info.engine_id}
+        for log_file in self.engine_dir.glob(f"{_slug(info.model)}-{'[0-9a-f]' * 8}.log"):
+            if log_file.stem not in living:
+                log_file.unlink(missing_ok=True)
 
     def _kill(self, engine: Engine) -> None:
         if engine.info.pid is not None:
@@ -548,7 +652,14 @@ class Host:
                     # Ray has given these GPUs to somebody else: what is left on them goes at once.
                     engine.info.reason = "its GPUs were granted to another replica"
                     self._kill(engine)
-            engine = await self.start(spec, gpu_ids, requested_s)
+            entry = self.entry(spec)
+            if entry.failure is not None and time.time() - entry.failure[1] < FAILURE_STANDS_S:
+                raise StartFailed(entry.failure[0])
+            try:
+                engine = await self.start(spec, gpu_ids, requested_s)
+            except StartFailed as error:
+                entry.failure = (str(error), time.time())
+                raise
             self._claim(engine, hold=hold)
             return engine
 
@@ -572,7 +683,9 @@ class Host:
         engine.info.uses += hold
         engine.info.last_used_s = time.time()
         if not engine.info.held:
-            self._expire(engine, PROVISIONAL_S + engine.spec.start_deadline_s * (engine.info.state == "starting"))
+            self._expire(
+                engine, PROVISIONAL_S + engine.spec.start_deadline_s * (engine.info.state == "starting")
+            )
         self._changed(engine)
 
     def _expire(self, engine: Engine, after_s: float) -> None:
@@ -595,6 +708,7 @@ class Host:
             await self._canary(engine)
         except (OSError, TimeoutError, StartFailed) as error:
             log.warning("parked engine %s no longer answers: %s", info.engine_id, error)
+            info.state = "draining"  # its end is no failed start
             info.reason = f"it no longer answered after being parked: {error}"
             self._kill(engine)
             return False
@@ -627,29 +741,44 @@ class Host:
         """Its replica is done with it: park it within the budget, or end it."""
         info = engine.info
         info.held, engine.watcher = False, None
-        budget_bytes = int(self.config["park_memory_bytes"])
-        if not (park and engine.spec.park and budget_bytes and info.state == "ready"):
-            await self.stop(engine, "no replica uses it any more")
-            return
+        # Whoever asks for an engine meanwhile waits, and gets the parked one.
+        async with self._start_locks.setdefault(info.fingerprint, asyncio.Lock()):
+            if info.held or info.engine_id not in self.engines:
+                return  # another replica has taken it at once
+            wanted = park and engine.spec.park and info.fingerprint in self.models
+            if wanted and self.config["park_memory_bytes"] and info.state == "ready":
+                await self._park(engine)
+                return
+        await self.stop(engine, "no replica uses it any more")
+
+    async def _park(self, engine: Engine) -> None:
+        info = engine.info
+        info.state = "draining"
         try:
             if info.gpu_ids:
                 await self._ask(engine, "POST", "/sleep?level=1")
             info.memory_bytes = await asyncio.to_thread(group_pss_bytes, info.pid)
         except (OSError, TimeoutError, StartFailed) as error:
-            await self.stop(engine, f"it could not be parked: {error}")
+            self._spawn(self.stop(engine, f"it could not be parked: {error}"))
             return
+        if info.engine_id not in self.engines:
+            return  # it has ended meanwhile
         info.state = "parked"
         self._register(engine)
         self._changed(engine)
+        await self._evict()
+
+    async def _evict(self) -> None:
+        """End what is parked beyond the budget."""
         parked = [
             Parked(e.info.engine_id, e.info.memory_bytes, e.start_s or 1.0, e.info.uses, e.info.last_used_s)
             for e in self.engines.values()
             if e.info.state == "parked"
         ]
-        eviction = evict(parked, budget_bytes, self._eviction_clock)
+        eviction = evict(parked, int(self.config["park_memory_bytes"]), self._eviction_clock)
         self._eviction_clock = eviction.clock
         for engine_id in eviction.evict:
-            await self.stop(self.engines[engine_id], "evicted: the parking budget is spent")
+            self._spawn(self.stop(self.engines[engine_id], "evicted: the parking budget is spent"))
 
     def abandon(self, engine: Engine) -> None:
         """Its replica died without a word: the next one may take it, for a while."""
@@ -664,17 +793,17 @@ class Host:
             try:
                 saved = json.loads(path.read_text())
                 info, spec = EngineInfo.from_json(saved["info"]), EngineSpec.from_json(saved["spec"])
-                engine = Engine(info, spec)
+                engine = Engine(info, spec, path=saved.get("path"))
                 self._hold(engine)
-                assert engine.control is not None and engine.control.getsockopt(
-                    socket.SOL_SOCKET, socket.SO_PEERCRED, 12
-                )
+                with contextlib.suppress(OSError):  # evicted, while nobody held it: the engine has it mapped
+                    engine.weights = hold(Path(engine.path)) if engine.path else None
             except (OSError, ValueError, KeyError, TypeError) as error:
                 log.info("engine of %s is gone: %s", path.name, error)
                 for stale in self.engine_dir.glob(f"{path.stem}.*"):
                     stale.unlink(missing_ok=True)
                 continue
             info.held = False
+            engine.start_s = max(0.0, (info.ready_s or 0.0) - info.requested_s)
             self.engines[info.engine_id] = engine
             if info.state == "starting":
                 engine.settled = asyncio.get_running_loop().create_future()
@@ -738,7 +867,9 @@ class Host:
 
     # The control socket
 
-    async def serve_connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve_connection(  # noqa: PLR0912 - one branch for each message
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """One client: a replica with its lease, a gateway that watches, or a question."""
 
         def tell(message: Mapping[str, Any]) -> None:
@@ -802,6 +933,10 @@ class Host:
         self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]
     ) -> Engine | None:
         spec = EngineSpec.from_json(message["spec"])
+        if not self._configured:
+            self._set(
+                message.get("config") or {}
+            )  # no gateway is on this node: the replica brings the settings
         try:
             engine = await self.obtain(spec, tuple(message["gpu_ids"]), message["requested_s"], hold=True)
         except StartFailed as error:
@@ -841,6 +976,20 @@ class Host:
                 entry.template.close("the host ends")
         if self.node is not None:
             self.node.close("the host ends")
+
+
+def _last_line(log_file: Path) -> str:
+    try:
+        lines = log_file.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        lines = []
+    return lines[-1] if lines else "nothing"
+
+
+def let_weights_go(lock: UseLock | None) -> None:
+    """The cache may evict this model again, as far as this user of it is concerned."""
+    if lock is not None:
+        lock.__exit__()
 
 
 def group_pss_bytes(pgid: int | None) -> int:
@@ -894,7 +1043,7 @@ def _watch_raylet(pid: int, on_end: Callable[[], None]) -> None:
     asyncio.get_running_loop().add_reader(descriptor, on_end)
 
 
-async def run(run_dir: Path, raylet_pid: int | None) -> None:
+async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -> None:
     """Serve until SIGTERM or the end of the raylet."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -902,7 +1051,7 @@ async def run(run_dir: Path, raylet_pid: int | None) -> None:
         loop.add_signal_handler(number, ended.set)
     if raylet_pid is not None:
         _watch_raylet(raylet_pid, ended.set)
-    host = Host(run_dir)
+    host = Host(run_dir, template)
     await host.recover()
     host.start_node_template()
     path = run_dir / "host.sock"
@@ -918,6 +1067,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--raylet-pid", type=int)
+    parser.add_argument(
+        "--template", default=TEMPLATE, help="the module of the node's template (default: %(default)s)"
+    )
     options = parser.parse_args()
     set_private(options.run_dir)
     lock = (options.run_dir / "host.lock").open("w")
@@ -930,10 +1082,8 @@ def main() -> None:
         import setproctitle
 
         setproctitle.setproctitle(f"relight-host {options.run_dir}")
-    asyncio.run(run(options.run_dir, options.raylet_pid))
+    asyncio.run(run(options.run_dir, options.raylet_pid, options.template))
 
 
 if __name__ == "__main__":
     main()
-
-

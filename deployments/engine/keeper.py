@@ -2,8 +2,8 @@
 
 A holder is whoever keeps a connection open on the engine's control socket: the replica that serves with it, and the
 engine host that may park it. When the last one goes (its process died: the kernel closes its sockets), a new one
-has `grace_s` to come, since a host that was killed is restarted within a second or two; then the engine ends itself with
-its children. So an engine survives the death of its host, and never becomes an orphan.
+has `grace_s` to come, since a host that was killed is restarted within a second or two; then the engine ends itself
+with its children. So an engine survives the death of its host, and never becomes an orphan.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import time
 class Keeper(threading.Thread):
     """Owns the control socket. Runs as a daemon thread; blocks in poll(), so it costs nothing while all is well."""
 
-    def __init__(self, control: socket.socket, engine_id: str, *, grace_s: float, first_grace_s: float) -> None:
+    def __init__(
+        self, control: socket.socket, engine_id: str, *, grace_s: float, first_grace_s: float
+    ) -> None:
         super().__init__(name="relight-keeper", daemon=True)
         self._control = control
         self._engine_id = engine_id

@@ -125,6 +125,7 @@ def run_engine(
     try:
         # Its own process group: the keeper and the host end it with all that it started.
         os.setsid()
+        reporter.event("born", pid=os.getpid())
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)

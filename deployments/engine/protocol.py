@@ -5,8 +5,8 @@ travel beside a message (SCM_RIGHTS) from the host to a template, which hands th
 
 | descriptor | what for |
 |---|---|
-| http | the listening socket of vLLM's server: bound by the host, so that a client can connect before the engine is up and needs no polling |
-| control | the listening socket on which the engine's keeper takes its holders (replica, host): the engine's life is theirs |
+| http | the listening socket of vLLM's server: bound by the host, so that clients connect before the engine is up |
+| control | the listening socket where the engine's keeper takes its holders (replica, host): its life is theirs |
 | status | a stream on which the engine reports its phases, its failure, and, by closing it, its end |
 """
 
@@ -105,7 +105,7 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def send_with_fds(channel: socket.socket, message: Mapping[str, Any], fds: Sequence[int] = ()) -> None:
-    """Send one datagram with descriptors. The channel is a SOCK_SEQPACKET socket. Raises OSError if the peer is gone."""
+    """Send one datagram with descriptors over a SOCK_SEQPACKET socket. Raises OSError if the peer is gone."""
     socket.send_fds(channel, [encode(message)], list(fds))
 
 

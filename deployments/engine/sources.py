@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import importlib.util
@@ -33,18 +32,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from deployments.engine import convert
+from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock, is_whole, use_file
 from deployments.errors import EngineStartFailed
 from deployments.fleet import PACKAGES
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes total), from any thread."""
 
-MANIFEST = ".relight-manifest.json"
 _CHUNK_BYTES = 8 * 2**20
 _PARALLEL_FILES = 4
 _WAIT_POLL_S = 0.2
@@ -98,7 +97,7 @@ class ModelCache:
     def __init__(self, root: str | Path | None = None, budget_bytes: int | None = None) -> None:
         where = Path(root or os.environ.get("RELIGHT_CACHE") or "~/.cache/relight/models")
         self.root = where.expanduser().absolute()
-        self._locks = self.root / ".locks"
+        self._locks = self.root / LOCKS
         try:
             for folder in (self._locks, self.root / ".staging", self.root / ".trash"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +132,9 @@ class ModelCache:
         if path.parent != self.root:
             yield path  # used in place: nothing evicts it
             return
-        with _UseLock(self._use_file(path.name)) as lock:
+        with UseLock(self._use_file(path.name)) as lock:
             lock.share()
-            if not _is_whole(path):
+            if not is_whole(path):
                 raise ModelUnavailable(f"{path}: the model was evicted from the cache: resolve it again")
             lock.touch()
             yield path
@@ -174,18 +173,18 @@ class ModelCache:
 
     def _hub(self, source: str, progress: Progress) -> Path:
         origin = _HubOrigin(source)
-        if not _is_whole(self.root / _key(source, source)) and (shared := origin.in_hub_cache()):
+        if not is_whole(self.root / _key(source, source)) and (shared := origin.in_hub_cache()):
             return shared
         return self._bring(source, origin, progress)
 
     def _bring(self, source: str, origin: _Origin, progress: Progress, identity: str | None = None) -> Path:
         key = _key(source, identity or source)
         folder = self.root / key
-        if not _is_whole(folder):
+        if not is_whole(folder):
             with self._preparing(key, progress):
-                if not _is_whole(folder):  # another process may have brought it while this one waited
+                if not is_whole(folder):  # another process may have brought it while this one waited
                     self._bring_locked(source, origin, key, progress)
-        with _UseLock(self._use_file(key)) as lock:
+        with UseLock(self._use_file(key)) as lock:
             lock.touch()
         return folder
 
@@ -299,7 +298,7 @@ class ModelCache:
     def _hold_unused(self, folder: Path, held: contextlib.ExitStack) -> bool:
         """Lock a model or a download that nobody uses, until `held` closes; False if somebody does."""
         if folder.parent == self.root:
-            lock = held.enter_context(_UseLock(self._use_file(folder.name)))
+            lock = held.enter_context(UseLock(self._use_file(folder.name)))
             return lock.try_exclusive()
         prepare = FileLock(self._locks / f"{folder.name}.prepare")
         try:
@@ -317,40 +316,7 @@ class ModelCache:
             shutil.rmtree(trash, ignore_errors=True)
 
     def _use_file(self, key: str) -> Path:
-        return self._locks / f"{key}.use"
-
-
-class _UseLock:
-    """A file that is locked shared by whoever uses a model; its modification time is the last use.
-
-    flock itself, because filelock ties a shared lock to a thread, and leases pass between threads.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._fd = -1
-
-    def __enter__(self) -> Self:
-        self._fd = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Unlocking, not only closing: a forked child may have the same open file.
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
-
-    def share(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
-
-    def try_exclusive(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def touch(self) -> None:
-        os.utime(self._fd)
+        return use_file(self.root, key)
 
 
 class _Stage:
@@ -728,15 +694,6 @@ def _sizes(folder: Path) -> dict[str, int]:
                 if name != MANIFEST:
                     sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
     return sizes
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether the folder is a model that was brought completely, with every file still as long as it was."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def _sync(folder: Path) -> None:

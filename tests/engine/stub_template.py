@@ -1,0 +1,68 @@
+"""A node's template without torch and vLLM: forks tiny HTTP servers, at once. Run by the host in place of its own.
+
+What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long
+until it is ready), STUB_CRASH (it ends at once, without a word).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+from deployments.engine.process import StatusReporter
+from deployments.engine.protocol import send_with_fds
+from deployments.engine.template import serve_channel
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        body = json.dumps({"path": self.path, "pid": os.getpid()}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST = _answer
+
+    def address_string(self) -> str:
+        return "unix"
+
+
+class _Server(HTTPServer):
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(("", 0), _Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, _ = self.socket.accept()
+        return connection, ("unix", 0)
+
+
+def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
+    """The engine: as its environment says."""
+    if os.environ.get("STUB_CRASH"):
+        os._exit(9)
+    if reason := os.environ.get("STUB_FAIL"):
+        raise RuntimeError(reason)
+    time.sleep(float(os.environ.get("STUB_SLOW_S", "0")))
+    reporter.phase("weights")
+    _Server(http).serve_forever()
+
+
+def main() -> None:
+    """Ready at once."""
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    send_with_fds(channel, {"event": "template_ready", "seconds": 0.0, "threads": 1})
+    serve_channel(channel, serve)
+
+
+if __name__ == "__main__":
+    main()

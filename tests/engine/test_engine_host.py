@@ -1,0 +1,542 @@
+"""The engine host with a template that forks tiny HTTP servers: a real process tree, without torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.engine import host as host_module
+from deployments.engine import http
+from deployments.engine.client import HostConnection, acquire
+from deployments.engine.host import Host
+from deployments.engine.protocol import EngineInfo, EngineSpec
+from deployments.engine.use_lock import LOCKS, MANIFEST
+from deployments.errors import EngineStartFailed
+
+STUB = "tests.engine.stub_template"
+ROOT = Path(__file__).resolve().parents[2]
+MIB = 2**20
+
+
+async def until(look: Callable[[], Any], patience_s: float = 20.0) -> Any:
+    """What `look` returns once it is true."""
+    deadline_s = time.monotonic() + patience_s
+    while not (found := look()):
+        assert time.monotonic() < deadline_s, "waited in vain"
+        await asyncio.sleep(0.01)
+    return found
+
+
+def alive(pid: int | None) -> bool:
+    """Whether the process runs; one that waits to be reaped does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """Short, as a unix socket's path has to be."""
+    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A model that is used where it is."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def spec(weights: Path, model: str = "tiny", **changes: Any) -> EngineSpec:
+    """A model of the stub."""
+    environment = tuple((k, str(v)) for k, v in changes.pop("env", {}).items())
+    return EngineSpec(model, (model,), str(weights), env=environment, **changes)
+
+
+class Node:
+    """A host in this process, with a stub for a template, and clients of it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.host = Host(run_dir, STUB)
+        self.clients: list[HostConnection] = []
+
+    def configure(self, *specs: EngineSpec, **config: Any) -> None:
+        """What a gateway tells."""
+        self.host.configure({"prebuilt": "off", **config}, list(specs))
+
+    async def client(self) -> HostConnection:
+        client = HostConnection(*await asyncio.open_unix_connection(self.run_dir / "host.sock"))
+        self.clients.append(client)
+        return client
+
+    async def lit(self, model: EngineSpec) -> tuple[HostConnection, EngineInfo]:
+        """A replica of the model with its engine."""
+        client = await self.client()
+        return client, await acquire(client, model, [], time.time())
+
+    async def released(self, client: HostConnection, *, park: bool = True) -> None:
+        """The replica is done with its engine."""
+        assert (await client.ask({"op": "release", "park": park}))["event"] == "released"
+
+
+@pytest.fixture
+async def node(run_dir: Path) -> AsyncIterator[Node]:
+    """A node whose template is there."""
+    node = Node(run_dir)
+    node.host.start_node_template()
+    server = await asyncio.start_unix_server(node.host.serve_connection, run_dir / "host.sock", limit=1 << 22)
+    yield node
+    for client in node.clients:
+        client.close()
+    server.close()
+    await node.host.close()
+    await until(lambda: not node.host.engines)
+    await asyncio.gather(*node.host._tasks, return_exceptions=True)
+
+
+async def ask(info: EngineInfo) -> int:
+    """The pid of who answers on the engine's socket."""
+    status, body = await http.request(info.http, "GET", "/who")
+    assert status == 200
+    return int(json.loads(body)["pid"])
+
+
+async def test_an_engine_is_started_used_and_ended(node: Node, weights: Path) -> None:
+    """A replica gets an engine that answers; when it lets go, the engine and its files are gone."""
+    model = spec(weights)
+    node.configure(model)
+    client, info = await node.lit(model)
+    assert (info.kind, info.state, info.held) == ("forked", "ready", True)
+    assert await ask(info) == info.pid
+    assert {name for name, _, _ in info.phases} >= {"fork", "weights", "warm_up"}
+    await node.released(client)
+    await until(lambda: not alive(info.pid) and not node.host.engines)
+    assert not list(node.host.engine_dir.iterdir())
+
+
+async def test_a_released_engine_is_parked_and_adopted(node: Node, weights: Path) -> None:
+    """Within the budget it waits in memory; the next replica gets the same process."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, first = await node.lit(model)
+    await node.released(client)
+    parked = node.host.engines[first.engine_id].info
+    assert parked.state == "parked"
+    assert parked.memory_bytes > 0
+    _, second = await node.lit(model)
+    assert (second.pid, second.kind) == (first.pid, "adopted")
+
+
+async def test_a_parked_engine_that_hangs_is_replaced(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that no longer answers is ended, and the replica gets a new one; that is no failed start."""
+    monkeypatch.setattr(host_module, "HEALTH_TIMEOUT_S", 0.3)
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, first = await node.lit(model)
+    await node.released(client)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGSTOP)
+    _, second = await node.lit(model)
+    assert second.pid != first.pid
+    assert await ask(second) == second.pid
+    await until(lambda: not alive(first.pid))
+
+
+async def test_a_parked_engine_that_was_killed_is_forgotten(node: Node, weights: Path) -> None:
+    """The next replica gets a new one."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, first = await node.lit(model)
+    await node.released(client)
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    await until(lambda: not node.host.engines)
+    _, second = await node.lit(model)
+    assert second.kind == "forked"
+
+
+async def test_a_smaller_budget_ends_what_is_parked(node: Node, weights: Path) -> None:
+    """A changed fleet file counts at once, not at the next parking."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, info = await node.lit(model)
+    await node.released(client)
+    node.configure(model, park_memory_bytes=0)
+    await until(lambda: not alive(info.pid) and not node.host.engines)
+
+
+async def test_the_budget_is_kept_by_ending_the_least_valuable(node: Node, weights: Path) -> None:
+    """Two engines, room for one."""
+    first, second = spec(weights, "first"), spec(weights, "second")
+    node.configure(first, second, park_memory_bytes=1024 * MIB)
+    client, one = await node.lit(first)
+    await node.released(client)
+    size_bytes = node.host.engines[one.engine_id].info.memory_bytes
+    node.configure(first, second, park_memory_bytes=size_bytes + size_bytes // 2)
+    client, two = await node.lit(second)
+    await node.released(client)
+    await until(lambda: len(node.host.engines) == 1)
+    assert node.host.engines.keys() <= {one.engine_id, two.engine_id}
+
+
+@pytest.mark.parametrize("changed", ["gone", "different"])
+async def test_an_engine_whose_model_left_the_fleet_is_not_parked(
+    node: Node, weights: Path, changed: str
+) -> None:
+    """Nobody would ever adopt it."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, info = await node.lit(model)
+    left = [] if changed == "gone" else [spec(weights, argv=("--other",))]
+    node.configure(*left, park_memory_bytes=1024 * MIB)
+    assert await ask(info) == info.pid  # it is still used
+    await node.released(client)
+    await until(lambda: not alive(info.pid) and not node.host.engines)
+
+
+async def test_an_engine_that_cant_start_tells_why(node: Node, weights: Path) -> None:
+    """Everyone who waits gets the engine's own reason; those who ask at once are told the same, without a start."""
+    model = spec(weights, env={"STUB_FAIL": "the weights are torn"})
+    node.configure(model)
+    results = await asyncio.gather(*(node.lit(model) for _ in range(3)), return_exceptions=True)
+    assert [str(r) for r in results] == ["RuntimeError: the weights are torn"] * 3
+    assert all(isinstance(r, EngineStartFailed) for r in results)
+    assert not node.host.engines
+
+
+async def test_only_the_last_log_of_failed_starts_is_kept(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that is asked for all day and can't start fills no disk."""
+    monkeypatch.setattr(host_module, "FAILURE_STANDS_S", 0.0)
+    model = spec(weights, env={"STUB_FAIL": "no"})
+    node.configure(model)
+    for _ in range(3):
+        with pytest.raises(EngineStartFailed):
+            await node.lit(model)
+    assert len(list(node.host.engine_dir.glob("*.log"))) == 1
+
+
+async def test_an_engine_that_ends_at_once_is_a_failed_start(node: Node, weights: Path) -> None:
+    """Even if it has gone before the host could look at it."""
+    model = spec(weights, env={"STUB_CRASH": "1"})
+    node.configure(model)
+    with pytest.raises(EngineStartFailed, match="ended"):
+        await node.lit(model)
+    await until(lambda: not node.host.engines)
+
+
+async def test_a_start_that_takes_too_long_is_ended(node: Node, weights: Path) -> None:
+    """The reason names the deadline and how far it came."""
+    model = spec(weights, env={"STUB_SLOW_S": 60}, start_deadline_s=0.3)
+    node.configure(model)
+    with pytest.raises(EngineStartFailed, match=r"not ready after 0 s \(last phase done: fork\)"):
+        await node.lit(model)
+
+
+async def test_a_source_that_is_not_there_is_told_and_tried_again(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing folder is the reason; when it is there, the next replica is served."""
+    monkeypatch.setattr(host_module, "FAILURE_STANDS_S", 0.0)
+    model = spec(weights.parent / "later")
+    node.configure(model)
+    with pytest.raises(EngineStartFailed, match="there is no folder"):
+        await node.lit(model)
+    await asyncio.to_thread(weights.rename, weights.parent / "later")
+    _, info = await node.lit(model)
+    assert await ask(info) == info.pid
+
+
+async def test_a_replica_that_dies_leaves_its_engine_to_the_next(node: Node, weights: Path) -> None:
+    """The engine waits, and is the next replica's."""
+    model = spec(weights)
+    node.configure(model)
+    client, first = await node.lit(model)
+    client.close()
+    await until(lambda: not node.host.engines[first.engine_id].info.held)
+    _, second = await node.lit(model)
+    assert second.engine_id == first.engine_id
+
+
+async def test_an_abandoned_engine_ends(node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When no other replica comes."""
+    monkeypatch.setattr(host_module, "ABANDONED_S", 0.1)
+    model = spec(weights)
+    node.configure(model)
+    client, info = await node.lit(model)
+    client.close()
+    await until(lambda: not alive(info.pid) and not node.host.engines)
+
+
+async def test_an_engine_that_nobody_took_ends(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was lit ahead of a replica that never came."""
+    monkeypatch.setattr(host_module, "PROVISIONAL_S", 0.2)
+    model = spec(weights, start_deadline_s=1.0)
+    node.configure(model)
+    client = await node.client()
+    client.send({"op": "light", "spec": model.to_json(), "requested_s": time.time()})
+    await until(lambda: node.host.engines)
+    await until(lambda: not node.host.engines)
+
+
+async def test_what_was_lit_ahead_is_taken_by_the_replica(node: Node, weights: Path) -> None:
+    """Whether it is ready or still starting; asked twice, it is lit once."""
+    model = spec(weights, env={"STUB_SLOW_S": 0.2})
+    node.configure(model)
+    client = await node.client()
+    for _ in range(2):
+        client.send({"op": "light", "spec": model.to_json(), "requested_s": time.time()})
+    await until(lambda: node.host.engines)
+    (engine_id,) = node.host.engines
+    _, info = await node.lit(model)
+    assert info.engine_id == engine_id
+    assert len(node.host.engines) == 1
+
+
+async def test_the_end_of_an_engine_is_told_to_its_replica(node: Node, weights: Path) -> None:
+    """At once, with a reason."""
+    model = spec(weights)
+    node.configure(model)
+    client, info = await node.lit(model)
+    assert info.pid is not None
+    os.kill(info.pid, signal.SIGKILL)
+    event = await anext(client.events())
+    assert event["event"] == "exit"
+    assert "ended unexpectedly" in event["reason"]
+
+
+async def test_a_killed_template_is_replaced_and_starts_go_on(node: Node, weights: Path) -> None:
+    """Engines live on; a start that meets the gap waits for the next template."""
+    model = spec(weights)
+    node.configure(model)
+    _, first = await node.lit(model)
+    assert node.host.node is not None and node.host.node.pid is not None
+    os.kill(node.host.node.pid, signal.SIGKILL)
+    _, second = await node.lit(model)
+    assert second.engine_id != first.engine_id
+    assert await ask(first) == first.pid
+    assert await ask(second) == second.pid
+
+
+async def test_a_template_that_dies_under_a_start_costs_no_request(node: Node, weights: Path) -> None:
+    """A fork that was asked for and not answered is done by the next template."""
+    model = spec(weights)
+    node.configure(model)
+    await node.lit(model)
+    assert node.host.node is not None and node.host.node.pid is not None
+    os.kill(node.host.node.pid, signal.SIGSTOP)
+    asked = asyncio.create_task(node.lit(model))
+    await until(lambda: node.host.node and node.host.node._forks)
+    os.kill(node.host.node.pid, signal.SIGKILL)
+    _, info = await asked
+    assert await ask(info) == info.pid
+
+
+async def test_a_template_that_cant_start_is_the_reason(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken install is told with the last line of the template's log."""
+    monkeypatch.setattr(host_module, "RESTART_DELAY_S", 0.0)
+    node.host.template_module = "tests.engine.no_such_module"
+    model = spec(weights)
+    node.configure(model)
+    assert node.host.node is not None and node.host.node.pid is not None
+    os.kill(node.host.node.pid, signal.SIGKILL)
+    await until(lambda: not node.host._node_up.is_set() or node.host.node.ready.done())
+    with pytest.raises(EngineStartFailed, match="No module named"):
+        await node.lit(model)
+
+
+async def test_the_settings_reach_a_node_without_a_gateway(node: Node, weights: Path) -> None:
+    """There the replica brings them; where a gateway has spoken, an old replica can't change them."""
+    model = spec(weights)
+    client = await node.client()
+    await acquire(client, model, [], time.time(), {"park_memory_bytes": 7, "prebuilt": "off"})
+    assert node.host.config["park_memory_bytes"] == 7
+    node.configure(model, park_memory_bytes=8)
+    await acquire(await node.client(), model, [], time.time(), {"park_memory_bytes": 9})
+    assert node.host.config["park_memory_bytes"] == 8
+
+
+async def test_weights_in_use_are_leased(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an engine lives its folder can't be evicted from the node's cache; afterwards it can."""
+    cached = tmp_path / "cache" / "model"
+    cached.mkdir(parents=True)
+    (tmp_path / "cache" / LOCKS).mkdir()
+    (cached / "config.json").write_text("{}")
+    (cached / MANIFEST).write_text(json.dumps({"files": {"config.json": 2}}))
+
+    def evictable() -> bool:
+        with (tmp_path / "cache" / LOCKS / "model.use").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    model = spec(cached)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    client, info = await node.lit(model)
+    assert not evictable()
+    await node.released(client)
+    assert not evictable()  # parked
+    assert info.pid is not None
+    os.kill(info.pid, signal.SIGKILL)
+    await until(lambda: not node.host.engines)
+    assert evictable()
+
+
+async def test_messages_that_are_none_are_answered(node: Node) -> None:
+    """With an error, and the connection stays."""
+    client = await node.client()
+    assert (await client.ask({"no": "op"}))["event"] == "error"
+    assert (await client.ask({"op": "release"}))["event"] == "error"
+    status = await client.ask({"op": "status"})
+    assert status["pid"] == os.getpid()
+
+
+class HostProcess:
+    """The host as a process of its own."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Begin, or begin again."""
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "deployments.engine.host",
+                "--run-dir",
+                str(self.run_dir),
+                "--template",
+                STUB,
+            ],
+            cwd=ROOT,
+            stderr=subprocess.DEVNULL,
+        )
+
+    def end(self, number: signal.Signals) -> None:
+        """And wait for it."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait()
+
+    async def client(self) -> HostConnection:
+        """Once it listens."""
+        deadline_s = time.monotonic() + 20
+        while True:
+            try:
+                streams = await asyncio.open_unix_connection(self.run_dir / "host.sock", limit=1 << 22)
+                return HostConnection(*streams)
+            except OSError:
+                assert time.monotonic() < deadline_s
+                await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def process(run_dir: Path) -> Iterator[HostProcess]:
+    """A running host."""
+    process = HostProcess(run_dir)
+    process.start()
+    yield process
+    assert process.process is not None
+    if process.process.poll() is None:
+        process.end(signal.SIGTERM)
+
+
+async def configured(process: HostProcess, *specs: EngineSpec, **config: Any) -> HostConnection:
+    """A client that has told the fleet."""
+    client = await process.client()
+    message = {
+        "op": "configure",
+        "config": {"prebuilt": "off", **config},
+        "models": [s.to_json() for s in specs],
+    }
+    assert (await client.ask(message))["event"] == "ok"
+    return client
+
+
+@pytest.mark.parametrize("parked", [False, True])
+async def test_a_host_that_was_killed_finds_its_engines_again(
+    process: HostProcess, weights: Path, parked: bool
+) -> None:
+    """Engines outlive it; its successor takes them over, parked ones too, and serves them to replicas."""
+    model = spec(weights)
+    await configured(process, model, park_memory_bytes=1024 * MIB)
+    client = await process.client()
+    info = await acquire(client, model, [], time.time())
+    if parked:
+        assert (await client.ask({"op": "release"}))["event"] == "released"
+    process.end(signal.SIGKILL)
+    assert await ask(info) == info.pid
+    process.start()
+    await configured(process, model, park_memory_bytes=1024 * MIB)
+    replica = await process.client()
+    if parked:
+        found = await acquire(replica, model, [], time.time())
+        assert (found.kind, found.pid) == ("adopted", info.pid)
+    else:
+        assert (await replica.ask({"op": "attach", "engine_id": info.engine_id}))["event"] == "attached"
+    status = await (await process.client()).ask({"op": "status"})
+    assert [(e["pid"], e["held"]) for e in status["engines"]] == [(info.pid, True)]
+
+
+async def test_a_successor_forgets_engines_that_died_meanwhile(process: HostProcess, weights: Path) -> None:
+    """And tells the replica that comes for one."""
+    model = spec(weights)
+    await configured(process, model)
+    info = await acquire(await process.client(), model, [], time.time())
+    process.end(signal.SIGKILL)
+    assert info.pid is not None
+    os.kill(info.pid, signal.SIGKILL)
+    await until(lambda: not alive(info.pid))
+    process.start()
+    client = await process.client()
+    assert (await client.ask({"op": "attach", "engine_id": info.engine_id}))["event"] == "exit"
+    assert not list((process.run_dir / "engines").glob(f"{info.engine_id}*"))
+
+
+async def test_a_host_that_ends_takes_its_engines_along(process: HostProcess, weights: Path) -> None:
+    """SIGTERM leaves nothing behind."""
+    model = spec(weights)
+    await configured(process, model)
+    info = await acquire(await process.client(), model, [], time.time())
+    status = await (await process.client()).ask({"op": "status"})
+    process.end(signal.SIGTERM)
+    await until(lambda: not alive(info.pid) and not alive(status["template"]["pid"]))
+
+
+async def test_there_is_one_host_in_a_run_directory(process: HostProcess) -> None:
+    """A second one ends at once, and the first goes on."""
+    await process.client()
+    second = HostProcess(process.run_dir)
+    second.start()
+    assert second.process is not None
+    assert second.process.wait(20) == 0
+    assert (await (await process.client()).ask({"op": "status"}))["event"] == "status"
