@@ -458,8 +458,8 @@ class Host:
             "op": "fork",
             "engine_id": engine_id,
             "model": spec.model,
-            "argv": _argv(spec, path),
-            "env": dict(spec.env),
+            "argv": _argv(spec, path, sleeps=self._sleeps(spec)),
+            "env": {**dict(spec.env), **({"VLLM_SERVER_DEV_MODE": "1"} if self._sleeps(spec) else {})},
             "gpu_ids": list(gpu_ids),
             "log": f"{base}.log",
             "requested_s": time.time(),
@@ -489,6 +489,10 @@ class Host:
         self._spawn(self._wait_ready(engine), engine)
         self._changed(engine)
         return engine
+
+    def _sleeps(self, spec: EngineSpec) -> bool:
+        """Whether an engine of this model is parked by vLLM's sleep mode, whose routes are development routes."""
+        return bool(spec.gpus and spec.park and int(self.config["park_memory_bytes"]))
 
     def _hold(self, engine: Engine) -> None:
         """Become a holder of the engine and watch its process. Raises OSError if it is gone."""
@@ -1004,10 +1008,10 @@ def group_pss_bytes(pgid: int | None) -> int:
     return total
 
 
-def _argv(spec: EngineSpec, path: str) -> list[str]:
+def _argv(spec: EngineSpec, path: str, *, sleeps: bool = False) -> list[str]:
     own = ["--model", path, "--served-model-name", *spec.names]
     own += ["--shutdown-timeout", str(int(STOP_GRACE_S)), "--disable-uvicorn-access-log"]
-    if spec.gpus and spec.park:
+    if sleeps:
         own.append("--enable-sleep-mode")
     if spec.gpus > 1 and "--tensor-parallel-size" not in spec.argv:
         own += ["--tensor-parallel-size", str(spec.gpus)]
