@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench import baseline, clusters
-from bench.client import Target, Timing, chat, one
+from bench.client import RequestFailed, Target, Timing, chat, one
 from bench.clusters import MODEL, say
 from bench.numbers import median_of, ratio, summary, table
 from deployments.engine.client import HostConnection, acquire
@@ -194,7 +194,7 @@ def measure(options: Namespace) -> dict[str, Any]:
                             f"{row.title}: first token {timing.first_token_s:.3f} s, "
                             f"{TOKENS} tokens {timing.total_s:.3f} s"
                         )
-            except (clusters.BenchError, OSError, RuntimeError) as error:
+            except (clusters.BenchError, RequestFailed, OSError, RuntimeError) as error:
                 # One system that can't be measured is no reason to lose the others' numbers.
                 failures[row.key] = str(error)
                 say(f"{row.title}: {error}")

@@ -56,6 +56,8 @@ class NullEngine(asyncio.Protocol):
         head = _HEAD + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         self._transport.write(head)
         async for event in events(asked):
+            if self._transport.is_closing():
+                return
             self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
         self._transport.write(b"0\r\n\r\n")
 
