@@ -34,9 +34,7 @@ class Observer:
         now_s = time.monotonic()
         self._reports = {g: (t, r) for g, (t, r) in self._reports.items() if now_s - t < STALE_S}
         replicas = await asyncio.to_thread(_replica_states)
-        return fleet_status(
-            self._models, [r for _, r in self._reports.values()], replicas, self._last_starts
-        )
+        return fleet_status(self._models, [r for _, r in self._reports.values()], replicas, self._last_starts)
 
 
 def _replica_states() -> dict[str, dict[str, int]]:
@@ -61,6 +59,10 @@ def fleet_status(
     nodes: dict[str, dict[str, Any]] = {}
     for report in reports:
         nodes[report["node"]] = report
+    # Of a node without a gateway is known what gateways elsewhere were lent.
+    lent = {e["engine_id"]: (node, e) for r in reports for node, e in r["remote"] if node not in nodes}
+    for node, engine in lent.values():
+        nodes.setdefault(node, {"host_up": True, "engines": [], "host_models": []})["engines"].append(engine)
     rows = []
     for model in models:
         engines = [e for n in nodes.values() for e in n["engines"] if e["model"] == model["id"]]

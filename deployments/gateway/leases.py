@@ -41,15 +41,18 @@ METRICS_TIMEOUT_S = 2.0
 class Place(Protocol):
     """Where this gateway runs."""
 
-    node_id: str
-    raylet_pid: int
-    run_dir: Path
+    @property
+    def node_id(self) -> str: ...
+    @property
+    def raylet_pid(self) -> int: ...
+    @property
+    def run_dir(self) -> Path: ...
 
 
 class ServeLease:
     """A lease that Serve has granted."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - called once, below
         self,
         engines: ServeEngines,
         lease_id: str,
@@ -81,7 +84,11 @@ class EarlyLease:
     """A lease on an engine that its replica has not taken over yet; Serve's own lease follows in the background."""
 
     def __init__(
-        self, engines: ServeEngines, info: EngineInfo, granted: asyncio.Task[ServeLease], transport: UnixTransport
+        self,
+        engines: ServeEngines,
+        info: EngineInfo,
+        granted: asyncio.Task[ServeLease],
+        transport: UnixTransport,
     ) -> None:
         self.engine_id = info.engine_id
         self.cold_start = _cold_start(info, ())
@@ -128,6 +135,7 @@ class ServeEngines:
         self._transports: dict[str, UnixTransport] = {}
         self._tunnels: dict[str, asyncio.Server] = {}
         self._lease_channels: dict[str, asyncio.StreamWriter] = {}
+        self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
         self._failures: dict[str, str] = {}
         self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
@@ -142,7 +150,7 @@ class ServeEngines:
         self._spawn(self._report())
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -158,8 +166,12 @@ class ServeEngines:
                 host.send({"op": "watch"})
                 self._host = host
                 self._host_up.set()
+                first = True
                 async for event in host.events():
                     self._take_event(event)
+                    if first and event["event"] == "status":
+                        first = False
+                        self._forget_what_ended_unseen()
             except (OSError, TimeoutError, ValueError) as error:
                 log.warning("the node's engine host: %s", error)
             self._host = None
@@ -184,6 +196,8 @@ class ServeEngines:
                 self._forget(info)
             else:
                 self._local[info.engine_id] = info
+                if info.state != "ready" and self._ready_models.get(info.model) == info.engine_id:
+                    del self._ready_models[info.model]  # parked, or on its way out
             if changed := self._local_changed.get(info.model):
                 changed.set()
 
@@ -194,6 +208,13 @@ class ServeEngines:
             tunnel.close()
         if self._ready_models.get(info.model) == info.engine_id:
             del self._ready_models[info.model]
+
+    def _forget_what_ended_unseen(self) -> None:
+        """Engines that ended while no host was there to tell of it."""
+        living = {*self._local, *(info.engine_id for _, info in self._remote.values())}
+        for engine_id in [e for e in self._transports if e not in living]:
+            self._spawn(self._transports.pop(engine_id).close())
+        self._ready_models = {m: e for m, e in self._ready_models.items() if e in living}
 
     def _local_engines(self, model: str) -> list[EngineInfo]:
         fingerprint = self._specs[model].fingerprint
@@ -220,7 +241,9 @@ class ServeEngines:
         try:
             while True:
                 changed.clear()
-                ready = next((i for i in self._local_engines(model) if i.state == "ready" and not i.held), None)
+                ready = next(
+                    (i for i in self._local_engines(model) if i.state == "ready" and not i.held), None
+                )
                 if ready is not None and not granted.done():
                     self._note_start(ready, None)
                     return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
@@ -228,7 +251,8 @@ class ServeEngines:
                 await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if granted.done():
-                    return granted.result()
+                    lease: ServeLease = granted.result()
+                    return lease
         except asyncio.CancelledError:
             await _abandon(granted)
             raise
@@ -278,6 +302,10 @@ class ServeEngines:
         remote = grant["node"] != self._place.node_id
         try:
             if remote:
+                before = self._remote.get(grant["replica"])
+                if before is not None and before[1].engine_id != info.engine_id:
+                    self._forget(before[1])
+                self._remote[grant["replica"]] = (grant["node"], info)
                 await self._open_tunnel(info, grant)
                 transport = self._transport(info.engine_id, str(self._tunnel_path(info)))
             else:
@@ -310,8 +338,13 @@ class ServeEngines:
         channel.close()
         if self._lease_channels.get(replica) is channel:
             del self._lease_channels[replica]
+            # No host tells of engines on other nodes: they are gone for us when their replica is.
+            if remote := self._remote.pop(replica, None):
+                self._forget(remote[1])
 
-    def give_back(self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool) -> None:
+    def give_back(
+        self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool
+    ) -> None:
         """Tell the replica that a lease is over; Serve's call then ends by itself."""
         channel = self._lease_channels.get(grant["replica"])
         if channel is not None and not channel.is_closing():
@@ -367,7 +400,8 @@ class ServeEngines:
             "ready_s": start.ready_s,
             "total_s": round(info.ready_s - start_s, 4),
             "phases": [
-                {"name": p.name, "start_s": p.start_s, "duration_s": round(p.duration_s, 4)} for p in start.phases
+                {"name": p.name, "start_s": p.start_s, "duration_s": round(p.duration_s, 4)}
+                for p in start.phases
             ],
         }
 
@@ -445,6 +479,7 @@ class ServeEngines:
             "node": self._place.node_id,
             "host_up": self._host_up.is_set(),
             "engines": [i.to_json() for i in self._local.values()],
+            "remote": [(node, i.to_json()) for node, i in self._remote.values()],
             "host_models": self._host_models,
             "models": {
                 model: {

@@ -44,9 +44,9 @@ T = TypeVar("T")
 
 
 def until(
-    what: str, look: Callable[[], T | None | bool], *, patience_s: float = PATIENCE_S, every_s: float = 0.1
+    what: str, look: Callable[[], T | bool | None], *, patience_s: float = PATIENCE_S, every_s: float = 0.1
 ) -> T:
-    """What `look` returns once that is neither None nor False. Fails with the last error or value after `patience_s`."""
+    """What `look` returns once that is neither None nor False; fails, with what was last, after `patience_s`."""
     deadline_s = time.monotonic() + patience_s
     last: object = None
     while True:

@@ -1,0 +1,51 @@
+"""A crowd before a dark model."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+
+import aiohttp
+import pytest
+
+from deployments.local.processes import memory_bytes
+from tests.live.lab import Relight
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+CROWD = 1000
+
+
+async def crowd(relight: Relight) -> collections.Counter[int]:
+    """Statuses of `CROWD` requests at once."""
+    body = {"model": "chat", "prompt": "One", "max_tokens": 1, "temperature": 0}
+    url = f"http://127.0.0.1:{relight.port}/v1/completions"
+
+    async def one(session: aiohttp.ClientSession) -> int:
+        async with session.post(url, json=body) as response:
+            document = await response.json()
+            if response.status == 200:
+                assert document["choices"][0]["text"]
+            else:
+                assert document["error"]["code"] == "queue_full", document
+                assert int(response.headers["retry-after"]) >= 1
+            return response.status
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(200)) as session:
+        return collections.Counter(await asyncio.gather(*(one(session) for _ in range(CROWD))))
+
+
+def test_a_thousand_at_once_before_a_dark_model(relight: Relight) -> None:
+    """With room for 100 in the queue, each is answered or told to come back; the gateway's memory is bounded."""
+    relight.dark("chat")
+    gateway = relight.process("ray::ServeReplica:default:gateway")
+    before_bytes = memory_bytes([gateway])
+    statuses = asyncio.run(crowd(relight))
+    assert sum(statuses.values()) == CROWD
+    assert statuses.keys() == {200, 429}
+    assert statuses[200] >= 100
+    row = relight.model("chat")
+    assert (row["queued"], row["in_flight"]) == (0, 0)
+    assert memory_bytes([gateway]) - before_bytes < 100 * 2**20
+    relight.dark("chat")
