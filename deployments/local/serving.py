@@ -13,7 +13,7 @@ from typing import Any
 
 from deployments.local.console import Step
 from deployments.local.http import get, get_json
-from deployments.local.state import MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
+from deployments.local.state import DEFAULT_APP, MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
 from deployments.ray_env import ray_env
 
 APPLICATION = "default"
@@ -85,9 +85,10 @@ def deploy(checkout: Checkout, cluster: Cluster, *, timeout_s: float) -> None:
         ray.init(cluster.ray_address, namespace="serve", log_to_driver=False, logging_level="WARNING")
         try:
             application = _application(cluster)
-            # A proxy on a GPU node would keep the node for half a minute after its last replica.
+            # Relight's gateway has a door of its own. A proxy of Serve's would be a process and 100 MB more; other
+            # applications (RELIGHT_APP) are reached through one.
             serve.start(
-                proxy_location="HeadOnly",
+                proxy_location="Disabled" if has_door(cluster) else "HeadOnly",
                 http_options={"host": cluster.host, "port": cluster.port, "location": None},
             )
             target = serve.RunTarget(target=application, name=APPLICATION, route_prefix="/")
@@ -138,7 +139,15 @@ def _application(cluster: Cluster) -> Any:
         target = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ClusterError(f"cannot load the application {cluster.app}: {error}") from error
-    return build(target, {"fleet": cluster.fleet} if cluster.fleet else {})
+    arguments = {"fleet": cluster.fleet} if cluster.fleet else {}
+    if has_door(cluster):
+        arguments["listen"] = cluster.listen
+    return build(target, arguments)
+
+
+def has_door(cluster: Cluster) -> bool:
+    """Whether the application listens itself, instead of behind Serve's HTTP proxy."""
+    return cluster.app == DEFAULT_APP
 
 
 def _wait_until_running(serve: Any, step: Step, deadline: float) -> None:
@@ -166,9 +175,9 @@ def _wait_for_http(cluster: Cluster, step: Step, deadline: float) -> None:
 
 
 def answers(cluster: Cluster) -> bool:
-    """Whether Serve's HTTP proxy is there (its own health route; the application is not asked)."""
+    """Whether the gateway's door, or Serve's HTTP proxy, is there; models are not asked."""
     try:
-        get(f"{cluster.endpoint}/-/healthz", timeout_s=2)
+        get(f"{cluster.endpoint}{'/health' if has_door(cluster) else '/-/healthz'}", timeout_s=2)
     except OSError:
         return False
     return True

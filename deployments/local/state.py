@@ -17,6 +17,9 @@ from pathlib import Path
 MARK = "RELIGHT_LOCAL_CLUSTER"
 """In the environment of every process of a local cluster; its value is the run directory."""
 
+DEFAULT_APP = "deployments.app:build"
+"""What `up` deploys unless RELIGHT_APP names another application."""
+
 NODE_ADDRESS = "127.0.0.2"
 """Ray's address here: on loopback, but not 127.0.0.1, which Ray replaces by the network's address."""
 
@@ -42,6 +45,11 @@ class Cluster:
     @property
     def ray_address(self) -> str:
         return f"{NODE_ADDRESS}:{self.ray_port}"
+
+    @property
+    def listen(self) -> str:
+        """HOST:PORT that HTTP listens on."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     @property
     def endpoint(self) -> str:

@@ -1,0 +1,94 @@
+"""The gateway's own HTTP door: clients reach it without Serve's HTTP proxy in between.
+
+Serve's proxy hands every chunk of a stream from process to process, which costs more than the gateway itself. The door
+is a socket that the node's engine host keeps (deployments/engine/doors.py), and uvicorn on this end of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from deployments.engine.doors import DoorError, ask_for_door
+
+log = logging.getLogger("ray.serve")
+
+KEEP_ALIVE_S = 75
+RETRY_S = 0.2
+RENEW_S = 1.0
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # the process is Ray's, and so are its signals
+
+
+class Door:
+    """Serves `app` on `address` (HOST:PORT). Create it on the event loop that serves."""
+
+    def __init__(self, app: Any, address: str, run_dir: Path, drain_s: float) -> None:
+        self._address = address
+        self._path = run_dir / "doors.sock"
+        self._socket: socket.socket | None = None
+        self._host_inode = 0
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=max(1, int(drain_s)),
+            )
+        )
+        self._tasks = [asyncio.ensure_future(self._serve()), asyncio.ensure_future(self._renew())]
+
+    async def _serve(self) -> None:
+        while self._socket is None:
+            try:
+                await self._ask()
+            except DoorError as error:
+                log.error("the gateway can't listen on %s", error)
+                await asyncio.sleep(RENEW_S)
+            except OSError:
+                await asyncio.sleep(RETRY_S)  # the host is being started
+        log.info("the gateway listens on %s", self._address)
+        # uvicorn closes what it is given; ours is what a restarted host is offered.
+        await self._server.serve(sockets=[self._socket.dup()])
+
+    async def _ask(self) -> None:
+        inode = self._path.stat().st_ino
+        door = await asyncio.to_thread(ask_for_door, self._path, self._address, self._socket)
+        self._host_inode = inode
+        if self._socket is None:
+            self._socket = door
+        else:
+            door.close()
+
+    async def _renew(self) -> None:
+        """Offer the socket to a host that was restarted: its doors' own socket is another file."""
+        while True:
+            await asyncio.sleep(RENEW_S)
+            with contextlib.suppress(OSError, DoorError):
+                if self._socket is not None and self._path.stat().st_ino != self._host_inode:
+                    await self._ask()
+
+    async def close(self) -> None:
+        """Accept nothing more, and wait until what is being answered is answered."""
+        self._server.should_exit = True
+        self._tasks[1].cancel()
+        if self._socket is None:
+            self._tasks[0].cancel()
+        await asyncio.wait({self._tasks[0]})
+        if self._socket is not None:
+            self._socket.close()
