@@ -1,0 +1,126 @@
+"""The gateway's door: a listening socket that the engine host keeps while gateways come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.engine.doors import DoorError, DoorKeeper, ask_for_door
+from deployments.gateway.door import Door
+
+
+@pytest.fixture
+async def keeper(tmp_path: Path) -> AsyncIterator[DoorKeeper]:
+    """The host's side, on this test's event loop."""
+    keeper = DoorKeeper(tmp_path / "doors.sock")
+    yield keeper
+    keeper.close()
+
+
+def free_address() -> str:
+    """An address of loopback that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def answers(address: str) -> dict[str, Any]:
+    """One GET; waits as long as it takes for somebody to accept."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    body: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
+    return body
+
+
+def app(name: str, gate: asyncio.Event | None = None) -> Any:
+    """An ASGI application that says its name, once `gate` is open."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        if gate is not None:
+            await gate.wait()
+        body = json.dumps({"name": name}).encode()
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    return application
+
+
+async def test_two_gateways_of_a_node_share_one_socket(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """Asking twice for an address gives the same socket, not an error that it is taken."""
+    address = free_address()
+    first = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    second = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    with first, second:
+        assert first.getsockname() == second.getsockname()
+
+
+async def test_an_address_that_is_taken_is_named(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """An address that another process holds is refused with its name and the reason."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(DoorError, match=f"{address}: .*in use"):
+            await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+
+
+async def test_clients_wait_for_the_next_gateway(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """A client that connects while no gateway lives is answered by the next one, not refused."""
+    address = free_address()
+    first = Door(app("first"), address, tmp_path, drain_s=1)
+    while True:
+        try:
+            assert await answers(address) == {"name": "first"}
+            break
+        except ConnectionRefusedError:  # the door is being opened
+            await asyncio.sleep(0.01)
+    await first.close()
+    waiting = asyncio.create_task(answers(address))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    second = Door(app("second"), address, tmp_path, drain_s=1)
+    assert await waiting == {"name": "second"}
+    await second.close()
+
+
+async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """A gateway that is drained answers what it has accepted, and accepts nothing more."""
+    address, gate = free_address(), asyncio.Event()
+    door = Door(app("draining", gate), address, tmp_path, drain_s=30)
+    held = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    slow = asyncio.create_task(answers(address))
+    while not door._server.server_state.tasks:
+        await asyncio.sleep(0.01)
+    closing = asyncio.create_task(door.close())
+    await asyncio.sleep(0)
+    assert not closing.done()
+    gate.set()
+    assert await slow == {"name": "draining"}
+    await closing
+    held.close()
+
+
+async def test_a_restarted_host_is_offered_the_socket(tmp_path: Path) -> None:
+    """A host that was killed gets the socket back from the gateway, and keeps it for the gateway after."""
+    address = free_address()
+    keeper = DoorKeeper(tmp_path / "doors.sock")
+    mine = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    keeper.close()
+    keeper = DoorKeeper(tmp_path / "doors.sock")
+    again = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address, mine)
+    again.close()
+    mine.close()
+    kept = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    with kept:
+        assert f"127.0.0.1:{kept.getsockname()[1]}" == address
+    keeper.close()
