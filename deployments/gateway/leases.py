@@ -13,10 +13,8 @@ import contextlib
 import json
 import logging
 import secrets
-import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +26,7 @@ from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
 from deployments.engine.relay import local_end, open_tunnel
 from deployments.errors import EngineStartFailed, EngineUnreachable
 from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase, Progress
+from deployments.gateway.starts import StartLog, cold_start
 from deployments.gateway.transport import UnixTransport
 
 log = logging.getLogger("ray.serve")
@@ -35,6 +34,9 @@ log = logging.getLogger("ray.serve")
 REPORT_EVERY_S = 1.0
 REPORT_AT_LEAST_EVERY_S = 5.0
 RETRY_S = 0.1
+SUSPECT_S = (
+    1.0  # how long an engine that could not be reached is not asked again; a dead one is replaced meanwhile
+)
 METRICS_TIMEOUT_S = 2.0
 
 
@@ -71,7 +73,7 @@ class ServeLease:
         self._released = False
 
     async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
-        return await self._transport.request(method, target, headers, body)
+        return await self._engines.ask(self.engine_id, self._transport.request(method, target, headers, body))
 
     async def release(self, *, engine_failed: bool = False) -> None:
         if self._released:
@@ -91,13 +93,13 @@ class EarlyLease:
         transport: UnixTransport,
     ) -> None:
         self.engine_id = info.engine_id
-        self.cold_start = _cold_start(info, ())
+        self.cold_start = cold_start(info)
         self._engines = engines
         self._granted = granted
         self._transport = transport
 
     async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
-        return await self._transport.request(method, target, headers, body)
+        return await self._engines.ask(self.engine_id, self._transport.request(method, target, headers, body))
 
     async def release(self, *, engine_failed: bool = False) -> None:
         # Serve's lease is awaited, not cancelled: it is the demand that brings up the replica that will own the
@@ -139,9 +141,10 @@ class ServeEngines:
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
         self._failures: dict[str, str] = {}
         self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
-        self._past_starts_s: dict[str, deque[float]] = {model: deque(maxlen=32) for model in specs}
-        self._last_start: dict[str, dict[str, Any]] = {}
-        self._counted: set[str] = set()
+        self.starts = StartLog()
+        self._suspects: dict[
+            str, float
+        ] = {}  # engine that could not be reached -> until when it is not asked again
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
@@ -241,11 +244,10 @@ class ServeEngines:
         try:
             while True:
                 changed.clear()
-                ready = next(
-                    (i for i in self._local_engines(model) if i.state == "ready" and not i.held), None
-                )
+                waiting = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
+                ready = next((i for i in waiting if not self._is_suspect(i.engine_id)), None)
                 if ready is not None and not granted.done():
-                    self._note_start(ready, None)
+                    self.starts.note(ready)
                     return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
                 change = asyncio.ensure_future(changed.wait())
                 await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
@@ -286,7 +288,12 @@ class ServeEngines:
                 self._failures[model] = grant["failed"]
                 raise EngineStartFailed(grant["failed"])
             self._failures.pop(model, None)
-            return await self._lease(model, lease_id, generator, grant, arrived_s)
+            lease = await self._lease(model, lease_id, generator, grant, arrived_s)
+            if not self._is_suspect(lease.engine_id):
+                return lease
+            # Its replica is still looking whether the engine lives: asking it again would only spend an attempt.
+            await lease.release()
+            await asyncio.sleep(RETRY_S)
 
     async def _lease(
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
@@ -298,7 +305,7 @@ class ServeEngines:
             process_s = max(arrived_s, grant["process_s"])
             phases.append(Phase("schedule", arrived_s, process_s - arrived_s))
             phases.append(Phase("replica", process_s, max(0.0, grant["init_s"] - process_s)))
-        self._note_start(info, phases)
+        self.starts.note(info, phases)
         remote = grant["node"] != self._place.node_id
         try:
             if remote:
@@ -315,7 +322,7 @@ class ServeEngines:
         except OSError as error:
             self._spawn(_drain(generator))
             raise EngineUnreachable(f"the replica of {model} went away: {error}") from error
-        return ServeLease(self, lease_id, generator, grant, _cold_start(info, phases), transport)
+        return ServeLease(self, lease_id, generator, grant, cold_start(info, phases), transport)
 
     async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
         replica = grant["replica"]
@@ -341,6 +348,20 @@ class ServeEngines:
             # No host tells of engines on other nodes: they are gone for us when their replica is.
             if remote := self._remote.pop(replica, None):
                 self._forget(remote[1])
+
+    async def ask(self, engine_id: str, request: Coroutine[Any, Any, EngineResponse]) -> EngineResponse:
+        """Await a request to an engine, and learn from it: a start's first token, or that the engine is not there."""
+        asked_s = time.time()
+        try:
+            return self.starts.timed(engine_id, asked_s, await request)
+        except EngineUnreachable:
+            now_s = time.monotonic()
+            self._suspects = {e: until_s for e, until_s in self._suspects.items() if until_s > now_s}
+            self._suspects[engine_id] = now_s + SUSPECT_S
+            raise
+
+    def _is_suspect(self, engine_id: str) -> bool:
+        return self._suspects.get(engine_id, 0.0) > time.monotonic()
 
     def give_back(
         self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool
@@ -384,27 +405,6 @@ class ServeEngines:
 
     # What is known
 
-    def _note_start(self, info: EngineInfo, phases: Sequence[Phase] | None) -> None:
-        if info.engine_id in self._counted and phases is None:
-            return
-        key = f"{info.engine_id}@{info.ready_s}"
-        if key in self._counted or info.ready_s is None:
-            return
-        self._counted.add(key)
-        start_s = min([info.requested_s, *(p.start_s for p in phases or ())])
-        self._past_starts_s[info.model].append(info.ready_s - start_s)
-        start = _cold_start(info, phases or ())
-        self._last_start[info.model] = {
-            "kind": start.kind,
-            "engine_id": start.engine_id,
-            "ready_s": start.ready_s,
-            "total_s": round(info.ready_s - start_s, 4),
-            "phases": [
-                {"name": p.name, "start_s": p.start_s, "duration_s": round(p.duration_s, 4)}
-                for p in start.phases
-            ],
-        }
-
     def progress(self, model: str) -> Progress | None:
         waiting = self._waiting_since[model]
         if not waiting:
@@ -418,8 +418,7 @@ class ServeEngines:
             phase = "download"
         elif model in self._ready_models:
             phase = "queue"
-        past = self._past_starts_s[model]
-        return Progress(phase, time.time() - min(waiting.values()), statistics.median(past) if past else None)
+        return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model))
 
     def state(self, model: str) -> str:
         states = {i.state for i in self._local_engines(model)}
@@ -485,22 +484,13 @@ class ServeEngines:
                 model: {
                     "queued": counts.get(model, (0, 0))[0],
                     "in_flight": counts.get(model, (0, 0))[1],
-                    "last_cold_start": self._last_start.get(model),
+                    "last_cold_start": self.starts.last(model),
                     "failure": self._failures.get(model),
                     "seen_ready": model in self._ready_models,
                 }
                 for model in self._specs
             },
         }
-
-
-def _cold_start(info: EngineInfo, phases: Sequence[Phase]) -> ColdStart:
-    return ColdStart(
-        engine_id=info.engine_id,
-        kind=info.kind,
-        ready_s=info.ready_s or 0.0,
-        phases=(*phases, *(Phase(name, start_s, duration_s) for name, start_s, duration_s in info.phases)),
-    )
 
 
 async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:

@@ -1,0 +1,106 @@
+"""The cold starts that a gateway has seen: the last of each model, phase by phase, and how long they took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from deployments.engine.protocol import EngineInfo
+from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase
+
+KEPT_STARTS = 256
+KEPT_DURATIONS = 32
+
+
+def cold_start(info: EngineInfo, phases: Sequence[Phase] = ()) -> ColdStart:
+    """The start of an engine; `phases` are those before the engine was asked for."""
+    return ColdStart(
+        engine_id=info.engine_id,
+        kind=info.kind,
+        ready_s=info.ready_s or 0.0,
+        phases=(*phases, *(Phase(name, start_s, duration_s) for name, start_s, duration_s in info.phases)),
+    )
+
+
+class StartLog:
+    """Bounded. One start is known by its engine and the time at which that was ready: a parked one starts again."""
+
+    def __init__(self) -> None:
+        self._starts: OrderedDict[tuple[str, float], dict[str, Any]] = OrderedDict()
+        self._by_engine: dict[str, tuple[str, float]] = {}
+        self._last: dict[str, tuple[str, float]] = {}
+        self._durations_s: dict[str, deque[float]] = {}
+
+    def note(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
+        """An engine is ready. Said again with more phases (Serve's part is known only later), it adds those."""
+        if info.ready_s is None:
+            return
+        key = (info.engine_id, info.ready_s)
+        begun_s = min([info.requested_s, *(p.start_s for p in phases)])
+        if key not in self._starts:
+            start = cold_start(info, phases)
+            self._starts[key] = {
+                "kind": start.kind,
+                "engine_id": start.engine_id,
+                "ready_s": start.ready_s,
+                "total_s": round(info.ready_s - begun_s, 4),
+                "phases": [_row(p) for p in start.phases],
+            }
+            self._by_engine[info.engine_id] = self._last[info.model] = key
+            durations_s = self._durations_s.setdefault(info.model, deque(maxlen=KEPT_DURATIONS))
+            durations_s.append(info.ready_s - begun_s)
+            if len(self._starts) > KEPT_STARTS:
+                old, _ = self._starts.popitem(last=False)
+                if self._by_engine.get(old[0]) == old:
+                    del self._by_engine[old[0]]
+            return
+        rows = self._starts[key]["phases"]
+        rows[:0] = [_row(p) for p in phases if not any(r["name"] == p.name for r in rows)]
+
+    def last(self, model: str) -> dict[str, Any] | None:
+        """The model's last start: kind, engine_id, ready_s, total_s, phases."""
+        key = self._last.get(model)
+        return self._starts.get(key) if key else None
+
+    def estimate_s(self, model: str) -> float | None:
+        """Median of the model's starts; None before the first."""
+        durations_s = self._durations_s.get(model)
+        return statistics.median(durations_s) if durations_s else None
+
+    def timed(self, engine_id: str, asked_s: float, response: EngineResponse) -> EngineResponse:
+        """The same response; the first of an engine's start tells when its first token came."""
+        key = self._by_engine.get(engine_id)
+        start = self._starts.get(key) if key else None
+        if start is None or any(p["name"] == "first_token" for p in start["phases"]):
+            return response
+        return _Timed(response, start["phases"], asked_s)
+
+
+class _Timed:
+    """A response that writes the phase `first_token` when its first bytes come."""
+
+    def __init__(self, response: EngineResponse, rows: list[dict[str, Any]], asked_s: float) -> None:
+        self.status = response.status
+        self.headers: Headers = response.headers
+        self._response = response
+        self._rows = rows
+        self._asked_s = asked_s
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        first = True
+        async for chunk in self._response.chunks():
+            if first:
+                first = False
+                if not any(r["name"] == "first_token" for r in self._rows):
+                    self._rows.append(_row(Phase("first_token", self._asked_s, time.time() - self._asked_s)))
+            yield chunk
+
+    async def close(self) -> None:
+        await self._response.close()
+
+
+def _row(phase: Phase) -> dict[str, Any]:
+    return {"name": phase.name, "start_s": phase.start_s, "duration_s": round(phase.duration_s, 4)}
