@@ -30,7 +30,7 @@ def scaling(**changes: Any) -> dict[str, Any]:
 def fleet_of(folder: Path) -> dict[str, Any]:
     """The fleet of these tests. `folder` holds the sources of the models that can't start.
 
-    Only the first two have templates of their own: building one takes both cores for ten seconds, and the others, by
+    Only the first three have templates of their own: building one takes both cores for ten seconds, and the others, by
     the name of their loader (which loads as the usual one does), are left to plain starts.
     """
     plain = {"load_format": "hf"}
@@ -39,7 +39,7 @@ def fleet_of(folder: Path) -> dict[str, Any]:
         "models": [
             {"id": "chat", "aliases": ["talk"], **CHAT, "scaling": scaling(), "limits": {"max_queued": 100}},
             {"id": "embed", **EMBED, "scaling": scaling()},
-            {"id": "parks", **tiny, "scaling": scaling(park=True)},
+            {"id": "parks", **EMBED, "scaling": scaling(park=True)},
             {
                 "id": "far",
                 "source": CHAT["source"],

@@ -1,0 +1,122 @@
+"""Serve's own commands, as the README shows them, on a cluster that was started by hand. Before the other live tests,
+since it has a cluster of its own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deployments.local import processes
+from deployments.local.serving import head_env
+from deployments.local.state import NODE_ADDRESS, Checkout, pick_port
+from tests.live.conftest import EMBED, scaling
+from tests.live.lab import ROOT, Relight, kill, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+SERVE = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()"]
+
+
+class ByHand:
+    """A Ray with a dashboard, and Serve's commands for it."""
+
+    def __init__(self, root: Path) -> None:
+        self.checkout = Checkout(root)
+        self.checkout.make_dirs()
+        self.root = root
+        self.relight = Relight(root)
+        self.ray_port, self.dashboard_port = pick_port(None), pick_port(None)
+        self.environment = {
+            **head_env(self.checkout),
+            "PYTHONPATH": str(ROOT),
+            "RAY_ADDRESS": f"{NODE_ADDRESS}:{self.ray_port}",
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
+        }
+        fleet = {
+            "models": [{"id": "embed", **EMBED, "scaling": scaling()}],
+            "engine_host": {"prebuilt": "off"},
+        }
+        (root / "fleet.yaml").write_text(yaml.safe_dump(fleet))
+
+    def run(self, *command: str, environment: dict[str, str] | None = None) -> str:
+        """A command to its end."""
+        done = subprocess.run(
+            command,
+            cwd=self.root,
+            env=environment or self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def start(self) -> None:
+        """`ray start`, then Serve's proxy on a port of ours."""
+        without = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        self.run(
+            *(*RAY, "start", "--head", f"--node-ip-address={NODE_ADDRESS}", f"--port={self.ray_port}"),
+            *("--include-dashboard=true", f"--dashboard-port={self.dashboard_port}", "--num-cpus=8"),
+            *("--disable-usage-stats", f"--temp-dir={self.checkout.run_dir / 'ray'}"),
+            *(f"--ray-client-server-port={pick_port(None)}", "--dashboard-agent-listen-port=0"),
+            *("--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"),
+            environment=without,
+        )
+        self.run(*SERVE, "start", "--http-host=127.0.0.1", f"--http-port={self.relight.port}")
+
+    def serves(self) -> None:
+        """The model answers."""
+        until("the gateway", lambda: self.relight.request("GET", "/v1/models").status == 200)
+        answer = self.relight.embed("embed")
+        assert answer.status == 200, answer
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path) -> Iterator[ByHand]:
+    """The cluster, which ends with all that is marked as its own."""
+    cluster = ByHand(tmp_path)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        processes.end(cluster.checkout.run_dir)
+        assert processes.ours(cluster.checkout.run_dir) == []
+
+
+def test_serve_run_build_and_deploy(by_hand: ByHand) -> None:
+    """`serve run` with a fleet file; then a config file by `serve build`, given the fleet, and `serve deploy`."""
+    running = subprocess.Popen(
+        [*SERVE, "run", "deployments.app:build", "fleet=fleet.yaml"],
+        cwd=by_hand.root,
+        env=by_hand.environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    by_hand.serves()
+    (process,) = [p for p in processes.ours(by_hand.checkout.run_dir) if p.pid == running.pid]
+    kill(process, signal.SIGINT)
+    running.wait(60)
+
+    config = by_hand.root / "serve.yaml"
+    built = by_hand.run(*SERVE, "build", "deployments.app:build", "-o", str(config))
+    assert config.is_file(), built
+    document = yaml.safe_load(config.read_text())
+    (application,) = document["applications"]
+    assert application["import_path"] == "deployments.app:build"
+    application["args"] = {"fleet": str(by_hand.root / "fleet.yaml")}
+    document["http_options"] = {"host": "127.0.0.1", "port": by_hand.relight.port}
+    config.write_text(yaml.safe_dump(document))
+    by_hand.run(*SERVE, "deploy", str(config))
+    by_hand.serves()
+    assert "RUNNING" in by_hand.run(*SERVE, "status")
