@@ -1,0 +1,295 @@
+"""Leases through a Serve handle that is scripted, to an engine that is real enough."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from deployments.engine.protocol import EngineInfo, EngineSpec
+from deployments.engine.relay import Tunnel
+from deployments.errors import EngineStartFailed
+from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
+from tests.fakes.engines import FakeEngine
+
+HERE, ELSEWHERE = "node-1", "node-2"
+SPEC = EngineSpec("tiny", ("tiny",), "/models/tiny")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the gateway of the test is."""
+
+    run_dir: Path
+    node_id: str = HERE
+    raylet_pid: int = 1
+
+
+class Call:
+    """One call of the replica's `lease`: yields what is scripted, then stays open until it is over."""
+
+    def __init__(self, answer: Callable[[str], Any] | None, lease_id: str) -> None:
+        self.lease_id = lease_id
+        self.cancelled = False
+        self.over = asyncio.Event()
+        self.ready = asyncio.Event()
+        self.answer = answer
+        self._told = False
+        if answer is not None:
+            self.ready.set()
+
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._told:
+            await self.over.wait()
+            raise StopAsyncIteration
+        await self.ready.wait()
+        self._told = True
+        assert self.answer is not None
+        result = self.answer(self.lease_id)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    """A Serve handle. `answers` are taken one a call; the last one stays."""
+
+    def __init__(self) -> None:
+        self.answers: list[Callable[[str], Any] | None] = []
+        self.calls: list[Call] = []
+        self.lease = self
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def remote(self, lease_id: str) -> Call:
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        self.calls.append(Call(answer, lease_id))
+        return self.calls[-1]
+
+
+class World:
+    """One model, its replica's lease socket, its engine, and the gateway's view of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = FakeEngine("e1", folder / "e1.http")
+        self.handle = Handle()
+        self.told: list[dict[str, Any]] = []
+        self.told_more = asyncio.Event()
+        self.connections: list[asyncio.StreamWriter] = []
+        self.tunnel = Tunnel(self._replica)
+        self.address = ("", 0)
+        self.early = False
+        self.engines = ServeEngines(
+            {"tiny": SPEC},
+            {"tiny": self.handle},
+            None,
+            Place(folder),
+            {},
+            early_wake=lambda _: self.early,
+            counts=dict,
+        )
+
+    async def _replica(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append(writer)
+        async for line in reader:
+            self.told.append(json.loads(line))
+            for call in self.handle.calls:
+                if self.told[-1]["op"] == "release" and call.lease_id == self.told[-1]["lease"]:
+                    call.over.set()
+            self.told_more.set()
+
+    def info(self, **changes: Any) -> EngineInfo:
+        """The engine as its host tells of it."""
+        values = {"engine_id": "e1", "model": "tiny", "fingerprint": SPEC.fingerprint, "kind": "forked"}
+        values |= {"state": "ready", "http": self.engine.uds, "control": "", "ready_s": 1.0, **changes}
+        return EngineInfo(**values)
+
+    def grant(self, node: str = HERE, **changes: Any) -> Callable[[str], Any]:
+        """The replica's answer."""
+        return lambda _: {
+            "engine": self.info(held=True, **changes).to_json(),
+            "replica": "r1",
+            "node": node,
+            "lease_socket": str(self.folder / "leases.sock"),
+            "tunnel": {"address": self.address, "token": self.tunnel.token},
+            "process_s": 0.0,
+            "init_s": 0.0,
+            "asked_s": 0.0,
+        }
+
+    def host_tells(self, info: EngineInfo) -> None:
+        """An event of this node's engine host."""
+        self.engines._take_event({"event": "engine", "engine": info.to_json()})
+
+    async def heard(self, operation: str) -> dict[str, Any]:
+        """The first message of that kind to the replica."""
+        while True:
+            self.told_more.clear()
+            for message in self.told:
+                if message["op"] == operation:
+                    return message
+            await asyncio.wait_for(self.told_more.wait(), 20)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as name:
+        world = World(Path(name))
+        server = await asyncio.start_unix_server(world._replica, world.folder / "leases.sock")
+        world.address = await world.tunnel.listen("127.0.0.1")
+        async with world.engine.running():
+            yield world
+            for call in world.handle.calls:
+                call.over.set()
+            for transport in world.engines._transports.values():
+                await transport.close()
+        server.close()
+        world.tunnel.close()
+
+
+async def until(look: Callable[[], object]) -> None:
+    """Let the loop's other tasks run until it is so."""
+    while not look():  # noqa: ASYNC110 - what is waited for has no event
+        await asyncio.sleep(0.001)
+
+
+async def served(lease: ServeLease | EarlyLease) -> int:
+    """The status of a request under this lease."""
+    body = json.dumps({"model": "tiny", "prompt": "x"}).encode()
+    headers = [(b"content-type", b"application/json")]
+    response = await lease.request("POST", "/v1/completions", headers, body)
+    async for _ in response.chunks():
+        pass
+    await response.close()
+    return response.status
+
+
+async def test_a_lease_is_taken_used_and_given_back(world: World) -> None:
+    """The replica hears of both, and Serve's call ends."""
+    world.handle.answers = [world.grant()]
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    assert (await world.heard("take"))["lease"] == world.handle.calls[0].lease_id
+    assert world.engines.state("tiny") == "ready"
+    await lease.release(engine_failed=True)
+    await lease.release()
+    released = await world.heard("release")
+    assert (released["engine_id"], released["engine_failed"]) == ("e1", True)
+    assert [m["op"] for m in world.told] == ["take", "release"]
+
+
+async def test_a_failed_start_is_raised_and_remembered_until_one_succeeds(world: World) -> None:
+    """With the engine's own reason."""
+    world.handle.answers = [lambda _: {"failed": "torn"}, world.grant()]
+    with pytest.raises(EngineStartFailed, match="torn"):
+        await world.engines.acquire("tiny")
+    assert world.engines.state("tiny") == "failed"
+    await (await world.engines.acquire("tiny")).release()
+    assert world.engines.state("tiny") == "ready"
+
+
+async def test_replicas_that_die_before_they_grant_are_waited_through(world: World) -> None:
+    """The caller notices nothing."""
+    world.handle.answers = [lambda _: RayActorError(), lambda _: StopAsyncIteration(), world.grant()]
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    assert len(world.handle.calls) == 3
+
+
+async def test_a_deployment_that_serve_gave_up_is_a_failed_start(world: World) -> None:
+    """Waiting for it would be in vain."""
+    world.handle.answers = [lambda _: DeploymentUnavailableError(DeploymentID("model-tiny", "default"))]
+    with pytest.raises(EngineStartFailed, match="given tiny up"):
+        await world.engines.acquire("tiny")
+
+
+async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
+    """So that Serve does not start a replica for nobody."""
+    world.handle.answers = [None]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    assert world.engines.progress("tiny") is not None
+    assert world.engines.state("tiny") == "lighting"
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    await until(lambda: world.handle.calls[0].cancelled)
+    assert world.engines.progress("tiny") is None
+
+
+async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world: World) -> None:
+    """Serve's own lease follows, and is given back then."""
+    world.early = True
+    world.handle.answers = [None]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    world.host_tells(world.info(state="starting"))
+    assert not waiting.done()
+    world.host_tells(world.info())
+    lease = await waiting
+    assert isinstance(lease, EarlyLease)
+    assert await served(lease) == 200
+    await lease.release()
+    (call,) = world.handle.calls
+    assert not call.cancelled
+    call.answer = world.grant()
+    call.ready.set()
+    assert (await world.heard("release"))["lease"] == call.lease_id
+
+
+async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_with_its_replica(
+    world: World,
+) -> None:
+    """No host tells of its end: the replica's connection does."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(ELSEWHERE, http="/nowhere")]
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    await lease.release()
+    await world.heard("release")
+    assert world.engines.state("tiny") == "ready"
+    for connection in world.connections:
+        connection.close()
+    await until(lambda: world.engines.state("tiny") == "dark")
+    assert not world.engines._tunnels
+
+
+@pytest.mark.parametrize(
+    ("state", "told"), [("parked", "parked"), ("draining", "draining"), ("dead", "dark")]
+)
+async def test_an_engine_that_no_longer_serves_is_not_told_as_ready(
+    world: World, state: str, told: str
+) -> None:
+    """Once its host has said so."""
+    world.handle.answers = [world.grant()]
+    await (await world.engines.acquire("tiny")).release()
+    assert world.engines.state("tiny") == "ready"
+    world.host_tells(world.info(state=state))
+    assert world.engines.state("tiny") == told
+
+
+async def test_engines_that_ended_while_their_host_was_down_are_forgotten(world: World) -> None:
+    """Its successor's first word does not name them."""
+    world.handle.answers = [world.grant()]
+    await (await world.engines.acquire("tiny")).release()
+    world.engines._take_event({"event": "status", "engines": [], "models": []})
+    world.engines._forget_what_ended_unseen()
+    assert world.engines.state("tiny") == "dark"
