@@ -93,8 +93,8 @@ def by_hand(tmp_path: Path) -> Iterator[ByHand]:
         assert processes.ours(cluster.checkout.run_dir) == []
 
 
-def test_serve_run_build_and_deploy(by_hand: ByHand) -> None:
-    """`serve run` with a fleet file; then a config file by `serve build`, given the fleet, and `serve deploy`."""
+def test_serve_run_and_serve_deploy(by_hand: ByHand) -> None:
+    """`serve run` with a fleet file; then `serve deploy` of a config file that names it."""
     running = subprocess.Popen(
         [*SERVE, "run", "deployments.app:build", "fleet=fleet.yaml"],
         cwd=by_hand.root,
@@ -109,13 +109,14 @@ def test_serve_run_build_and_deploy(by_hand: ByHand) -> None:
     running.wait(60)
 
     config = by_hand.root / "serve.yaml"
-    built = by_hand.run(*SERVE, "build", "deployments.app:build", "-o", str(config))
-    assert config.is_file(), built
-    document = yaml.safe_load(config.read_text())
-    (application,) = document["applications"]
-    assert application["import_path"] == "deployments.app:build"
-    application["args"] = {"fleet": str(by_hand.root / "fleet.yaml")}
-    document["http_options"] = {"host": "127.0.0.1", "port": by_hand.relight.port}
+    application = {
+        "name": "default",
+        "route_prefix": "/",
+        "import_path": "deployments.app:build",
+        "args": {"fleet": str(by_hand.root / "fleet.yaml")},
+    }
+    http_options = {"host": "127.0.0.1", "port": by_hand.relight.port}
+    document = {"proxy_location": "HeadOnly", "http_options": http_options, "applications": [application]}
     config.write_text(yaml.safe_dump(document))
     by_hand.run(*SERVE, "deploy", str(config))
     by_hand.serves()
