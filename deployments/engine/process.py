@@ -24,9 +24,9 @@ FIRST_HOLDER_GRACE_S = 60.0
 
 # vLLM says in its log how long its phases took. A message that no longer matches costs a phase its row, nothing else.
 _PHASE_LOGS = (
-    ("config", re.compile(r"Initializing a V1 LLM engine")),
-    ("weights", re.compile(r"Loading weights took ([\d.]+) seconds")),
-    ("warm_up", re.compile(r"init engine \(profile, create kv cache, warmup model\) took ([\d.]+) s")),
+    ("config", "Initializing a V1 LLM engine", ""),
+    ("weights", "Loading weights took", r"took ([\d.]+) s"),
+    ("warm_up", "init engine (profile, create kv cache, warmup model) took", r"took ([\d.]+) s"),
 )
 _ROOT_CAUSE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)): (.+)$")
 # As argparse prints it; its own source, in the traceback below, is indented.
@@ -63,21 +63,23 @@ class StatusReporter:
             return
 
 
-class _PhaseLogHandler(logging.Handler):
-    def __init__(self, reporter: StatusReporter) -> None:
-        super().__init__()
-        self._reporter = reporter
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = str(record.msg) if "%" not in str(record.msg) else record.getMessage()
-        for name, pattern in _PHASE_LOGS:
-            if found := pattern.search(text):
-                self._reporter.phase(name, float(found[1]) if found.groups() else None)
-
-
 def watch_phase_logs(reporter: StatusReporter) -> None:
-    """Report the phases that vLLM's log tells of, in this process and in those that it forks."""
-    logging.getLogger("vllm").addHandler(_PhaseLogHandler(reporter))
+    """Report the phases that vLLM's log tells of, in this process and in those that it forks.
+
+    By the factory of log records, not by a handler: vLLM sets its handlers anew with every engine's configuration.
+    """
+    make = logging.getLogRecordFactory()
+
+    def make_and_look(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        if record.name.startswith("vllm"):
+            for name, start, seconds in _PHASE_LOGS:
+                if str(record.msg).startswith(start):
+                    found = re.search(seconds, record.getMessage()) if seconds else None
+                    reporter.phase(name, float(found[1]) if found else None)
+        return record
+
+    logging.setLogRecordFactory(make_and_look)
 
 
 def root_cause(error: BaseException, log: Path) -> str:
