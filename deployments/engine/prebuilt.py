@@ -419,6 +419,8 @@ def repack(layer: Any) -> None:
 
     handler = ops.create_onednn_mm(layer.weight.t(), 32)
     layer.cpu_linear = lambda x, weight, bias: ops.onednn_mm(handler, x, bias)
+    # The mapped original is read no more. If it is after all (tied weights), its pages come back from the file.
+    _drop_pages(layer.weight.data_ptr(), layer.weight.nbytes)
 
 
 def probe(address: str | bytes, model: str, tasks: tuple[str, ...]) -> list[bytes]:
