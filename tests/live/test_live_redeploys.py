@@ -19,6 +19,7 @@ LONG = {
     "max_tokens": 400,
     "ignore_eos": True,
     "temperature": 0,
+    "stream_options": {"include_usage": True},
 }
 
 
@@ -29,7 +30,7 @@ def tokens_until_done(response: Any, begun: threading.Event) -> int:
         if line.startswith(b"data: {"):
             event = json.loads(line.removeprefix(b"data: "))
             assert "error" not in event, line
-            tokens = (event.get("usage") or {}).get("completion_tokens", 0)
+            tokens = max(tokens, (event.get("usage") or {}).get("completion_tokens", 0))
             begun.set()
         if line.startswith(b"data: [DONE]"):
             return tokens
