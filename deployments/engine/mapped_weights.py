@@ -59,9 +59,7 @@ def map_flat(model: torch.nn.Module, path: Path) -> None:
     """Make every parameter of `model` a view of the mapped file. Raises KeyError if the model has changed."""
     index = json.loads(path.with_suffix(".json").read_text())
     with path.open("rb") as file:
-        mapped = mmap.mmap(
-            file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     maps.append(mapped)
     flat = torch.frombuffer(mapped, dtype=torch.uint8)
     for name, parameter in model.named_parameters(remove_duplicate=False):
