@@ -3,6 +3,7 @@ since it has a cluster of its own."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def by_hand(tmp_path: Path) -> Iterator[ByHand]:
     finally:
         processes.end(cluster.checkout.run_dir)
         assert processes.ours(cluster.checkout.run_dir) == []
+        shutil.rmtree(cluster.checkout.run_dir)
 
 
 def test_serve_run_and_serve_deploy(by_hand: ByHand) -> None:
