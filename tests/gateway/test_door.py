@@ -99,7 +99,7 @@ async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: D
     door = Door(app("draining", gate), address, tmp_path, drain_s=30)
     held = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
     slow = asyncio.create_task(answers(address))
-    while not door._server.server_state.tasks:
+    while not door._server.server_state.tasks:  # noqa: ASYNC110 - uvicorn tells nobody
         await asyncio.sleep(0.01)
     closing = asyncio.create_task(door.close())
     await asyncio.sleep(0)
