@@ -1,0 +1,157 @@
+"""Cron schedules as spans of time.
+
+A schedule is read on the wall clock of its time zone: it is in force exactly while that clock shows a time at or after
+one of its starts and less than `duration_s` later on the same clock. So 22:00 for eight hours ends at 06:00 in every
+night, one of which lasts seven hours and one nine. Of what lies in the hour that a clock skips, only what is after it
+is in force; what lies in the hour that a clock shows twice is in force both times.
+
+Expressions are cronsim's: those of Debian's cron, with L, LW and # besides.
+"""
+
+from __future__ import annotations
+
+import math
+import zoneinfo
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from itertools import islice, takewhile
+
+from cronsim import CronSim
+
+MAX_DURATION_S = 7 * 86400.0
+_EPOCH = datetime(1970, 1, 1)
+_HOUR_S = 3600
+_FAR_S = 10 * 366 * 86400.0
+_MAX_STARTS = 20_000
+_MAX_OFFSET_S = 26 * 3600.0
+"""More than any zone is from UTC, and more than its clock ever jumps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cron:
+    """When: a cron expression, how long each time, and on whose clock (an IANA name)."""
+
+    expression: str
+    duration_s: float
+    timezone: str = "UTC"
+
+
+def check_expression(expression: str) -> None:
+    """Raises ValueError where it is not a cron expression, or one that never comes."""
+    from cronsim import CronSimError
+
+    if len(expression.split()) != 5:
+        raise ValueError("it needs five fields: minute, hour, day of the month, month, day of the week")
+    try:
+        next(CronSim(expression, datetime(2024, 1, 1)))
+    except CronSimError as error:
+        raise ValueError(str(error)[:1].lower() + str(error)[1:]) from None
+    except StopIteration:
+        raise ValueError("no such day ever comes") from None
+
+
+def check_timezone(name: str) -> None:
+    """Raises ValueError where no time zone has that name."""
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (OSError, ValueError, zoneinfo.ZoneInfoNotFoundError):
+        raise ValueError("no time zone has that name") from None
+
+
+def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float], ...]:
+    """Every (start_s, end_s) in Unix time that overlaps [from_s, until_s), ascending; those that touch are one.
+
+    A span is given from its start to its end, also where those lie outside of the bounds; one that has no end, because
+    each time begins before the last has ended, is cut some days outside of them.
+    """
+    first_hour, last_hour = int(from_s // _HOUR_S), int(-(-until_s // _HOUR_S))
+    found = _spans(cron, first_hour, last_hour)
+    return tuple((start, end) for start, end in found if end > from_s and start < until_s)
+
+
+def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float], ...]:
+    """The next `count` spans, beginning with the one in force."""
+    found: list[tuple[float, float]] = []
+    for span in _merged(_until(islice(_raw_spans(cron, now_s), _MAX_STARTS), now_s + _FAR_S)):
+        if span[1] > now_s:
+            found.append(span)
+        if len(found) == count:
+            break
+    return tuple(found)
+
+
+@lru_cache(maxsize=16384)
+def _spans(cron: Cron, first_hour: int, last_hour: int) -> tuple[tuple[float, float], ...]:
+    """Cached by the hour: the controller asks every second."""
+    # Spans ascend but for those in an hour that a clock shows twice.
+    return tuple(_merged(_until(_raw_spans(cron, first_hour * _HOUR_S), last_hour * _HOUR_S + _MAX_OFFSET_S)))
+
+
+def _until(found: Iterator[tuple[float, float]], time_s: float) -> Iterator[tuple[float, float]]:
+    return takewhile(lambda span: span[0] < time_s, found)
+
+
+def _raw_spans(cron: Cron, from_s: float) -> Iterator[tuple[float, float]]:
+    """Of each start after about `from_s`, what it is on the clock of the world. May overlap; endless."""
+    # On the bare clock, which knows no jumps; the starts before `from_s` may still be in force.
+    begin = _EPOCH + timedelta(seconds=from_s - cron.duration_s - _MAX_OFFSET_S)
+    for naive in CronSim(cron.expression, begin):
+        start = (naive - _EPOCH).total_seconds()
+        yield from _on_the_world_clock(cron.timezone, start, start + cron.duration_s)
+
+
+def _on_the_world_clock(name: str, start: float, end: float) -> Iterator[tuple[float, float]]:
+    """When a clock of this zone shows [start, end), given as seconds of the bare clock."""
+    for since, until, offset in _segments(name, (_EPOCH + timedelta(seconds=start)).year):
+        span = max(since, start - offset), min(until, end - offset)
+        if span[0] < span[1]:
+            yield span
+
+
+@lru_cache(maxsize=512)
+def _segments(name: str, year: int) -> tuple[tuple[float, float, float], ...]:
+    """(since, until, offset from UTC) of the zone's clock, from before this year's starts to after their ends.
+
+    zoneinfo tells no transitions, so they are searched: no zone has ever changed its clock twice within an hour.
+    """
+    zone = zoneinfo.ZoneInfo(name)
+    first = int((datetime(year - 1, 12, 1) - _EPOCH).total_seconds())
+    last = int((datetime(year + 1, 2, 1) - _EPOCH).total_seconds())
+    found = []
+    since, offset = -math.inf, _offset(zone, first)
+    for time in range(first, last, _HOUR_S):
+        if _offset(zone, time + _HOUR_S) != offset:
+            low, high = time, time + _HOUR_S
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if _offset(zone, middle) == offset else (low, middle)
+            found.append((since, float(high), offset))
+            since, offset = float(high), _offset(zone, high)
+    return (*found, (since, math.inf, offset))
+
+
+def _offset(zone: zoneinfo.ZoneInfo, time_s: float) -> float:
+    offset = datetime.fromtimestamp(time_s, UTC).astimezone(zone).utcoffset()
+    return offset.total_seconds() if offset else 0.0
+
+
+def _merged(found: Iterator[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Ascending and apart. What comes may be out of order by as much as a clock jumps."""
+    held: list[tuple[float, float]] = []
+    for span in found:
+        held = _join([*held, span])
+        while len(held) > 1 and held[0][1] < span[0] - _MAX_OFFSET_S:
+            yield held.pop(0)
+    yield from held
+
+
+def _join(found: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    joined: list[tuple[float, float]] = []
+    for start, end in sorted(found):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(joined[-1][1], end)
+        else:
+            joined.append((start, end))
+    return joined
