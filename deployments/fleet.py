@@ -12,8 +12,10 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 import yaml
 from pydantic import (
@@ -133,8 +135,76 @@ class Resources(_Config):
         return self
 
 
+PolicyName = Literal[
+    "predictive", "reactive", "keep-alive", "hybrid-histogram", "kpa", "ray-default", "scheduled", "fixed"
+]
+"""The policies of `autoscaling.core`, here as a type so that editors can offer them."""
+
+RungName = Literal["weights", "template", "parked", "serving"]
+"""The rungs of warmth that can be asked for; see `autoscaling.core.types.Rung`."""
+
+
+class Schedule(_Config):
+    """A span that comes again and again, with at least so many replicas, or at least so warm."""
+
+    cron: str = Field(min_length=1)
+    """When the span begins: five fields of cron ("0 9 * * MON-FRI")."""
+    duration_s: float = Field(gt=0, le=366 * 86400)
+    """How long it lasts; it may pass midnight."""
+    timezone: str = "UTC"
+    """An IANA time zone ("Europe/Berlin"), in which `cron` is read."""
+    replicas: int = Field(default=1, ge=0)
+    """Replicas that there are at least; counts for the rung `serving` alone."""
+    rung: RungName = "serving"
+
+    @field_validator("cron")
+    @classmethod
+    def _cron_is_valid(cls, cron: str) -> str:
+        from cronsim import CronSim, CronSimError
+
+        # With six fields cronsim reads seconds, which no other cron does.
+        if len(cron.split()) != 5:
+            text = f"{cron!r} has not five fields: minute, hour, day of month, month, day of week"
+            raise _Problems(((), text))
+        try:
+            CronSim(cron, datetime(2024, 1, 1, tzinfo=UTC))
+        except CronSimError as error:
+            raise _Problems(
+                ((), f"{cron!r} is not a cron expression ({error}): '0 9 * * MON-FRI' is one")
+            ) from None
+        return cron
+
+    @field_validator("timezone")
+    @classmethod
+    def _zone_is_known(cls, timezone: str) -> str:
+        _check_zone(timezone)
+        return timezone
+
+
+def _check_zone(name: str) -> None:
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        near = difflib.get_close_matches(name, sorted(available_timezones()), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "Europe/Berlin and UTC are some"
+        raise _Problems(((), f"{name!r} is not a time zone; {hint}")) from None
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Scaling(_Config):
-    """Within which bounds the controller moves the model."""
+    """How the model is scaled, and within which bounds."""
+
+    policy: PolicyName = "predictive"
+    """Who decides how many replicas there are; `relight policy list` says what each does."""
+    params: dict[str, Number] = {}
+    """The policy's own parameters."""
+    wait_cost: float = Field(default=10, ge=0)
+    """GPU-seconds worth paying to spare one request one second of waiting."""
+    priority: int = 0
+    """A model with a higher one keeps its replicas when the GPU budget is short."""
+    schedules: list[Schedule] = []
 
     min_replicas: int = Field(default=0, ge=0)
     """Replicas that are always lit; 0 lets the model go dark."""
@@ -144,7 +214,7 @@ class Scaling(_Config):
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica takes at once; more wait in the gateway."""
     keep_alive_s: float = Field(default=60, ge=0)
-    """How long an idle model stays lit."""
+    """How long an idle model stays lit: under `keep-alive` always, under other policies while there is no forecast."""
     park: bool = True
     """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
 
@@ -158,6 +228,10 @@ class Scaling(_Config):
             target, bound = self.target_ongoing_requests, self.max_ongoing_requests
             text = f"{target:g} is not at most max_ongoing_requests ({bound})"
             problems.append((("target_ongoing_requests",), text))
+        for index, schedule in enumerate(self.schedules):
+            if schedule.replicas > self.max_replicas:
+                text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
+                problems.append((("schedules", index, "replicas"), text))
         if problems:
             raise _Problems(*problems)
         return self
@@ -339,6 +413,47 @@ class TelemetryConfig(_Config):
     """Serve /metrics."""
 
 
+class ShadowConfig(_Config):
+    """A policy that decides beside the one in force and changes nothing."""
+
+    name: str = Field(default="shadow", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Under which its decisions and its costs are kept."""
+    policy: PolicyName
+    params: dict[str, Number] = {}
+    wait_cost: float | None = Field(default=None, ge=0)
+    """null takes each model's own."""
+
+
+class ControllerConfig(_Config):
+    """The controller: who looks, forecasts, decides and records."""
+
+    mode: Literal["active", "shadow", "off"] = "active"
+    """`shadow` decides and records but changes nothing; in `shadow` and `off` models scale reactively."""
+    store: str | None = Field(default=None, min_length=1)
+    """Where it remembers: sqlite:///PATH or postgresql+psycopg://...; null means relight.db in $RELIGHT_DATA, or in
+    ~/.local/share/relight, of the node on which it runs."""
+    tick_s: float = Field(default=1, ge=0.1, le=60)
+    """How often it looks."""
+    plan_every_s: float = Field(default=5, gt=0, le=300)
+    """How often it publishes its plan though nothing has changed."""
+    plan_expires_s: float = Field(default=10, gt=0, le=600)
+    """How long a plan holds when the controller goes silent; models then scale reactively."""
+    gpu_budget: float | None = Field(default=None, gt=0)
+    """GPUs that all models together may hold; null means all there are."""
+    spend_gpu_s_per_day: float | None = Field(default=None, gt=0)
+    """GPU-seconds that all models together may use in a day (UTC); null means no bound."""
+    shadow: ShadowConfig | None = None
+
+    @model_validator(mode="after")
+    def _plans_outlive_their_period(self) -> Self:
+        longest_s = max(self.tick_s, self.plan_every_s)
+        if self.plan_expires_s < 2 * longest_s:
+            bound = f"{2 * longest_s:g}, twice the longer of tick_s and plan_every_s"
+            text = f"{self.plan_expires_s:g} is not at least {bound}"
+            raise _Problems((("plan_expires_s",), text))
+        return self
+
+
 class Fleet(_Config):
     """The whole file."""
 
@@ -346,6 +461,7 @@ class Fleet(_Config):
     gateway: GatewayConfig = GatewayConfig()
     engine_host: EngineHostConfig = EngineHostConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    controller: ControllerConfig = ControllerConfig()
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

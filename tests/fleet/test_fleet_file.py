@@ -485,3 +485,76 @@ def test_argv_loses_nothing(engine: dict[str, Any]) -> None:
     flags = [word for word in argv if word.partition("=")[0].removeprefix("--").removeprefix("no-") in engine]
     assert all(isinstance(word, str) for word in argv)
     assert len(flags) >= len(said)
+
+
+def test_scaling_and_controller_have_defaults() -> None:
+    """A model without a word on scaling is scaled by prediction, by an active controller."""
+    fleet = fleet_of()
+    scaling, controller = fleet.models[0].scaling, fleet.controller
+    assert (scaling.policy, scaling.wait_cost, scaling.priority, scaling.schedules) == (
+        "predictive",
+        10,
+        0,
+        [],
+    )
+    assert (controller.mode, controller.store, controller.shadow) == ("active", None, None)
+    assert (controller.tick_s, controller.plan_every_s, controller.plan_expires_s) == (1, 5, 10)
+    assert (controller.gpu_budget, controller.spend_gpu_s_per_day) == (None, None)
+
+
+OFFICE: dict[str, Any] = {
+    "cron": "0 9 * * MON-FRI",
+    "duration_s": 8 * 3600,
+    "timezone": "Europe/Berlin",
+    "replicas": 1,
+}
+
+
+def test_a_schedule_is_read() -> None:
+    """Cron, zone and length as they stand; its replicas default to one that serves."""
+    (schedule,) = fleet_of(scaling={"schedules": [OFFICE]}).models[0].scaling.schedules
+    assert (schedule.cron, schedule.timezone, schedule.duration_s) == (
+        "0 9 * * MON-FRI",
+        "Europe/Berlin",
+        28800,
+    )
+    assert (schedule.replicas, schedule.rung) == (1, "serving")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"cron": "0 9 * *"}, "schedules[0].cron: '0 9 * *' has not five fields"),
+        ({"cron": "0 0 9 * * *"}, "schedules[0].cron: '0 0 9 * * *' has not five fields"),
+        ({"cron": "61 9 * * *"}, "schedules[0].cron: '61 9 * * *' is not a cron expression"),
+        (
+            {"timezone": "Europe/Berln"},
+            "schedules[0].timezone: 'Europe/Berln' is not a time zone; did you mean 'Eu",
+        ),
+        ({"timezone": "../etc/passwd"}, "schedules[0].timezone: '../etc/passwd' is not a time zone"),
+        ({"duration_s": 0}, "schedules[0].duration_s: 0 is not greater than 0"),
+        ({"rung": "hot"}, "schedules[0].rung: 'hot' is not one of"),
+        ({"replicas": 3}, "schedules[0].replicas: 3 is not at most max_replicas (1)"),
+    ],
+)
+def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None:
+    """The error names the schedule, the value and what would be right."""
+    refused = refusal_of_model(scaling={"schedules": [{**OFFICE, **changes}]})
+    assert f"models[0].scaling.{text}" in refused
+
+
+@pytest.mark.parametrize(
+    ("controller", "text"),
+    [
+        ({"mode": "on"}, "controller.mode: 'on' is not one of"),
+        ({"plan_expires_s": 5}, "controller.plan_expires_s: 5 is not at least 10"),
+        ({"gpu_budget": 0}, "controller.gpu_budget: 0 is not greater than 0"),
+        ({"shadow": {"policy": "guess"}}, "controller.shadow.policy: 'guess' is not one of"),
+        ({"shadow": {}}, "controller.shadow.policy: is missing"),
+        ({"tick": 1}, "controller.tick: unknown key; did you mean 'tick_s'?"),
+    ],
+)
+def test_a_wrong_controller_is_refused(controller: dict[str, Any], text: str) -> None:
+    """The same for the controller's section."""
+    models = [{"id": "m", "source": "org/name"}]
+    assert text in refusal({"models": models, "controller": controller})
