@@ -105,7 +105,7 @@ def test_serve_run_and_serve_deploy(by_hand: ByHand) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # Where the tests run in the background of a shell, children inherit that Ctrl-C is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads yet
     )
     by_hand.serves()
     (process,) = [p for p in processes.ours(by_hand.checkout.run_dir) if p.pid == running.pid]
