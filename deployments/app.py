@@ -97,7 +97,7 @@ class GatewayDeployment:
         fleet: dict[str, Any],
         specs: list[dict[str, Any]],
         otel: dict[str, str],
-        observer: DeploymentHandle,
+        controller: DeploymentHandle,
         **models: DeploymentHandle,
     ) -> None:
         import ray
@@ -106,7 +106,7 @@ class GatewayDeployment:
         # As the replicas have them: an engine that the gateway asks for must be one that a replica can take over.
         self._specs = {s["model"]: EngineSpec.from_json(s) for s in specs}
         self._environ = {**os.environ, **otel}
-        self._observer = observer
+        self._controller = controller
         self._handles = {m.id: models[_argument(m.id)] for m in self._fleet.models}
         node_id = ray.get_runtime_context().get_node_id()
         self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
@@ -125,6 +125,8 @@ class GatewayDeployment:
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
         from deployments.gateway.leases import ServeEngines
+        from deployments.gateway.observe import SystemClock
+        from deployments.gateway.traffic import TrafficCounter
         from deployments.telemetry import build_telemetry
 
         fleet = self._fleet
@@ -143,16 +145,19 @@ class GatewayDeployment:
                 await asyncio.sleep(5)
                 fits.clear()
 
+        clock = SystemClock()
+        traffic = TrafficCounter(self._specs, clock)
         engines = ServeEngines(
             self._specs,
             self._handles,
-            self._observer,
+            self._controller,
             self._place,
             host_config(fleet),
             early_wake=early_wake,
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
+            traffic=traffic,
         )
-        gateway = build_gateway(fleet, engines, telemetry)
+        gateway = build_gateway(fleet, engines, telemetry, clock=clock, traffic=traffic)
         engines.start()
         self._refreshing = asyncio.ensure_future(refresh_fits())
         return gateway

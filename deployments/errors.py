@@ -12,7 +12,8 @@ RelightError
 ├── DeadlineExceeded             504  held until the deadline; says what was being waited for
 ├── EngineStartFailed            503  the engine can't start; carries the engine's own reason
 ├── EngineUnreachable            502  no engine began to answer, after every retry
-└── EngineInterrupted            502  the engine died after its first byte
+├── EngineInterrupted            502  the engine died after its first byte
+└── ControllerUnavailable        503  the controller, which the control API asks, does not answer
 """
 
 from __future__ import annotations
@@ -117,3 +118,10 @@ class EngineInterrupted(RelightError):
 
     status = 502
     code = "engine_interrupted"
+
+
+class ControllerUnavailable(RelightError):
+    """The controller does not answer now; models are served all the same."""
+
+    status = 503
+    code = "controller_unavailable"

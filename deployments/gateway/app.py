@@ -19,9 +19,12 @@ from deployments.errors import MethodNotAllowed, NotFound, RelightError
 from deployments.gateway import exposition, openai, openapi
 from deployments.gateway.engines import Engines
 from deployments.gateway.observe import Clock, GatewayTelemetry, SystemClock
-from deployments.gateway.proxy import Fleet, Proxy, path_of
+from deployments.gateway.proxy import ClientGone, Fleet, Proxy, path_of, read_body
+from deployments.gateway.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
+
+MAX_CONTROL_BYTES = 1 << 20
 
 
 class Gateway(Starlette):
@@ -31,8 +34,15 @@ class Gateway(Starlette):
     they are in its route table all the same, for those who name requests by it (Ray Serve's metrics).
     """
 
-    def __init__(self, fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, clock: Clock) -> None:
-        self.proxy = Proxy(fleet, engines, telemetry, clock)
+    def __init__(
+        self,
+        fleet: Fleet,
+        engines: Engines,
+        telemetry: GatewayTelemetry,
+        clock: Clock,
+        traffic: TrafficCounter,
+    ) -> None:
+        self.proxy = Proxy(fleet, engines, telemetry, clock, traffic)
         site = _Site(fleet, engines, telemetry, clock)
         super().__init__(
             routes=[
@@ -40,6 +50,7 @@ class Gateway(Starlette):
                 Route("/v1/models/{model_id:path}", site.model),
                 *(Route(path, site.health) for path in ("/health", "/healthz", "/ping")),
                 Route("/relight/v1/status", site.status),
+                Route("/relight/v1/{path:path}", site.control, methods=["GET", "POST", "PUT", "DELETE"]),
                 Route("/metrics", site.metrics),
                 Route("/openapi.json", site.openapi),
                 *(Route(path, _unreached, methods=["POST"]) for path in openai.ROUTES),
@@ -99,6 +110,21 @@ class _Site:
     async def status(self, request: Request) -> Response:
         return JSONResponse(dict(await self._engines.status()))
 
+    async def control(self, request: Request) -> Response:
+        """The control API is the controller's: it gets the request as it is, and says what is answered."""
+        try:
+            body = await read_body(request.receive, request.scope["headers"], MAX_CONTROL_BYTES)
+        except ClientGone:
+            return Response(status_code=499)
+        status, document = await self._engines.control(
+            request.method,
+            path_of(request.scope),
+            dict(request.query_params),
+            body,
+            request.headers.get("authorization"),
+        )
+        return JSONResponse(document, status)
+
     async def metrics(self, request: Request) -> Response:
         page = exposition.merge(self._telemetry.prometheus(), await self._engines.engine_metrics())
         return Response(page, headers={"content-type": exposition.CONTENT_TYPE})
@@ -154,7 +180,17 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 
 def build_gateway(
-    fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, *, clock: Clock | None = None
+    fleet: Fleet,
+    engines: Engines,
+    telemetry: GatewayTelemetry,
+    *,
+    clock: Clock | None = None,
+    traffic: TrafficCounter | None = None,
 ) -> Gateway:
-    """The gateway of a fleet, ready to be served. Needs no event loop yet."""
-    return Gateway(fleet, engines, telemetry, clock or SystemClock())
+    """The gateway of a fleet, ready to be served. Needs no event loop yet.
+
+    `traffic` is where requests are counted, for those who report the counts.
+    """
+    clock = clock or SystemClock()
+    traffic = traffic or TrafficCounter([model.id for model in fleet.models], clock)
+    return Gateway(fleet, engines, telemetry, clock, traffic)

@@ -98,6 +98,15 @@ class Engines(Protocol):
         """The whole fleet as `relight status --json` prints it, from all gateways and nodes."""
         ...
 
+    async def control(
+        self, method: str, path: str, query: Mapping[str, str], body: bytes, authorization: str | None
+    ) -> tuple[int, dict[str, Any]]:
+        """One request to the control API (/relight/v1/...): the controller's HTTP status and JSON document.
+
+        Raises `ControllerUnavailable` while there is no controller that could answer.
+        """
+        ...
+
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
         """(model id, vLLM's Prometheus text) of each engine that this gateway can reach."""
         ...

@@ -14,7 +14,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,20 +24,26 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.engine.client import HostConnection
 from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
 from deployments.engine.relay import local_end, open_tunnel
-from deployments.errors import EngineStartFailed, EngineUnreachable
+from deployments.errors import (
+    ControllerUnavailable,
+    EngineInterrupted,
+    EngineStartFailed,
+    EngineUnreachable,
+)
 from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase, Progress
+from deployments.gateway.reports import Reports
 from deployments.gateway.starts import StartLog, cold_start
+from deployments.gateway.traffic import TrafficCounter
 from deployments.gateway.transport import UnixTransport
 
 log = logging.getLogger("ray.serve")
 
-REPORT_EVERY_S = 1.0
-REPORT_AT_LEAST_EVERY_S = 5.0
 RETRY_S = 0.1
 SUSPECT_S = (
     1.0  # how long an engine that could not be reached is not asked again; a dead one is replaced meanwhile
 )
 METRICS_TIMEOUT_S = 2.0
+CONTROLLER_TIMEOUT_S = 20.0
 
 
 class Place(Protocol):
@@ -114,20 +120,20 @@ class ServeEngines:
         self,
         specs: Mapping[str, EngineSpec],
         handles: Mapping[str, Any],
-        observer: Any,
+        controller: Any,
         place: Place,
         host_config: Mapping[str, Any],
         *,
         early_wake: Callable[[EngineSpec], bool],
         counts: Callable[[], Mapping[str, tuple[int, int]]],
+        traffic: TrafficCounter,
     ) -> None:
         self._specs = specs
         self._handles = {model: handle.options(stream=True) for model, handle in handles.items()}
-        self._observer = observer
+        self._controller = controller
         self._place = place
         self._host_config = dict(host_config)
         self._early_wake = early_wake
-        self._counts = counts
         self._id = secrets.token_hex(4)
         self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
         self._host_models: list[dict[str, Any]] = []
@@ -141,16 +147,19 @@ class ServeEngines:
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
         self._failures: dict[str, str] = {}
         self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
+        self._asked: set[str] = set()  # engines that were asked since their metrics were last read
         self.starts = StartLog()
+        self.reports = Reports(self, controller, traffic, counts)
         self._suspects: dict[
             str, float
         ] = {}  # engine that could not be reached -> until when it is not asked again
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
-        """Begin to follow this node's engine host and to report to the observer."""
+        """Begin to follow this node's engine host and to report to the controller."""
         self._spawn(self._follow_host())
-        self._spawn(self._report())
+        self._spawn(self.reports.run())
+        self._spawn(self.reports.read_engines())
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.ensure_future(work)
@@ -247,7 +256,7 @@ class ServeEngines:
                 waiting = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
                 ready = next((i for i in waiting if not self._is_suspect(i.engine_id)), None)
                 if ready is not None and not granted.done():
-                    self.starts.note(ready)
+                    self._note_start(ready)
                     return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
                 change = asyncio.ensure_future(changed.wait())
                 await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
@@ -305,7 +314,7 @@ class ServeEngines:
             process_s = max(arrived_s, grant["process_s"])
             phases.append(Phase("schedule", arrived_s, process_s - arrived_s))
             phases.append(Phase("replica", process_s, max(0.0, grant["init_s"] - process_s)))
-        self.starts.note(info, phases)
+        self._note_start(info, phases)
         remote = grant["node"] != self._place.node_id
         try:
             if remote:
@@ -323,6 +332,10 @@ class ServeEngines:
             self._spawn(_drain(generator))
             raise EngineUnreachable(f"the replica of {model} went away: {error}") from error
         return ServeLease(self, lease_id, generator, grant, cold_start(info, phases), transport)
+
+    def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
+        waiting = self._waiting_since[info.model]
+        self.starts.note(info, phases, waiting_since_s=min(waiting.values(), default=None))
 
     async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
         replica = grant["replica"]
@@ -352,6 +365,7 @@ class ServeEngines:
     async def ask(self, engine_id: str, request: Coroutine[Any, Any, EngineResponse]) -> EngineResponse:
         """Await a request to an engine, and learn from it: a start's first token, or that the engine is not there."""
         asked_s = time.time()
+        self._asked.add(engine_id)
         try:
             return self.starts.timed(engine_id, asked_s, await request)
         except EngineUnreachable:
@@ -436,61 +450,87 @@ class ServeEngines:
         return "dark"
 
     async def status(self) -> Mapping[str, Any]:
-        await self._send_report()
-        result: Mapping[str, Any] = await self._observer.snapshot.remote()
-        return result
+        await self.reports.send()
+        try:
+            async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
+                result: Mapping[str, Any] = await self._controller.snapshot.remote()
+                return result
+        except (RayError, TimeoutError) as error:
+            raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
+
+    async def control(
+        self, method: str, path: str, query: Mapping[str, str], body: bytes, authorization: str | None
+    ) -> tuple[int, dict[str, Any]]:
+        # What it knows must not be older than what the caller has just done here.
+        await self.reports.send()
+        request = {
+            "method": method,
+            "path": path,
+            "query": dict(query),
+            "body": body,
+            "authorization": authorization,
+        }
+        try:
+            async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
+                status, document = await self._controller.control.remote(request)
+        except (RayError, TimeoutError) as error:
+            raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
+        return status, document
 
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
-        async def one(info: EngineInfo) -> tuple[str, str] | None:
-            try:
-                async with asyncio.timeout(METRICS_TIMEOUT_S):
-                    transport = self._transport(info.engine_id, info.http)
-                    response = await transport.request("GET", "/metrics", [], b"")
-                    text = b"".join([chunk async for chunk in response.chunks()]).decode(errors="replace")
-            except (EngineUnreachable, TimeoutError):
-                return None
-            return (info.model, text) if response.status == 200 else None
-
         ready = [i for i in self._local.values() if i.state == "ready"]
-        return [found for found in await asyncio.gather(*(one(i) for i in ready)) if found]
+        pages = await asyncio.gather(*(self._metrics_page(i.engine_id) for i in ready))
+        return [(info.model, page) for info, page in zip(ready, pages, strict=True) if page is not None]
 
-    # Reports
-
-    async def _report(self) -> None:
-        last: Any = None
-        last_s = 0.0
-        while True:
-            report = self._report_now()
-            if report != last or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S:
-                await self._send_report()
-                last, last_s = report, time.monotonic()
-            await asyncio.sleep(REPORT_EVERY_S)
-
-    async def _send_report(self) -> None:
+    async def _metrics_page(self, engine_id: str) -> str | None:
+        """vLLM's own page; None if the engine does not give one."""
+        info = self._local.get(engine_id)
         try:
-            await self._observer.report.remote(self._id, self._report_now())
-        except RayError as error:
-            log.warning("the observer did not take the report: %s", error)
+            async with asyncio.timeout(METRICS_TIMEOUT_S):
+                transport = self._transports.get(engine_id) or (
+                    self._transport(engine_id, info.http) if info is not None else None
+                )
+                if transport is None:
+                    return None
+                response = await transport.request("GET", "/metrics", [], b"")
+                text = b"".join([chunk async for chunk in response.chunks()]).decode(errors="replace")
+        except (EngineUnreachable, EngineInterrupted, TimeoutError):
+            return None
+        return text if response.status == 200 else None
 
-    def _report_now(self) -> dict[str, Any]:
-        counts = self._counts()
+    async def read_asked_engines(self, busy: Container[str]) -> list[tuple[str, str, str]]:
+        """(engine id, model, metrics page) of the engines that were asked since the last call, wherever they are.
+
+        Those of `busy` models stay among the asked.
+        """
+        models = {i.engine_id: i.model for i in self._local.values()}
+        models |= {i.engine_id: i.model for _, i in self._remote.values()}
+        asked = sorted(self._asked & models.keys())
+        self._asked = {e for e in asked if models[e] in busy}
+        pages = await asyncio.gather(*(self._metrics_page(engine_id) for engine_id in asked))
+        return [(e, models[e], page) for e, page in zip(asked, pages, strict=True) if page is not None]
+
+    def view(self) -> dict[str, Any]:
+        """What this gateway knows of its node, and of the engines that it was lent elsewhere."""
         return {
             "node": self._place.node_id,
             "host_up": self._host_up.is_set(),
             "engines": [i.to_json() for i in self._local.values()],
             "remote": [(node, i.to_json()) for node, i in self._remote.values()],
             "host_models": self._host_models,
-            "models": {
-                model: {
-                    "queued": counts.get(model, (0, 0))[0],
-                    "in_flight": counts.get(model, (0, 0))[1],
-                    "last_cold_start": self.starts.last(model),
-                    "failure": self._failures.get(model),
-                    "seen_ready": model in self._ready_models,
-                }
-                for model in self._specs
-            },
         }
+
+    def model_view(self, model: str) -> dict[str, Any]:
+        """What it knows of a model."""
+        return {
+            "last_cold_start": self.starts.last(model),
+            "failure": self._failures.get(model),
+            "seen_ready": model in self._ready_models,
+        }
+
+    @property
+    def models(self) -> Sequence[str]:
+        return list(self._specs)
 
 
 async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:

@@ -34,6 +34,7 @@ from deployments.gateway.observe import (
     NullRequestTelemetry,
     RequestTelemetry,
 )
+from deployments.gateway.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Fleet(Protocol):
     def resolve(self, name: str) -> Model | None: ...
 
 
-class _ClientGone(Exception):
+class ClientGone(Exception):
     """The client hung up before its request was complete."""
 
 
@@ -238,11 +239,19 @@ class _Exchange:
 class Proxy:
     """Carries requests from clients to engines."""
 
-    def __init__(self, fleet: Fleet, engines: Engines, telemetry: GatewayTelemetry, clock: Clock) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        engines: Engines,
+        telemetry: GatewayTelemetry,
+        clock: Clock,
+        traffic: TrafficCounter,
+    ) -> None:
         self.fleet = fleet
         self.engines = engines
         self.telemetry = telemetry
         self.clock = clock
+        self.traffic = traffic
         self._names = [name for model in fleet.models for name in (model.id, *model.aliases)]
         self._queues = {model.id: Admission(model.limits.max_queued) for model in fleet.models}
 
@@ -261,7 +270,7 @@ class Proxy:
                 state = self.engines.state(x.model.id) if x.model is not None else None
                 with contextlib.suppress(OSError):
                     await x.fail(error, state=state)
-            except (_ClientGone, OSError):  # OSError: what a server raises on a send to nobody
+            except (ClientGone, OSError):  # OSError: what a server raises on a send to nobody
                 x.status = _HUNG_UP
             except Exception:
                 log.exception("Request %s failed in the gateway", x.request_id)
@@ -324,18 +333,20 @@ class Proxy:
 
     def _queue(self, model: Model, state: Admission) -> None:
         self._queues[model.id] = state
+        self.traffic.queue(model.id, state.queued, state.in_flight)
         self.telemetry.queue(model.id, state.queued, state.in_flight)
 
     async def _serve(self, x: _Exchange, receive: Receive) -> None:
         assert x.model is not None
         model = x.model
+        self.traffic.arrived(model.id)
         self._queue(model, self._queues[model.id].arrive(model.id, self.engines.progress(model.id)))
         place = _Place(self, model)
         try:
             async with _HangUp(receive, lambda: x.finished) as hang_up:
                 await self._converse(x, model, place)
             if hang_up.happened:
-                raise _ClientGone
+                raise ClientGone
         finally:
             place.leave()
 
@@ -351,12 +362,15 @@ class Proxy:
         failed = answer.response.status >= HTTPStatus.INTERNAL_SERVER_ERROR
         if failed:
             x.error = "engine_error"
+        end = b""
         try:
-            await self._deliver(x, answer)
+            end = await self._deliver(x, answer)
         except EngineInterrupted:
             failed = True
             raise
         finally:
+            if answer.response.status == HTTPStatus.OK:
+                self.traffic.answered(model.id, end)
             await _to_the_end(answer.close(engine_failed=failed))
 
     async def _hold(self, x: _Exchange, model: Model, opening: asyncio.Task[_Answer]) -> None:
@@ -474,12 +488,12 @@ class Proxy:
 
     # --------------------------------------------------------------------------------------------- the answer
 
-    async def _deliver(self, x: _Exchange, answer: _Answer) -> None:
+    async def _deliver(self, x: _Exchange, answer: _Answer) -> bytes:
+        """Pass the answer on; returns the end of its body."""
         response = answer.response
         if x.started:
             if not answer.events or response.status != HTTPStatus.OK:
-                await self._deliver_as_event(x, answer)
-                return
+                return await self._deliver_as_event(x, answer)
         else:
             headers = openai.to_client(response.headers) + x.own_headers()
             if response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
@@ -493,21 +507,27 @@ class Proxy:
         x.telemetry.first_byte()
         if answer.rest is None:
             await x.write(answer.head, more=False)
-        elif answer.events:
-            await self._deliver_events(x, answer.head, answer.rest)
-        else:
-            await x.write(answer.head)
-            async for chunk in answer.rest:
-                await x.write(chunk)
-            await x.write(b"", more=False)
+            return answer.head
+        if answer.events:
+            return await self._deliver_events(x, answer.head, answer.rest)
+        last, end = b"", answer.head
+        await x.write(answer.head)
+        async for chunk in answer.rest:
+            last, end = end, chunk
+            await x.write(chunk)
+        await x.write(b"", more=False)
+        return last + end
 
     @staticmethod
-    async def _deliver_events(x: _Exchange, head: bytes, rest: AsyncIterator[bytes]) -> None:
+    async def _deliver_events(x: _Exchange, head: bytes, rest: AsyncIterator[bytes]) -> bytes:
         whole, tail = sse.split_events(head)
         if whole:
             await x.write(whole)
         send = x.send
+        # A stream's usage is in one of its last events; assigning names is all that a chunk may cost.
+        third, second, last = b"", b"", head
         async for chunk in rest:
+            third, second, last = second, last, chunk
             if not tail and chunk.endswith(b"\n\n"):  # almost always: vLLM writes event by event
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 continue
@@ -515,9 +535,10 @@ class Proxy:
             if whole:
                 await x.write(whole)
         await x.write(tail, more=False)
+        return third + second + last
 
     @staticmethod
-    async def _deliver_as_event(x: _Exchange, answer: _Answer) -> None:
+    async def _deliver_as_event(x: _Exchange, answer: _Answer) -> bytes:
         """The client was promised events, and the engine answered with a document: an error, as a rule."""
         body = answer.head
         if answer.rest is not None:
@@ -529,10 +550,11 @@ class Proxy:
         if answer.response.status < HTTPStatus.BAD_REQUEST:
             with contextlib.suppress(ValueError, RecursionError):
                 await x.write(sse.data_event(json.loads(body)), more=False)
-                return
+                return body
         fields = openai.engine_error_fields(answer.response.status, body)
         x.error = str(fields["code"])
         await x.write(sse.error_event(x.route.style, fields), more=False)
+        return body
 
 
 class _Place:
@@ -633,7 +655,7 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise _ClientGone
+            raise ClientGone
         part: bytes = message.get("body", b"")
         size += len(part)
         if size > max_bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from deployments.engine.protocol import EngineInfo
@@ -33,9 +33,18 @@ class StartLog:
         self._by_engine: dict[str, tuple[str, float]] = {}
         self._last: dict[str, tuple[str, float]] = {}
         self._durations_s: dict[str, deque[float]] = {}
+        self._told: dict[
+            tuple[str, float], bool
+        ] = {}  # starts that are ours to tell -> the controller has it
 
-    def note(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
-        """An engine is ready. Said again with more phases (Serve's part is known only later), it adds those."""
+    def note(
+        self, info: EngineInfo, phases: Sequence[Phase] = (), *, waiting_since_s: float | None = None
+    ) -> None:
+        """An engine is ready. Said again with more phases (Serve's part is known only later), it adds those.
+
+        `waiting_since_s` is since when the longest waiting request waits. If it came after the engine was ready, this
+        gateway does not know how the start began, and leaves it to the controller to tell of it.
+        """
         if info.ready_s is None:
             return
         key = (info.engine_id, info.ready_s)
@@ -43,22 +52,47 @@ class StartLog:
         if key not in self._starts:
             start = cold_start(info, phases)
             self._starts[key] = {
+                "model": info.model,
                 "kind": start.kind,
                 "engine_id": start.engine_id,
+                "begun_s": begun_s,
                 "ready_s": start.ready_s,
                 "total_s": round(info.ready_s - begun_s, 4),
+                "prewarmed": waiting_since_s is not None and waiting_since_s > begun_s,
                 "phases": [_row(p) for p in start.phases],
             }
+            if waiting_since_s is None or waiting_since_s < info.ready_s:
+                self._told[key] = False
             self._by_engine[info.engine_id] = self._last[info.model] = key
             durations_s = self._durations_s.setdefault(info.model, deque(maxlen=KEPT_DURATIONS))
             durations_s.append(info.ready_s - begun_s)
             if len(self._starts) > KEPT_STARTS:
                 old, _ = self._starts.popitem(last=False)
+                self._told.pop(old, None)
                 if self._by_engine.get(old[0]) == old:
                     del self._by_engine[old[0]]
             return
         rows = self._starts[key]["phases"]
-        rows[:0] = [_row(p) for p in phases if not any(r["name"] == p.name for r in rows)]
+        added = [_row(p) for p in phases if not any(r["name"] == p.name for r in rows)]
+        rows[:0] = added
+        if added:
+            self._changed(key)
+
+    def _changed(self, key: tuple[str, float]) -> None:
+        if key in self._told:
+            self._told[key] = False
+
+    def untold(self) -> list[dict[str, Any]]:
+        """Starts that the controller does not have, or not with all of their phases."""
+        rows = (self._starts[key] for key, told in self._told.items() if not told)
+        return [{**row, "phases": list(row["phases"])} for row in rows]
+
+    def told(self, starts: Sequence[Mapping[str, Any]]) -> None:
+        """The controller has these."""
+        for start in starts:
+            key = (start["engine_id"], start["ready_s"])
+            if self._starts.get(key) == start:
+                self._told[key] = True
 
     def last(self, model: str) -> dict[str, Any] | None:
         """The model's last start: kind, engine_id, ready_s, total_s, phases."""
@@ -76,18 +110,26 @@ class StartLog:
         start = self._starts.get(key) if key else None
         if start is None or any(p["name"] == "first_token" for p in start["phases"]):
             return response
-        return _Timed(response, start["phases"], asked_s)
+        assert key is not None
+        return _Timed(response, start["phases"], asked_s, lambda: self._changed(key))
 
 
 class _Timed:
     """A response that writes the phase `first_token` when its first bytes come."""
 
-    def __init__(self, response: EngineResponse, rows: list[dict[str, Any]], asked_s: float) -> None:
+    def __init__(
+        self,
+        response: EngineResponse,
+        rows: list[dict[str, Any]],
+        asked_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
         self.status = response.status
         self.headers: Headers = response.headers
         self._response = response
         self._rows = rows
         self._asked_s = asked_s
+        self._on_change = on_change
 
     async def chunks(self) -> AsyncIterator[bytes]:
         first = True
@@ -96,6 +138,7 @@ class _Timed:
                 first = False
                 if not any(r["name"] == "first_token" for r in self._rows):
                     self._rows.append(_row(Phase("first_token", self._asked_s, time.time() - self._asked_s)))
+                    self._on_change()
             yield chunk
 
     async def close(self) -> None:

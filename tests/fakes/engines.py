@@ -406,6 +406,7 @@ class FakeEngines:
 
     models: dict[str, FakeModel]
     metrics: list[tuple[str, str]] = field(default_factory=list)
+    controlled: list[tuple[Any, ...]] = field(default_factory=list)
 
     async def acquire(self, model: str) -> FakeLease:
         """Wait until the model is lit."""
@@ -422,6 +423,13 @@ class FakeEngines:
     async def status(self) -> Mapping[str, Any]:
         """The states alone."""
         return {"models": [{"id": model.id, "state": model.state} for model in self.models.values()]}
+
+    async def control(
+        self, method: str, path: str, query: Mapping[str, str], body: bytes, authorization: str | None
+    ) -> tuple[int, dict[str, Any]]:
+        """Keeps what was asked, and answers 418."""
+        self.controlled.append((method, path, dict(query), body, authorization))
+        return 418, {"answer": len(self.controlled)}
 
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
         """As the test said."""

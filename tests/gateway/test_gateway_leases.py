@@ -20,6 +20,8 @@ from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
 from deployments.errors import EngineStartFailed
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
+from deployments.gateway.observe import SystemClock
+from deployments.gateway.traffic import TrafficCounter
 from tests.fakes.engines import FakeEngine
 
 HERE, ELSEWHERE = "node-1", "node-2"
@@ -105,6 +107,7 @@ class World:
             {},
             early_wake=lambda _: self.early,
             counts=dict,
+            traffic=TrafficCounter(["tiny"], SystemClock()),
         )
 
     async def _replica(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

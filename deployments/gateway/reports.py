@@ -1,0 +1,110 @@
+"""What a gateway tells the controller, once a second while something happens, and seldom while nothing does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, Protocol
+
+from ray.exceptions import RayError
+
+from deployments.gateway.scrape import engine_counters
+from deployments.gateway.starts import StartLog
+from deployments.gateway.traffic import TrafficCounter
+
+log = logging.getLogger("ray.serve")
+
+REPORT_EVERY_S = 1.0
+REPORT_AT_LEAST_EVERY_S = 5.0
+READ_ENGINES_EVERY_S = 5.0
+SEND_TIMEOUT_S = 5.0
+
+
+class Known(Protocol):
+    """What the gateway knows of engines."""
+
+    starts: StartLog
+
+    @property
+    def models(self) -> Sequence[str]: ...
+    def view(self) -> dict[str, Any]: ...
+    def model_view(self, model: str) -> dict[str, Any]: ...
+    async def read_asked_engines(self, busy: Container[str]) -> list[tuple[str, str, str]]: ...
+
+
+class Reports:
+    """Sends the gateway's view, its counts until they are acknowledged, and what engines tell of themselves."""
+
+    def __init__(
+        self,
+        known: Known,
+        controller: Any,
+        traffic: TrafficCounter,
+        counts: Callable[[], Mapping[str, tuple[int, int]]],
+    ) -> None:
+        self._known = known
+        self._controller = controller
+        self._traffic = traffic
+        self._counts = counts
+        self._id = secrets.token_hex(4)
+        self._engines: dict[str, dict[str, Any]] = {}
+        self._sending = asyncio.Lock()
+
+    def report(self) -> dict[str, Any]:
+        """The view and the counts as they are now."""
+        counts = self._counts()
+        models = {}
+        for model in self._known.models:
+            queued, in_flight = counts.get(model, (0, 0))
+            models[model] = {
+                "queued": queued,
+                "in_flight": in_flight,
+                **self._known.model_view(model),
+                **self._traffic.activity(model),
+            }
+        return {
+            **self._known.view(),
+            "models": models,
+            "source": self._traffic.source,
+            "batches": self._traffic.batches(),
+            "dropped_rows": self._traffic.dropped,
+            "starts": self._known.starts.untold(),
+            "engine_counters": dict(self._engines),
+        }
+
+    async def run(self) -> None:
+        """Report for ever."""
+        last: Any = None
+        last_s = 0.0
+        while True:
+            report = self.report()
+            if report != last or report["batches"] or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S:
+                await self.send()
+                last, last_s = report, time.monotonic()
+            await asyncio.sleep(REPORT_EVERY_S)
+
+    async def send(self) -> None:
+        """Report now. What does not arrive is sent again with the next report."""
+        async with self._sending:
+            report = self.report()
+            try:
+                async with asyncio.timeout(SEND_TIMEOUT_S):
+                    answer = await self._controller.report.remote(self._id, report)
+            except (RayError, TimeoutError) as error:
+                log.warning("the controller did not take the report: %r", error)
+                return
+            self._traffic.acknowledge(answer["sequence"])
+            self._known.starts.told(report["starts"])
+            for engine_id in report["engine_counters"]:
+                self._engines.pop(engine_id, None)
+
+    async def read_engines(self) -> None:
+        """Read the metrics of engines that work, for ever; one that nobody asks is left alone."""
+        while True:
+            await asyncio.sleep(READ_ENGINES_EVERY_S)
+            busy = {model for model, (_, in_flight) in self._counts().items() if in_flight}
+            for engine_id, model, page in await self._known.read_asked_engines(busy):
+                self._engines[engine_id] = {"model": model, "at_s": time.time(), **engine_counters(page)}
