@@ -135,3 +135,15 @@ async def acquire(
         if event["event"] in ("failed", "exit"):
             raise EngineStartFailed(event["reason"])
     raise ConnectionResetError("the engine host went away")
+
+
+async def warm(run_dir: Path, raylet_pid: int | None, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Have this node's host bring a model to a rung of warmth; see `Host.warm` for what goes in and comes back.
+
+    Raises OSError or TimeoutError if there is no host.
+    """
+    host = await HostConnection.open(run_dir, raylet_pid)
+    try:
+        return await host.ask({"op": "warm", **message})
+    finally:
+        host.close()

@@ -54,12 +54,15 @@ STOP_GRACE_S = 5.0
 REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 HEALTH_TIMEOUT_S = 10.0
 FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
+DOWNLOAD_S = 0.2  # weights that were there sooner were on the node already
 START_ATTEMPTS = 3  # templates that may die under a start
 
 
 STEADY_S = 60.0  # a template that lived this long is replaced at once
 RESTART_DELAY_S = 2.0
 TEMPLATE = "deployments.engine.template"
+RUNGS = ("node", "weights", "template", "parked")
+"""How warm a model can be on a node without a replica, coldest first."""
 
 
 class StartFailed(Exception):
@@ -102,6 +105,10 @@ class ModelEntry:
     template_reason: str | None = None
     template_tried_s: float = 0.0
     failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
+    template_wanted: bool = True  # False once its memory was asked back
+    parked_bytes: int | None = None  # what its engine took when it was last parked
+    warming: asyncio.Task[None] | None = None
+    warm_reason: str | None = None  # why the last warming did not get there
 
 
 class Template:
@@ -335,14 +342,14 @@ class Host:
         """Build the missing model templates, one at a time: building takes all cores."""
         async with self._build_lock:
             for entry in list(self.models.values()):
-                if self.config["prebuilt"] == "off" or entry.spec.gpus:
+                if not self._has_own_template(entry.spec):
                     if entry.template_state != "off":
                         entry.template_state = "off"
                         self._changed()
                     if entry.spec.gpus:
                         with contextlib.suppress(StartFailed):
                             await self.resolve(entry)
-                elif entry.template is None and (
+                elif (entry.template is None and entry.template_wanted) and (
                     entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
                 ):
                     await self._build_template(entry)
@@ -403,12 +410,17 @@ class Host:
         entry = self.entry(spec)
         attempt = 1
         while True:
+            began_s = time.time()
             path, weights = await self._hold_weights(entry)
+            held_s = time.time()
             try:
                 template, kind = await self._template_for(entry)
-                return await self._fork(
+                engine = await self._fork(
                     template, kind, spec, gpu_ids=gpu_ids, requested_s=requested_s, path=path, weights=weights
                 )
+                if held_s - began_s > DOWNLOAD_S:
+                    engine.info.phases.insert(0, ("download", began_s, held_s - began_s))
+                return engine
             except TemplateGone as error:
                 let_weights_go(weights)
                 log.warning("start of %s, attempt %d: %s", spec.model, attempt, error)
@@ -771,6 +783,8 @@ class Host:
         if info.engine_id not in self.engines:
             return  # it has ended meanwhile
         info.state = "parked"
+        if entry := self.models.get(info.fingerprint):
+            entry.parked_bytes = info.memory_bytes
         self._register(engine)
         self._changed(engine)
         await self._evict()
@@ -819,6 +833,107 @@ class Host:
             self._expire(engine, ABANDONED_S)
             log.info("took over engine %s (%s)", info.engine_id, info.state)
 
+    # Warmth
+
+    def _has_own_template(self, spec: EngineSpec) -> bool:
+        """Whether a template with the model's engine already built is possible: not on GPUs, which no fork survives."""
+        return self.config["prebuilt"] != "off" and not spec.gpus
+
+    def rung(self, entry: ModelEntry) -> str:
+        """How warm the model is on this node besides the engines that replicas hold: one of RUNGS."""
+        waiting = [e for e in self.engines.values() if e.info.fingerprint == entry.spec.fingerprint]
+        if any(e.info.state in ("parked", "ready") and not e.info.held for e in waiting):
+            return "parked"
+        if entry.source_state != "ready":
+            return "node"
+        if self._has_own_template(entry.spec):
+            built = entry.template_state == "ready"
+        else:
+            built = bool(self.node and self.node.ready.done() and not self.node.ready.exception())
+        return "template" if built else "weights"
+
+    async def warm(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Bring the model to a rung, or let it down to one. Asked again, it goes on where it is.
+
+        Goes on beside the answer, for which `wait_s` waits: {rung: where it is now, working, reason: why it does not
+        get there}. `gpu_ids` are those that Ray granted to who asks, for an engine that is to be parked.
+        """
+        spec, wanted = EngineSpec.from_json(message["spec"]), RUNGS.index(message["rung"])
+        if not self._configured:
+            self._set(message.get("config") or {})
+        entry = self.entry(spec)
+        entry.template_wanted = entry.template_wanted or wanted >= RUNGS.index("template")
+        if wanted < RUNGS.index(self.rung(entry)):
+            await self._let_down(entry, wanted)
+        elif wanted > RUNGS.index(self.rung(entry)) and (entry.warming is None or entry.warming.done()):
+            entry.warm_reason = None
+            gpu_ids = tuple(message.get("gpu_ids") or ())
+            entry.warming = asyncio.create_task(self._bring_up(entry, message["rung"], gpu_ids))
+        if entry.warming is not None and (wait_s := message.get("wait_s", 0)):
+            await asyncio.wait({entry.warming}, timeout=wait_s)
+        working = entry.warming is not None and not entry.warming.done()
+        return {
+            "event": "warm",
+            "model": spec.model,
+            "rung": self.rung(entry),
+            "working": working,
+            "reason": entry.warm_reason,
+        }
+
+    async def _let_down(self, entry: ModelEntry, wanted: int) -> None:
+        if wanted < RUNGS.index("parked"):
+            for engine in list(self.engines.values()):
+                same = engine.info.fingerprint == entry.spec.fingerprint
+                if same and engine.info.state == "parked" and not engine.info.held:
+                    self._spawn(self.stop(engine, "its memory was asked back"))
+        if wanted < RUNGS.index("template") and self._has_own_template(entry.spec):
+            entry.template_wanted = False
+            if entry.template is not None and entry.template_state == "ready":
+                # Before it is closed: its end would have another built.
+                entry.template_state, entry.template_reason = "off", "its memory was asked back"
+                entry.template.close("its memory was asked back")
+                self._changed()
+
+    async def _bring_up(self, entry: ModelEntry, rung: str, gpu_ids: tuple[str, ...]) -> None:
+        try:
+            await self.resolve(entry)
+            self._changed()
+            if rung == "weights":
+                return
+            if self._has_own_template(entry.spec):
+                async with self._build_lock:
+                    if entry.template is None:
+                        await self._build_template(entry)
+            elif self.node is not None:
+                await asyncio.shield(self.node.ready)
+            if rung == "parked":
+                await self._start_parked(entry, gpu_ids)
+        except StartFailed as error:
+            entry.warm_reason = str(error)
+            log.warning("%s could not be warmed to %s: %s", entry.spec.model, rung, error)
+
+    async def _start_parked(self, entry: ModelEntry, gpu_ids: tuple[str, ...]) -> None:
+        """Start an engine that nobody holds, and park it. Raises StartFailed if it would not be kept."""
+        spec, budget = entry.spec, int(self.config["park_memory_bytes"])
+        others = sum(
+            e.info.memory_bytes
+            for e in self.engines.values()
+            if e.info.state == "parked" and e.info.fingerprint != spec.fingerprint
+        )
+        if not spec.park or not budget:
+            raise StartFailed(
+                "nothing of it may be parked here (scaling.park, engine_host.park_memory_bytes)"
+            )
+        if others + (entry.parked_bytes or 0) > budget:
+            raise StartFailed(f"parked engines hold {others} bytes of {budget}: no room for one more")
+        if len(gpu_ids) != spec.gpus:
+            raise StartFailed(f"it takes {spec.gpus} GPUs to load, and {len(gpu_ids)} were granted")
+        engine = await self.obtain(spec, gpu_ids, time.time(), hold=False)
+        if engine.settled is not None:
+            await asyncio.shield(engine.settled)
+        if not engine.info.held:
+            await self.let_go(engine, park=True)
+
     # Telling
 
     def status(self) -> dict[str, Any]:
@@ -835,11 +950,11 @@ class Host:
             "config": self.config,
         }
 
-    @staticmethod
-    def _model_json(entry: ModelEntry) -> dict[str, Any]:
+    def _model_json(self, entry: ModelEntry) -> dict[str, Any]:
         return {
             "model": entry.spec.model,
             "fingerprint": entry.spec.fingerprint,
+            "rung": self.rung(entry),
             "source": {
                 "state": entry.source_state,
                 "path": entry.path,
@@ -902,6 +1017,8 @@ class Host:
                     case "watch":
                         self._watchers.add(tell)
                         tell({"event": "status", **self.status()})
+                    case "warm":
+                        tell(await self.warm(message))
                     case "light":
                         self._spawn(self._light(message))
                     case "acquire":

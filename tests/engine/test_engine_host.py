@@ -409,6 +409,110 @@ async def test_weights_in_use_are_leased(node: Node, tmp_path: Path, monkeypatch
     assert evictable()
 
 
+async def warmed(node: Node, model: EngineSpec, rung: str, **more: Any) -> dict[str, Any]:
+    """The host's answer when it is asked to warm."""
+    client = await node.client()
+    return await client.ask({"op": "warm", "spec": model.to_json(), "rung": rung, "wait_s": 20, **more})
+
+
+async def test_a_model_is_warmed_to_a_parked_engine_and_let_down(node: Node, weights: Path) -> None:
+    """Rung by rung up, without a replica; the replica that comes adopts it. Down again, its engine ends."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    entry = node.host.models[model.fingerprint]
+    entry.source_state = "unresolved"
+    assert node.host.rung(entry) == "node"
+    assert (await warmed(node, model, "template"))["rung"] == "template"
+    assert not node.host.engines
+    for _ in range(2):
+        answer = await warmed(node, model, "parked")
+        assert (answer["rung"], answer["working"], answer["reason"]) == ("parked", False, None)
+        (engine,) = node.host.engines.values()
+        assert (engine.info.state, engine.info.held) == ("parked", False)
+    client, info = await node.lit(model)
+    assert (info.engine_id, info.kind) == (engine.info.engine_id, "adopted")
+    await node.released(client)
+    await until(lambda: engine.info.state == "parked")
+    await warmed(node, model, "template")
+    await until(lambda: not alive(info.pid) and not node.host.engines)
+
+
+async def test_what_a_replica_holds_is_not_let_down(node: Node, weights: Path) -> None:
+    """A lower rung is for what stands idle."""
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    _, info = await node.lit(model)
+    assert (await warmed(node, model, "weights"))["reason"] is None
+    assert await ask(info) == info.pid
+
+
+@pytest.mark.parametrize(
+    ("changes", "budget", "reason"),
+    [
+        ({}, 0, "nothing of it may be parked"),
+        ({"park": False}, 1024 * MIB, "nothing of it may be parked"),
+        ({"gpus": 1}, 1024 * MIB, "takes 1 GPUs to load, and 0 were granted"),
+        ({"env": {"STUB_FAIL": "no room"}}, 1024 * MIB, "no room"),
+    ],
+)
+async def test_a_warming_that_does_not_get_there_says_why(
+    node: Node, weights: Path, changes: Any, budget: int, reason: str
+) -> None:
+    """The model stays where it came to, and nothing is left running."""
+    model = spec(weights, **changes)
+    node.configure(model, park_memory_bytes=budget)
+    answer = await warmed(node, model, "parked")
+    assert answer["rung"] == "template"
+    assert reason in answer["reason"]
+    await until(lambda: not node.host.engines)
+
+
+async def test_an_engine_on_gpus_is_parked_for_who_was_granted_them(node: Node, weights: Path) -> None:
+    """It loads on the GPUs of who asks, and sleeps."""
+    model = spec(weights, gpus=1)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    assert (await warmed(node, model, "parked", gpu_ids=["0"]))["rung"] == "parked"
+    (engine,) = node.host.engines.values()
+    assert engine.info.gpu_ids == ("0",)
+
+
+async def test_no_engine_is_started_to_be_evicted(node: Node, weights: Path) -> None:
+    """Where parked engines fill the budget, one more is not even begun."""
+    one, other = spec(weights), spec(weights, "other")
+    node.configure(one, other, park_memory_bytes=1024 * MIB)
+    await warmed(node, one, "parked")
+    await warmed(node, other, "parked")
+    parked = {e.info.model: e.info for e in node.host.engines.values()}
+    await warmed(node, other, "template")
+    await until(lambda: len(node.host.engines) == 1)
+    node.configure(one, other, park_memory_bytes=parked["tiny"].memory_bytes + 1)
+    assert "no room for one more" in (await warmed(node, other, "parked"))["reason"]
+    assert [e.info.model for e in node.host.engines.values()] == ["tiny"]
+
+
+async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights: Path) -> None:
+    """Its memory was asked back: only who asks for it again has it built."""
+    model = spec(weights)
+    node.configure(model)
+    node.host.config["prebuilt"] = "auto"
+    entry = node.host.models[model.fingerprint]
+    closed: list[str] = []
+
+    class Built:
+        pid = 0
+
+        def close(self, reason: str) -> None:
+            closed.append(reason)
+            entry.template = None
+
+    entry.template, entry.template_state, entry.source_state = Built(), "ready", "ready"  # type: ignore[assignment]
+    assert node.host.rung(entry) == "template"
+    assert (await warmed(node, model, "weights"))["rung"] == "weights"
+    assert closed == ["its memory was asked back"]
+    await node.host._build_templates()
+    assert (entry.template, entry.template_state) == (None, "off")
+
+
 async def test_messages_that_are_none_are_answered(node: Node) -> None:
     """With an error, and the connection stays."""
     client = await node.client()
