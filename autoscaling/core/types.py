@@ -154,6 +154,9 @@ class Forecast:
     """Requests that come together with the next one (a burst's first seconds): all of them wait for a cold start."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """For people: scores, fallbacks and their reasons. Nothing is decided from them."""
+    fitted_s: float | None = None
+    """When what it rests on was fitted. Two forecasts of the same fit say the same from different moments, as long as
+    no request came between them: nothing is decided anew for the later one. None: each stands for itself."""
 
 
 class Reason(StrEnum):
@@ -199,7 +202,8 @@ class Decision:
     """The rung to hold besides the replicas: where the next start begins."""
     reason: Reason
     until_s: float
-    """Until when this stands if nothing happens: no request comes or ends, nothing starts or dies."""
+    """Until when this stands if nothing happens: no request comes or ends, nothing starts or dies, no forecast is
+    fitted anew. Infinite if nothing but an event can change it."""
     policy: str
     numbers: Mapping[str, float] = field(default_factory=dict)
     """What the reason was computed from, with units in the names."""

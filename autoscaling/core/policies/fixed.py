@@ -1,0 +1,24 @@
+"""`fixed`: always as many."""
+
+from __future__ import annotations
+
+import math
+
+from autoscaling.core.policies.base import Context, Param, Proposal, rest
+from autoscaling.core.types import Reason
+
+REPLICAS = Param("replicas", 1, 0, 10000, "replicas", "How many, whatever comes.")
+
+
+class Fixed:
+    name = "fixed"
+    source = "A dedicated deployment (kubernetes.io/docs/concepts/workloads/controllers/deployment)"
+    params = (REPLICAS,)
+
+    def propose(self, context: Context) -> Proposal:
+        replicas = round(context.param(REPLICAS))
+        rung = context.seen.rung if replicas else rest(context)[0]
+        return Proposal(replicas, rung, Reason.FIXED, math.inf)
+
+
+__all__ = ["Fixed"]

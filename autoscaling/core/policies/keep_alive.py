@@ -1,0 +1,25 @@
+"""`keep-alive`: what was started stays for a fixed idle time."""
+
+from __future__ import annotations
+
+from autoscaling.core.policies.base import Context, Proposal
+from autoscaling.core.policies.following import IDLE, TARGET, follow
+from autoscaling.core.seen import target
+
+
+class KeepAlive:
+    name = "keep-alive"
+    source = (
+        "A fixed idle time for each replica, as AWS Lambda (Wang et al., Peeking Behind the Curtains of Serverless "
+        "Platforms, ATC'18), Modal (scaledown_window) and RunPod (idle timeout) have it"
+    )
+    params = (TARGET, IDLE)
+
+    def propose(self, context: Context) -> Proposal:
+        idle_s = context.param(IDLE, context.spec.keep_alive_s)
+        return follow(
+            context, target=context.param(TARGET, target(context.spec)), delay_s=idle_s, idle_s=idle_s
+        )
+
+
+__all__ = ["KeepAlive"]
