@@ -1,4 +1,4 @@
-"""What the loop asks of the world. The cluster implements these in `live`, the simulator in `sim`; neither knows the other.
+"""What the loop asks of the world. `live` (the cluster) and `sim` (the simulator) implement it apart from each other.
 
 All are called with the present time and return at once: what takes long (metrics, fits, databases) goes on beside
 them, and they tell what is known by now.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from autoscaling.core.accounts import Prewarm, Usage
 from autoscaling.core.types import Decision, Forecast, Observation, Spec, State
 
 
@@ -45,7 +46,9 @@ class ForecastSource(Protocol):
 class Actuator(Protocol):
     """Makes decisions so. Applying the same ones again changes nothing."""
 
-    def apply(self, now_s: float, specs: Mapping[str, Spec], decisions: Sequence[Decision]) -> None: ...
+    def apply(self, now_s: float, specs: Mapping[str, Spec], decisions: Sequence[Decision]) -> None:
+        """`decisions` are all that stand, one for each model, at every tick."""
+        ...
 
 
 class DecisionSink(Protocol):
@@ -57,4 +60,14 @@ class DecisionSink(Protocol):
         observations: Mapping[str, Observation],
         decisions: Sequence[Decision],
         states: Mapping[str, State],
-    ) -> None: ...
+    ) -> None:
+        """`observations` are all, `decisions` and `states` those that are new at this tick."""
+        ...
+
+
+class AccountSink(Protocol):
+    """Keeps what was used and what prewarms were worth."""
+
+    def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
+        """`usage` is to be added up, a prewarm replaces what was said of the same id."""
+        ...

@@ -1,4 +1,4 @@
-"""The values that decisions are made of. Times are Unix seconds, durations seconds; `None` means unknown, 0 means zero."""
+"""The values that decisions are made of. Times are Unix seconds, durations seconds; `None` is unknown, 0 is zero."""
 
 from __future__ import annotations
 

@@ -1,0 +1,259 @@
+"""One tick: observe, decide where something happened, fit the budget, act, record, account. No clock, no I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+from autoscaling.core.accounts import Account, Prewarm, Usage, book, day_of
+from autoscaling.core.budget import Budget, clamp
+from autoscaling.core.decide import decide, hold
+from autoscaling.core.types import Decision, Forecast, Observation, Spec, State
+from autoscaling.ports import AccountSink, Actuator, DecisionSink, ForecastSource, MetricsSource, SpecSource
+
+T = TypeVar("T")
+
+JUMP_S = 60.0
+"""A tick so much later than the one before: the clock jumped, or the machine slept."""
+STALE_S = 10.0
+"""What was seen longer ago than this is not known any more."""
+REFORECAST_S = 10.0
+"""How often a model's forecast is asked for, to see whether it was fitted anew, while nothing else happens."""
+
+
+class Loop:
+    """Decides for a fleet, tick by tick. One thread at a time.
+
+    A model is decided anew when its observation or its spec changed in what matters, when its forecast was fitted anew,
+    or when its decision's `until_s` has passed; else its decision stands. Nothing that fails at a tick stops it: what
+    failed is in `errors` until it works again, the model whose policy raised is held, and the others go on.
+    """
+
+    def __init__(  # noqa: PLR0917 - one for each port, in the order of a tick
+        self,
+        specs: SpecSource,
+        metrics: MetricsSource,
+        forecasts: ForecastSource,
+        actuator: Actuator,
+        sink: DecisionSink,
+        budget: Budget | None = None,
+        states: Mapping[str, State] | None = None,
+        *,
+        accounts: AccountSink | None = None,
+        spent: tuple[str, float] = ("", 0.0),
+        jump_s: float = JUMP_S,
+        reforecast_s: float = REFORECAST_S,
+    ) -> None:
+        """`states` and `spent` (the UTC day, and the GPU-seconds spent in it) are what a restarted loop goes on from.
+
+        `jump_s` is infinite for a simulation that skips the time in which nothing happens.
+        """
+        self._spec_source = specs
+        self._metrics = metrics
+        self._forecasts = forecasts
+        self._actuator = actuator
+        self._sink = sink
+        self._account_sink = accounts
+        self.budget = budget or Budget()
+        self._states = dict(states or {})
+        self._jump_s = jump_s
+        self._reforecast_s = reforecast_s
+        self._last_s: float | None = None
+        self._day, self._spent = spent
+        self._specs: dict[str, Spec] = {}
+        self._seen: dict[str, Observation] = {}
+        self._made: dict[str, Decision] = {}
+        self._clamped: dict[str, Decision] = {}
+        self._fits: dict[str, float | None] = {}
+        self._ask_s: dict[str, float] = {}
+        self._accounts: dict[str, Account] = {}
+        self._errors: dict[str, str] = {}
+
+    @property
+    def decisions(self) -> Mapping[str, Decision]:
+        """What stands, by model, within the budget."""
+        return self._clamped
+
+    @property
+    def observations(self) -> Mapping[str, Observation]:
+        """What the last tick saw; models that it did not see are unknown."""
+        return self._seen
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        return self._specs
+
+    @property
+    def states(self) -> Mapping[str, State]:
+        return self._states
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        """What failed and has not worked since: "metrics", "specs", "actuator", "sink", "accounts", "model NAME"..."""
+        return self._errors
+
+    @property
+    def spent_gpu_s(self) -> float:
+        """GPU-seconds of the present UTC day."""
+        return self._spent
+
+    def next_s(self) -> float:
+        """The earliest `until_s` of all that stands."""
+        return min((decision.until_s for decision in self._made.values()), default=math.inf)
+
+    def tick(self, now_s: float) -> list[Decision]:
+        """The decisions that were made or changed at this tick. Never raises."""
+        if not math.isfinite(now_s):
+            self._errors["clock"] = f"now is {now_s}"
+            return []
+        self._errors.pop("clock", None)
+        last_s, self._last_s = self._last_s, now_s
+        jumped = last_s is not None and now_s - last_s > self._jump_s
+        back = last_s is not None and now_s < last_s
+        specs = self._try("specs", lambda: dict(self._spec_source.specs(now_s)))
+        specs = self._specs if specs is None else specs
+        observed = self._try("metrics", lambda: dict(self._metrics.observe(now_s))) or {}
+        observations = {model: self._fresh(observed.get(model), now_s) for model in specs}
+        self._drop(specs)
+        states: dict[str, State] = {}
+        for model, spec in specs.items():
+            observation = observations[model]
+            if jumped:
+                # Nothing is concluded from times that lie across the jump; the next tick goes on.
+                self._made[model] = hold(spec, observation, until_s=now_s)
+                continue
+            forecast = self._news(model, spec, observation, now_s, back=back)
+            if forecast is not False:
+                state = self._decide(model, spec, observation, forecast)
+                if state is not None:
+                    states[model] = state
+        self._specs, self._seen = specs, {m: observations[m] for m in specs if m in observed}
+        before = self._clamped
+        self._clamped = clamp(self.budget, specs, observations, self._made, self._spent_on(now_s))
+        fresh = [decision for model, decision in self._clamped.items() if decision != before.get(model)]
+        self._try("actuator", lambda: self._actuator.apply(now_s, specs, list(self._clamped.values())))
+        self._try("sink", lambda: self._sink.record(now_s, self._seen, fresh, states))
+        self._book(now_s)
+        return fresh
+
+    def _fresh(self, observation: Observation | None, now_s: float) -> Observation:
+        if observation is None or observation.now_s < now_s - STALE_S:
+            return Observation(now_s)
+        return observation
+
+    def _news(
+        self, model: str, spec: Spec, observation: Observation, now_s: float, *, back: bool
+    ) -> Forecast | bool | None:
+        """The forecast to decide with, or False if the decision stands."""
+        made = self._made.get(model)
+        stands = (
+            made is not None
+            and not back
+            and now_s < made.until_s
+            and f"model {model}" not in self._errors
+            and _same(self._seen.get(model), observation)
+            and self._specs.get(model) == spec
+        )
+        if stands and now_s < self._ask_s.get(model, -math.inf):
+            return False
+        forecast = self._try(f"forecast {model}", lambda: self._forecasts.forecast(model, now_s))
+        # Asked at different moments, so that a fleet's forecasts don't all come at one tick.
+        spread = 0.5 + (hash((len(model), sum(model.encode()))) % 64) / 64
+        self._ask_s[model] = now_s + self._reforecast_s * spread
+        fit = _fit(forecast)
+        if stands and self._fits.get(model) == fit:
+            return False
+        self._fits[model] = fit
+        return forecast
+
+    def _decide(
+        self, model: str, spec: Spec, observation: Observation, forecast: Forecast | bool | None
+    ) -> State | None:
+        before = self._states.get(model, State())
+        try:
+            state, decision = decide(
+                spec, before, observation, forecast if isinstance(forecast, Forecast) else None
+            )
+        except Exception as error:  # noqa: BLE001 - whatever one model's policy raises, the others are decided
+            self._errors[f"model {model}"] = f"{type(error).__name__}: {error}"
+            self._made[model] = hold(spec, observation, until_s=observation.now_s)
+            return None
+        self._errors.pop(f"model {model}", None)
+        made = self._made.get(model)
+        # The same again is not made anew: neither recorded nor published as news.
+        same = made is not None and replace(decision, made_s=made.made_s, numbers=made.numbers) == made
+        self._made[model] = made if made is not None and same else decision
+        self._states[model] = state
+        return state if state != before else None
+
+    def _drop(self, specs: Mapping[str, Spec]) -> None:
+        for model in self._made.keys() - specs.keys():
+            for kept in (self._made, self._states, self._fits, self._ask_s, self._accounts):
+                kept.pop(model, None)
+            self._errors.pop(f"model {model}", None)
+            self._errors.pop(f"forecast {model}", None)
+
+    def _spent_on(self, now_s: float) -> float:
+        day = day_of(now_s)
+        if day != self._day:
+            self._day, self._spent = day, 0.0
+        return self._spent
+
+    def _book(self, now_s: float) -> None:
+        usage: list[Usage] = []
+        prewarms: list[Prewarm] = []
+        for model, observation in self._seen.items():
+            account, booking = book(
+                self._accounts.get(model, Account()),
+                self._specs[model],
+                observation,
+                self._clamped.get(model),
+            )
+            self._accounts[model] = account
+            usage += booking.usage
+            prewarms += booking.prewarms
+        self._spent += math.fsum(
+            gpu_s for row in usage if row.day == self._day for gpu_s in row.gpu_s.values()
+        )
+        sink = self._account_sink
+        if sink is not None and (usage or prewarms):
+            self._try("accounts", lambda: sink.account(now_s, usage, prewarms))
+
+    def _try(self, what: str, call: Callable[[], T]) -> T | None:
+        try:
+            result = call()
+        except Exception as error:  # noqa: BLE001 - a port that fails is unknown, and is said
+            self._errors[what] = f"{type(error).__name__}: {error}"
+            return None
+        self._errors.pop(what, None)
+        return result
+
+
+def _same(before: Observation | None, now: Observation) -> bool:
+    """Nothing that decides differs. When a loaded model was last busy is always now."""
+    if before is None:
+        # Never seen and still unseen is the same unknown.
+        return now.ready is None and now.queued is None and now.in_flight is None
+    return (
+        before.queued == now.queued
+        and before.in_flight == now.in_flight
+        and not now.arrivals
+        and before.ready == now.ready
+        and before.starting == now.starting
+        and before.target == now.target
+        and before.rung == now.rung
+        and (before.last_busy_s == now.last_busy_s or bool(now.queued or now.in_flight))
+        and before.rungs == now.rungs
+        and before.capacity == now.capacity
+    )
+
+
+def _fit(forecast: Forecast | None) -> float | None:
+    if forecast is None:
+        return None
+    return forecast.made_s if forecast.fitted_s is None else forecast.fitted_s
+
+
+__all__ = ["JUMP_S", "REFORECAST_S", "STALE_S", "Loop"]
