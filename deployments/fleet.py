@@ -213,6 +213,9 @@ class Scaling(_Config):
     """Requests in progress for each replica that scaling aims at."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica takes at once; more wait in the gateway."""
+    inter_token_slo_s: float | None = Field(default=0.2, gt=0)
+    """The time between two tokens that a replica should keep to: where more requests in progress were measured to break
+    it, scaling aims at fewer than `target_ongoing_requests`. null measures nothing."""
     keep_alive_s: float = Field(default=60, ge=0)
     """How long an idle model stays lit: under `keep-alive` always, under other policies while there is no forecast."""
     park: bool = True

@@ -18,6 +18,7 @@ from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -518,6 +519,7 @@ class ServeEngines:
             "engines": [i.to_json() for i in self._local.values()],
             "remote": [(node, i.to_json()) for node, i in self._remote.values()],
             "host_models": self._host_models,
+            "memory": _memory(),
         }
 
     def model_view(self, model: str) -> dict[str, Any]:
@@ -531,6 +533,12 @@ class ServeEngines:
     @property
     def models(self) -> Sequence[str]:
         return list(self._specs)
+
+
+def _memory() -> dict[str, float]:
+    """Of this node. In tenths: what matters is whether there is plenty, and every change is a report."""
+    memory = psutil.virtual_memory()
+    return {"total_bytes": memory.total, "available_share": round(memory.available / memory.total, 1)}
 
 
 async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:

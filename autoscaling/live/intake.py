@@ -1,0 +1,94 @@
+"""The gateways' counts on their way into the store: each batch once, acknowledged when it can't be lost any more."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from autoscaling.core.types import State
+from autoscaling.live.records import TrafficRow
+
+STATE_KEY = "gateways"
+"""Under which the store keeps how far every gateway's batches are in, beside the models' states."""
+KEPT_SOURCES = 256
+COMMITS_WITHIN_S = 2.0
+ACKNOWLEDGE_ANYWAY_S = 10.0
+"""While the store can't write it holds what came in memory, bounded; gateways would only do the same once more."""
+
+
+class TrafficStore(Protocol):
+    """The part of the store that is needed here."""
+
+    def add_traffic(self, rows: Sequence[TrafficRow]) -> None: ...
+    def put_states(self, states: Mapping[str, State]) -> None: ...
+    def health(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(slots=True)
+class _Source:
+    """One gateway's counter: the last batch taken, and the last one that is committed."""
+
+    taken: int = 0
+    durable: int = 0
+    waiting: list[tuple[int, float]] = field(default_factory=list)  # (batch, when it was taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What one report brought."""
+
+    rows: Sequence[TrafficRow]
+    sequence: int
+    """What the gateway need not keep any more."""
+
+
+class Intake:
+    """Takes batches. Thread-safe."""
+
+    def __init__(self, store: TrafficStore, now_s: Callable[[], float], states: Mapping[str, State]) -> None:
+        self._store = store
+        self._now_s = now_s
+        self._lock = threading.Lock()
+        self._sources: OrderedDict[str, _Source] = OrderedDict()
+        marks = states.get(STATE_KEY)
+        for source, sequence in (marks.values if marks else {}).items():
+            self._sources[source] = _Source(int(sequence), int(sequence))
+
+    def take(self, source: str, batches: Sequence[tuple[int, Sequence[Sequence[Any]]]]) -> Taken:
+        """What is new in a report's batches, and up to where the gateway may forget."""
+        now_s = self._now_s()
+        with self._lock:
+            known = self._sources.setdefault(source, _Source())
+            self._sources.move_to_end(source)
+            while len(self._sources) > KEPT_SOURCES:
+                self._sources.popitem(last=False)
+            rows: list[TrafficRow] = []
+            for sequence, batch in batches:
+                if sequence > known.taken:
+                    known.taken = sequence
+                    known.waiting.append((sequence, now_s))
+                    rows += [TrafficRow(str(row[0]), int(row[1]), *row[2:]) for row in batch]
+            if rows:
+                # In this order: a crash between the two loses a batch, which is less harm than counting it twice.
+                marks = {name: float(each.taken) for name, each in self._sources.items()}
+                self._store.put_states({STATE_KEY: State(values=marks)})
+                self._store.add_traffic(rows)
+            if known.waiting:
+                self._settle(known, now_s)
+            return Taken(rows, known.durable)
+
+    def _settle(self, known: _Source, now_s: float) -> None:
+        health = self._store.health()
+        committed_s, pending = health["last_commit_s"], health["pending"]
+        while known.waiting:
+            sequence, taken_s = known.waiting[0]
+            # With records still waiting, those of a batch are in if a commit ended so late that it began after it.
+            margin_s = 0.0 if pending == 0 else COMMITS_WITHIN_S
+            durable = committed_s is not None and committed_s >= taken_s + margin_s
+            if not durable and now_s - taken_s < ACKNOWLEDGE_ANYWAY_S:
+                return
+            known.durable = sequence
+            known.waiting.pop(0)

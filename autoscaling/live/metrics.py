@@ -1,0 +1,316 @@
+"""What is seen of every model, from what gateways report, what Serve says and which nodes there are.
+
+Reports, Serve's answer and the list of nodes come in from other threads whenever they come; `observe` puts together
+what is known by then, and says None where that is too old or was never there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoscaling.core.types import Observation, Rung, Spec
+from autoscaling.live.capacity import CapacityBook
+from autoscaling.live.nodes import Node, fits
+from autoscaling.live.records import TrafficRow
+from autoscaling.live.rungs import RungBook, memory_cost_per_s, rung_of_start
+from autoscaling.live.setup import ModelSetup
+from autoscaling.ports import Clock
+
+REPORT_STALE_S = 15.0
+"""A gateway reports every five seconds at least."""
+SERVE_STALE_S = 5.0
+NODES_STALE_S = 60.0
+ASSUMED_ENGINE_BYTES = 1 << 30
+"""What a parked engine or a template is taken to hold until one was weighed."""
+
+_RUNNING = ("RUNNING", "PENDING_MIGRATION")
+_STARTING = ("STARTING", "UPDATING", "RECOVERING")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeView:
+    """One deployment as Serve tells of it."""
+
+    running: int
+    starting: int
+    target: int
+    states: Mapping[str, int]
+    """Replica state -> count."""
+
+
+def serve_view(details: Mapping[str, Any]) -> dict[str, ServeView]:
+    """Deployment -> its replicas, from the Serve controller's `get_serve_instance_details`."""
+    found: dict[str, ServeView] = {}
+    for application in details.get("applications", {}).values():
+        for name, deployment in application.get("deployments", {}).items():
+            states: dict[str, int] = {}
+            for replica in deployment.get("replicas", ()):
+                state = str(getattr(replica["state"], "value", replica["state"]))
+                states[state] = states.get(state, 0) + 1
+            found[name] = ServeView(
+                running=sum(states.get(state, 0) for state in _RUNNING),
+                starting=sum(states.get(state, 0) for state in _STARTING),
+                target=int(deployment["target_num_replicas"]),
+                states=states,
+            )
+    return found
+
+
+@dataclass(slots=True)
+class _Since:
+    """What one model did, over the reports so far."""
+
+    arrivals: int = 0  # since the last observation
+    last_arrival_s: float | None = None
+    last_busy_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Nodes:
+    alive: Sequence[Node] = ()
+    autoscaler: bool = False
+    at_s: float | None = None  # monotonic
+
+
+@dataclass(slots=True)
+class Warmed:
+    """What a host without a gateway said last of a model."""
+
+    rung: Rung
+    at_s: float  # monotonic
+    reason: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class LiveMetrics:
+    """`MetricsSource` over the cluster. Thread-safe."""
+
+    def __init__(
+        self,
+        models: Iterable[ModelSetup],
+        rungs: RungBook,
+        capacity: CapacityBook,
+        clock: Clock,
+        *,
+        park_budget_bytes: int = 0,
+    ) -> None:
+        self.models = {model.id: model for model in models}
+        self.in_force: Mapping[str, Spec] = {model: setup.spec for model, setup in self.models.items()}
+        """How models are scaled now: what overrides change of a target or a price counts in what is seen."""
+        self.rungs = rungs
+        self.capacity = capacity
+        self._clock = clock
+        self._park_budget_bytes = park_budget_bytes
+        self._lock = threading.Lock()
+        self._reports: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._since = {model: _Since() for model in self.models}
+        self._serve: tuple[float, Mapping[str, ServeView]] | None = None
+        self._nodes = _Nodes()
+        self._warmed: dict[tuple[str, str], Warmed] = {}
+
+    # What comes in
+
+    def restore(self, model: str, last_arrival_s: float | None) -> None:
+        """What was known before a restart."""
+        with self._lock:
+            since = self._since[model]
+            since.last_arrival_s = _later(since.last_arrival_s, last_arrival_s)
+            since.last_busy_s = _later(since.last_busy_s, last_arrival_s)
+
+    def take_report(self, gateway: str, report: Mapping[str, Any], rows: Sequence[TrafficRow]) -> None:
+        """A gateway's view, replacing its last; `rows` are the counts in it that are new."""
+        with self._lock:
+            self._reports[gateway] = (self._clock.monotonic_s(), report)
+            for row in rows:
+                if (since := self._since.get(row.model)) is not None:
+                    since.arrivals += row.arrivals
+                    if row.arrivals:
+                        since.last_arrival_s = _later(since.last_arrival_s, float(row.second))
+            for model, seen in report["models"].items():
+                if (since := self._since.get(model)) is not None:
+                    since.last_arrival_s = _later(since.last_arrival_s, seen.get("last_arrival_s"))
+                    since.last_busy_s = _later(since.last_busy_s, seen.get("last_busy_s"))
+
+    def take_serve(self, deployments: Mapping[str, ServeView]) -> None:
+        """Serve's answer."""
+        with self._lock:
+            self._serve = (self._clock.monotonic_s(), deployments)
+
+    def take_nodes(self, nodes: Sequence[Node], *, autoscaler: bool) -> None:
+        """The nodes that are alive, and whether others can be had."""
+        with self._lock:
+            self._nodes = _Nodes(nodes, autoscaler, self._clock.monotonic_s())
+
+    def take_warmed(self, model: str, node_id: str, rung: Rung, reason: str | None) -> None:
+        """An engine host's answer to being asked to warm."""
+        with self._lock:
+            self._warmed[model, node_id] = Warmed(rung, self._clock.monotonic_s(), reason)
+
+    # What is known
+
+    def reports(self) -> dict[str, Mapping[str, Any]]:
+        """Gateway -> its last report, of those that still report."""
+        with self._lock:
+            return self._fresh_reports()
+
+    def serve(self) -> Mapping[str, ServeView] | None:
+        """None if Serve has not answered lately."""
+        with self._lock:
+            return self._fresh_serve()
+
+    def nodes(self) -> tuple[Sequence[Node], bool] | None:
+        """(alive nodes, whether there is an autoscaler); None if that is not known."""
+        with self._lock:
+            return self._fresh_nodes()
+
+    def eligible(self, model: str) -> list[Node]:
+        """Nodes that could run the model's replica, the warmest first, then in a stable order."""
+        with self._lock:
+            known = self._fresh_nodes()
+            if known is None:
+                return []
+            found = [node for node in known[0] if fits(node, self.models[model])]
+            reports = self._fresh_reports().values()
+            rungs = {node.id: self._rung_on(model, node.id, reports) for node in found}
+            return sorted(found, key=lambda node: (-rungs[node.id], node.id))
+
+    def rung_on(self, model: str, node_id: str) -> Rung:
+        """How warm the model is on a node besides its replicas, as far as is known."""
+        with self._lock:
+            return self._rung_on(model, node_id, self._fresh_reports().values())
+
+    def observe(self, now_s: float) -> dict[str, Observation]:
+        """Every model. Arrivals are those since the call before."""
+        with self._lock:
+            reports = list(self._fresh_reports().values())
+            serve, nodes = self._fresh_serve(), self._fresh_nodes()
+            return {
+                model: self._observe(model, setup, now_s, reports, serve, nodes)
+                for model, setup in self.models.items()
+            }
+
+    def _observe(  # noqa: PLR0917 - everything that one observation is made of
+        self,
+        model: str,
+        setup: ModelSetup,
+        now_s: float,
+        reports: Sequence[Mapping[str, Any]],
+        serve: Mapping[str, ServeView] | None,
+        nodes: tuple[Sequence[Node], bool] | None,
+    ) -> Observation:
+        since = self._since[model]
+        arrivals, since.arrivals = since.arrivals, 0
+        seen = [report["models"][model] for report in reports if model in report["models"]]
+        replicas = serve.get(setup.deployment) if serve is not None else None
+        eligible = [node for node in nodes[0] if fits(node, setup)] if nodes is not None else []
+        rung: Rung | None = None
+        if nodes is not None:
+            rung = max((self._rung_on(model, node.id, reports) for node in eligible), default=Rung.COLD)
+        return Observation(
+            now_s=now_s,
+            ready=replicas.running if replicas else None,
+            starting=replicas.starting if replicas else None,
+            target=replicas.target if replicas else None,
+            queued=sum(each["queued"] for each in seen) if seen else None,
+            in_flight=sum(each["in_flight"] for each in seen) if seen else None,
+            arrivals=arrivals,
+            last_arrival_s=_past(since.last_arrival_s, now_s),
+            last_busy_s=_past(since.last_busy_s, now_s),
+            rung=rung,
+            rungs=self.rungs.profiles(model, self._costs(setup, eligible, nodes, reports)),
+            capacity=self.capacity.capacity(
+                model,
+                target=self._spec(model).target_ongoing_requests,
+                inter_token_slo_s=setup.inter_token_slo_s,
+            ),
+        )
+
+    def _costs(
+        self,
+        setup: ModelSetup,
+        eligible: Sequence[Node],
+        nodes: tuple[Sequence[Node], bool] | None,
+        reports: Iterable[Mapping[str, Any]],
+    ) -> dict[Rung, float]:
+        """GPU-seconds a second of each rung on which the model can be held here."""
+        autoscaler = nodes is not None and nodes[1]
+        spec = self._spec(setup.id)
+        serving = spec.gpus_per_replica
+        costs = {Rung.NODE: 0.0, Rung.WEIGHTS: 0.0, Rung.TEMPLATE: 0.0, Rung.SERVING: serving}
+        memory = _memory(reports, {node.id for node in eligible})
+        held = memory_cost_per_s(self._weight(setup.id, reports), *memory)
+        if autoscaler:
+            # A node that nothing else needs is kept for this model alone, with all of its GPUs.
+            node = max([serving, *(node.gpus for node in eligible)])
+            costs |= {Rung.COLD: 0.0, Rung.NODE: node, Rung.WEIGHTS: node, Rung.TEMPLATE: node}
+        if setup.own_template:
+            costs[Rung.TEMPLATE] += held
+        if setup.can_park and spec.park and self._park_budget_bytes:
+            costs[Rung.PARKED] = costs[Rung.TEMPLATE] + held
+        return costs
+
+    def _spec(self, model: str) -> Spec:
+        return self.in_force.get(model) or self.models[model].spec
+
+    @staticmethod
+    def _weight(model: str, reports: Iterable[Mapping[str, Any]]) -> float:
+        """Bytes of the heaviest engine of the model that was weighed."""
+        weighed = [e["memory_bytes"] for r in reports for e in r["engines"] if e["model"] == model]
+        return max(weighed, default=0) or ASSUMED_ENGINE_BYTES
+
+    def _rung_on(self, model: str, node_id: str, reports: Iterable[Mapping[str, Any]]) -> Rung:
+        for report in reports:
+            if report["node"] == node_id:
+                rungs = [m["rung"] for m in report["host_models"] if m["model"] == model]
+                parked = any(
+                    e["model"] == model and e["state"] in ("parked", "ready") and not e["held"]
+                    for e in report["engines"]
+                )
+                return Rung.PARKED if parked else max((Rung[r.upper()] for r in rungs), default=Rung.NODE)
+        warmed = self._warmed.get((model, node_id))
+        return Rung.NODE if warmed is None else warmed.rung
+
+    def own_template(self, model: str) -> bool:
+        """Whether the model can have a template of its own."""
+        return self.models[model].own_template
+
+    def start_rung(self, model: str, kind: str, phases: Iterable[Mapping[str, Any]]) -> Rung:
+        """Where a start began."""
+        return rung_of_start(kind, phases, own_template=self.models[model].own_template)
+
+    def _fresh_reports(self) -> dict[str, Mapping[str, Any]]:
+        oldest_s = self._clock.monotonic_s() - REPORT_STALE_S
+        self._reports = {g: (at_s, r) for g, (at_s, r) in self._reports.items() if at_s >= oldest_s}
+        return {gateway: report for gateway, (_, report) in self._reports.items()}
+
+    def _fresh_serve(self) -> Mapping[str, ServeView] | None:
+        if self._serve is None or self._clock.monotonic_s() - self._serve[0] > SERVE_STALE_S:
+            return None
+        return self._serve[1]
+
+    def _fresh_nodes(self) -> tuple[Sequence[Node], bool] | None:
+        at_s = self._nodes.at_s
+        if at_s is None or self._clock.monotonic_s() - at_s > NODES_STALE_S:
+            return None
+        return self._nodes.alive, self._nodes.autoscaler
+
+
+def _memory(reports: Iterable[Mapping[str, Any]], node_ids: set[str]) -> tuple[float | None, float | None]:
+    """(bytes, available share) of the eligible node that has the most left."""
+    known = [r["memory"] for r in reports if r["node"] in node_ids and r.get("memory")]
+    if not known:
+        return None, None
+    best = max(known, key=lambda memory: float(memory["available_share"]))
+    return best["total_bytes"], best["available_share"]
+
+
+def _later(one_s: float | None, other_s: float | None) -> float | None:
+    return max((time_s for time_s in (one_s, other_s) if time_s is not None), default=None)
+
+
+def _past(time_s: float | None, now_s: float) -> float | None:
+    """Clocks of several machines differ: what came from a little ahead came now."""
+    return None if time_s is None else min(time_s, now_s)
