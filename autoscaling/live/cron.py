@@ -20,11 +20,12 @@ from itertools import islice, takewhile
 
 from cronsim import CronSim
 
-MAX_DURATION_S = 7 * 86400.0
+MAX_DURATION_S = 366 * 86400.0
 _EPOCH = datetime(1970, 1, 1)
 _HOUR_S = 3600
 _FAR_S = 10 * 366 * 86400.0
-_MAX_STARTS = 20_000
+_MAX_STARTS = 2000
+"""How many starts before a time are looked at: in a schedule that begins anew each minute, those of 33 hours."""
 _MAX_OFFSET_S = 26 * 3600.0
 """More than any zone is from UTC, and more than its clock ever jumps."""
 
@@ -74,7 +75,7 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
 def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float], ...]:
     """The next `count` spans, beginning with the one in force."""
     found: list[tuple[float, float]] = []
-    for span in _merged(_until(islice(_raw_spans(cron, now_s), _MAX_STARTS), now_s + _FAR_S)):
+    for span in _merged(_until(islice(_raw_spans(cron, now_s), 5 * _MAX_STARTS), now_s + _FAR_S)):
         if span[1] > now_s:
             found.append(span)
         if len(found) == count:
@@ -96,7 +97,13 @@ def _until(found: Iterator[tuple[float, float]], time_s: float) -> Iterator[tupl
 def _raw_spans(cron: Cron, from_s: float) -> Iterator[tuple[float, float]]:
     """Of each start after about `from_s`, what it is on the clock of the world. May overlap; endless."""
     # On the bare clock, which knows no jumps; the starts before `from_s` may still be in force.
-    begin = _EPOCH + timedelta(seconds=from_s - cron.duration_s - _MAX_OFFSET_S)
+    latest = _EPOCH + timedelta(seconds=from_s + _MAX_OFFSET_S)
+    begin = latest - timedelta(seconds=cron.duration_s + 2 * _MAX_OFFSET_S)
+    for past in islice(CronSim(cron.expression, latest, reverse=True), _MAX_STARTS):
+        if past < begin:
+            break
+    else:
+        begin = past - timedelta(seconds=1)
     for naive in CronSim(cron.expression, begin):
         start = (naive - _EPOCH).total_seconds()
         yield from _on_the_world_clock(cron.timezone, start, start + cron.duration_s)
@@ -118,7 +125,7 @@ def _segments(name: str, year: int) -> tuple[tuple[float, float, float], ...]:
     """
     zone = zoneinfo.ZoneInfo(name)
     first = int((datetime(year - 1, 12, 1) - _EPOCH).total_seconds())
-    last = int((datetime(year + 1, 2, 1) - _EPOCH).total_seconds())
+    last = int((datetime(year + 2, 2, 1) - _EPOCH).total_seconds())
     found = []
     since, offset = -math.inf, _offset(zone, first)
     for time in range(first, last, _HOUR_S):

@@ -1,0 +1,1 @@
+"""What the control API answers, a module for each subject; `autoscaling.live.control` routes to them."""
