@@ -1,0 +1,1 @@
+"""When the next request comes and how much comes, learned from a model's own traffic. No Ray, no clock, no I/O."""

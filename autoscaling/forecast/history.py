@@ -1,0 +1,223 @@
+"""A model's traffic as the forecasters read it: cleaned, and spliced from the finest buckets that cover each moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import exp
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoscaling.traffic import Buckets, Traffic
+
+Floats = NDArray[Any]
+"""Of float64, or of what numpy makes of it."""
+
+THETAS_S: tuple[float, ...] = tuple(2.0 * 2.0**k for k in range(15))
+"""Silences, 2 s to 9 h, after which an arrival may be taken for the beginning of a burst. A model learns its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Non-empty buckets of mixed sizes that do not overlap, oldest first. All arrays have shape (n,)."""
+
+    lo_s: Floats
+    hi_s: Floats
+    count: Floats
+    busy_s: Floats
+
+    def __len__(self) -> int:
+        return len(self.lo_s)
+
+    @property
+    def mid_s(self) -> Floats:
+        return (self.lo_s + self.hi_s) / 2
+
+    def between(self, since_s: float, until_s: float) -> Events:
+        """Those that lie in [since_s, until_s) altogether."""
+        keep = slice(
+            int(np.searchsorted(self.lo_s, since_s)), int(np.searchsorted(self.hi_s, until_s, side="right"))
+        )
+        return Events(self.lo_s[keep], self.hi_s[keep], self.count[keep], self.busy_s[keep])
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What is known of one model at `now_s`.
+
+    Rows that cannot be are left out and counted in `ignored`: arrivals that are NaN, infinite or negative, and buckets
+    that begin after `now_s` (a clock that jumped). A bucket that comes twice is added up.
+    """
+
+    model: str
+    now_s: float
+    since_s: float
+    """Since when anything is known."""
+    events: Events
+    levels: tuple[Buckets, ...]
+    """The cleaned buckets, finest first."""
+    ignored: int = 0
+
+    @property
+    def arrivals(self) -> float:
+        return float(self.events.count.sum())
+
+    def before(self, until_s: float) -> History:
+        """What was known at `until_s`: for backtests."""
+        levels = tuple(_until(level, until_s) for level in self.levels)
+        return replace(self, now_s=until_s, events=self.events.between(-np.inf, until_s), levels=levels)
+
+    def level(self, step_s: float) -> Buckets | None:
+        """The finest buckets that are at least `step_s` long."""
+        return next((level for level in self.levels if level.step_s >= step_s), None)
+
+
+def history_of(traffic: Traffic, now_s: float) -> History:
+    """Clean and splice. Raises ValueError for a `now_s` that is not a number."""
+    if not np.isfinite(now_s):
+        raise ValueError(f"now_s is {now_s}; it must be a finite Unix time")
+    levels, ignored = [], 0
+    for level in sorted(traffic.levels, key=lambda level: level.step_s):
+        clean, dropped = _clean(level, now_s)
+        levels.append(clean)
+        ignored += dropped
+    since_s = min((level.start_s for level in levels), default=now_s)
+    return History(traffic.model, now_s, min(since_s, now_s), _splice(levels, now_s), tuple(levels), ignored)
+
+
+def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
+    arrivals = np.asarray(level.arrivals, np.float64)
+    good = np.isfinite(arrivals) & (arrivals >= 0) & (level.index * level.step_s <= now_s)
+    dropped = int(len(arrivals) - good.sum())
+    busy = np.nan_to_num(np.asarray(level.busy_s, np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0)
+    good &= (arrivals > 0) | (busy > 0)
+    index, where = np.unique(level.index[good], return_inverse=True)
+    columns = {}
+    for name, column in (("arrivals", arrivals), ("busy_s", busy)):
+        columns[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
+    tokens = np.zeros(len(index), np.float32)
+    clean = Buckets(
+        step_s=level.step_s,
+        start_s=min(level.start_s, now_s),
+        end_s=min(level.end_s, now_s),
+        index=index.astype(np.int64),
+        arrivals=columns["arrivals"],
+        input_tokens=tokens,
+        output_tokens=tokens,
+        busy_s=columns["busy_s"],
+    )
+    return clean, dropped
+
+
+def _until(level: Buckets, until_s: float) -> Buckets:
+    keep = slice(0, int(np.searchsorted((level.index + 1) * level.step_s, until_s, side="right")))
+    return Buckets(
+        step_s=level.step_s,
+        start_s=min(level.start_s, until_s),
+        end_s=min(level.end_s, until_s),
+        index=level.index[keep],
+        arrivals=level.arrivals[keep],
+        input_tokens=level.input_tokens[keep],
+        output_tokens=level.output_tokens[keep],
+        busy_s=level.busy_s[keep],
+    )
+
+
+def _splice(levels: list[Buckets], now_s: float) -> Events:
+    """Finer buckets from the first edge of the next coarser level that they reach, so that none counts twice."""
+    parts: list[tuple[Floats, Floats, Floats, Floats]] = []
+    upper_s = np.inf
+    for i, level in enumerate(levels):
+        coarser = levels[i + 1] if i + 1 < len(levels) else None
+        lower_s = -np.inf if coarser is None else np.ceil(level.start_s / coarser.step_s) * coarser.step_s
+        lo = level.index * level.step_s
+        keep = (lo >= lower_s) & (lo < upper_s) & (level.arrivals > 0)
+        lo = lo[keep]
+        parts.append(
+            (
+                lo,
+                np.minimum(lo + level.step_s, np.maximum(now_s, lo + 1.0)),
+                level.arrivals[keep].astype(np.float64),
+                level.busy_s[keep].astype(np.float64),
+            )
+        )
+        upper_s = min(upper_s, lower_s)
+    columns = [np.concatenate([part[c] for part in reversed(parts)] or [np.zeros(0)]) for c in range(4)]
+    return Events(*columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """What has happened lately, as it is known to whoever asks. Bounded, however much comes."""
+
+    last_s: float
+    """When the last arrival was."""
+    onsets_s: tuple[float, ...]
+    """For each of THETAS_S, when the last arrival came that followed at least so long a silence."""
+    rates: tuple[float, ...]
+    """Arrivals a second, exponentially weighted with each of TAUS_S, as of `rates_s`. Before the first one it was none,
+    so that what was learned of a young model must be divided by 1 - exp(-known_s / tau)."""
+    rates_s: float
+
+    def rates_at(self, now_s: float) -> tuple[float, ...]:
+        """The same, as of `now_s`, if nothing has come since."""
+        gone_s = max(0.0, now_s - self.rates_s)
+        return tuple(rate * exp(-gone_s / tau) for rate, tau in zip(self.rates, TAUS_S, strict=True))
+
+
+TAUS_S: tuple[float, ...] = (60.0, 300.0, 1200.0, 4800.0, 19200.0)
+"""Time constants of the recent rate. A model learns which of them tells most about what comes."""
+
+
+def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None:
+    """`recent` after `count` arrivals at `time_s`.
+
+    What is no number, and a count that is not positive, changes nothing. A time before the last
+    one (a clock that jumped back) counts at the last one.
+    """
+    if not (np.isfinite(time_s) and np.isfinite(count)) or count <= 0:
+        return recent
+    if recent is None:
+        return Recent(
+            last_s=time_s,
+            onsets_s=(time_s,) * len(THETAS_S),
+            rates=tuple(count / tau for tau in TAUS_S),
+            rates_s=time_s,
+        )
+    time_s = max(time_s, recent.last_s)
+    gap_s = time_s - recent.last_s
+    gone_s = time_s - recent.rates_s
+    return Recent(
+        last_s=time_s,
+        onsets_s=tuple(
+            time_s if gap_s >= theta else onset
+            for theta, onset in zip(THETAS_S, recent.onsets_s, strict=True)
+        ),
+        rates=tuple(
+            rate * exp(-gone_s / tau) + count / tau for rate, tau in zip(recent.rates, TAUS_S, strict=True)
+        ),
+        rates_s=time_s,
+    )
+
+
+def recent_of(events: Events, now_s: float) -> Recent | None:
+    """What `arrived` would have made of those events, None if there is none. A bucket counts at its middle."""
+    if not len(events):
+        return None
+    times = np.minimum(events.mid_s, now_s)
+    return Recent(
+        last_s=float(times[-1]),
+        onsets_s=tuple(float(onsets[-1]) for onsets in onset_times(times)),
+        rates=tuple(float((events.count * np.exp(-(now_s - times) / tau)).sum() / tau) for tau in TAUS_S),
+        rates_s=now_s,
+    )
+
+
+def onset_times(times_s: Floats) -> Floats:
+    """For each of THETAS_S and each arrival, when the burst began that it belongs to: shape (len(THETAS_S), n)."""
+    gaps = np.diff(times_s, prepend=-np.inf)
+    where = np.arange(len(times_s))
+    began = np.where(gaps[None, :] >= np.asarray(THETAS_S)[:, None], where[None, :], 0)
+    onsets: Floats = times_s[np.maximum.accumulate(began, axis=1)]
+    return onsets
