@@ -1,0 +1,191 @@
+"""Traffic in memory, as forecasters read it: for each model and level, sorted arrays of the buckets that are not empty.
+
+Arrays are never changed once they are made, so readers share them with the writer. 24 bytes a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoscaling.live.store.schema import AMOUNTS
+from autoscaling.traffic import LEVELS, Buckets, Traffic
+
+STEPS = tuple(int(step_s) for step_s, _ in LEVELS)
+KEPT_S = {int(step_s): kept_s for step_s, kept_s in LEVELS}
+
+TAIL = 256
+"""Rows that wait in a list before they are folded into the arrays, unless somebody reads."""
+
+Amounts = tuple[int, int, int, float, float]
+"""arrivals, input_tokens, output_tokens, busy_s, waited_s."""
+
+Entry = tuple[int, int, Amounts]
+"""(time_s, step_s, amounts): what came in [time_s, time_s + step_s)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LevelArrays:
+    """The buckets of one level. `index` has shape (n,) and ascends; `amounts` has shape (5, n), ordered as AMOUNTS."""
+
+    index: NDArray[np.uint32]
+    amounts: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        return self.index.nbytes + self.amounts.nbytes
+
+    def added(self, index: NDArray[np.int64], amounts: NDArray[np.float64], *, first: int = 0) -> LevelArrays:
+        """With these buckets added, in any order and with repeats; buckets before `first` are left out."""
+        order = np.argsort(index, kind="stable")
+        index, amounts = index[order], amounts[:, order]
+        old = int(np.searchsorted(self.index, first))
+        # What comes is recent: nearly always only the last bucket is met again, and the rest is appended.
+        kept = int(np.searchsorted(self.index, index[0])) if len(index) else len(self.index)
+        kept = max(kept, old)
+        tail_index = np.concatenate([self.index[kept:].astype(np.int64), index])
+        tail = np.concatenate([self.amounts[:, kept:].astype(np.float64), amounts], axis=1)
+        order = np.argsort(tail_index, kind="stable")
+        tail_index, tail = tail_index[order], tail[:, order]
+        starts = np.flatnonzero(np.diff(tail_index, prepend=-1))
+        if len(starts):
+            tail_index, tail = tail_index[starts], np.add.reduceat(tail, starts, axis=1)
+        recent = tail_index >= first
+        return LevelArrays(
+            np.concatenate([self.index[old:kept], tail_index[recent].astype(np.uint32)]),
+            np.concatenate([self.amounts[:, old:kept], tail[:, recent].astype(np.float32)], axis=1),
+        )
+
+    def coarser(self, step_s: int, factor: int) -> LevelArrays:
+        """The same in buckets `factor` times as long."""
+        return EMPTY.added(self.index.astype(np.int64) // factor, self.amounts.astype(np.float64))
+
+    def between(self, first: int, end: int) -> slice:
+        """Where the buckets first <= index < end are."""
+        return slice(*(int(i) for i in np.searchsorted(self.index, (first, end))))
+
+
+EMPTY = LevelArrays(np.zeros(0, np.uint32), np.zeros((len(AMOUNTS), 0), np.float32))
+
+
+@dataclass(slots=True)
+class Series:
+    """One model. The one-second level is always here; the others once they were loaded from the database."""
+
+    since: dict[int, float] = field(default_factory=dict)
+    """step_s -> since when it is known; missing if it isn't."""
+    levels: dict[int, LevelArrays] = field(default_factory=lambda: {1: EMPTY})
+    tail: list[Entry] = field(default_factory=list)
+
+    @property
+    def loaded(self) -> bool:
+        return len(self.levels) == len(STEPS)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(level.nbytes for level in self.levels.values())
+
+    def fold(self, now_s: float) -> None:
+        """Moves what waits in the tail into the arrays, and leaves out what is too old to be kept."""
+        if not self.tail:
+            return
+        times = np.array([entry[0] for entry in self.tail], np.int64)
+        steps = np.array([entry[1] for entry in self.tail], np.int64)
+        amounts = np.array([entry[2] for entry in self.tail], np.float64).T
+        self.tail = []
+        for step_s, level in self.levels.items():
+            fits = steps <= step_s
+            first = max(0, int((now_s - KEPT_S[step_s]) // step_s))
+            self.levels[step_s] = level.added(times[fits] // step_s, amounts[:, fits], first=first)
+
+    def load(self, levels: Mapping[int, LevelArrays], waiting: Iterable[Entry], now_s: float) -> None:
+        """Takes the coarse levels over from the database, and adds what is not in it yet."""
+        self.fold(now_s)
+        seconds = self.levels[1]
+        self.levels = {step_s: levels.get(step_s, EMPTY) for step_s in STEPS if step_s != 1}
+        self.tail = list(waiting)
+        self.fold(now_s)
+        self.levels = {1: seconds, **self.levels}
+
+    def traffic(self, model: str, now_s: float) -> Traffic:
+        """As it is known at `now_s`. While the coarse levels aren't loaded they are made from the seconds there are."""
+        self.fold(now_s)
+        return Traffic(model, now_s, tuple(self._buckets(step_s, now_s) for step_s in STEPS))
+
+    def window(self, step_s: int, now_s: float) -> tuple[int, int]:
+        """First and end index of what is known of a level; both are equal where nothing is."""
+        end = int(-(-now_s // step_s))
+        # Without the coarse levels, no more is known of them than the seconds tell.
+        since = self.since.get(step_s) if self.loaded else self.since.get(1)
+        if since is None:
+            return end, end
+        kept_s = KEPT_S[step_s] if self.loaded else KEPT_S[1]
+        first = max(int(since // step_s), end - max(1, int(kept_s // step_s)))
+        return min(first, end), end
+
+    def arrays(self, step_s: int) -> LevelArrays:
+        if step_s in self.levels:
+            return self.levels[step_s]
+        return self.levels[1].coarser(step_s, step_s)
+
+    def _buckets(self, step_s: int, now_s: float) -> Buckets:
+        first, end = self.window(step_s, now_s)
+        arrays = self.arrays(step_s)
+        part = arrays.between(first, end)
+        arrivals, input_tokens, output_tokens, busy_s, _ = arrays.amounts[:, part]
+        return Buckets(
+            step_s=float(step_s),
+            start_s=float(first * step_s),
+            end_s=float(end * step_s),
+            index=arrays.index[part].astype(np.int64),
+            arrivals=arrivals,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            busy_s=busy_s,
+        )
+
+
+class Mirror:
+    """All models. Not thread-safe: the store's lock is held around every call."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, Series] = {}
+
+    def add(self, model: str, entry: Entry, now_s: float) -> None:
+        series = self.models.setdefault(model, Series())
+        series.tail.append(entry)
+        if len(series.tail) >= TAIL:
+            series.fold(now_s)
+
+    def know_since(self, model: str, step_s: int, since_s: float) -> bool:
+        """Notes since when a level is known. True if that is news."""
+        since = self.models.setdefault(model, Series()).since
+        if since_s >= since.get(step_s, float("inf")):
+            return False
+        since[step_s] = since_s
+        return True
+
+    def nothing(self, model: str, now_s: float) -> Traffic:
+        """The traffic of a model of which nothing is known."""
+        return Series().traffic(model, now_s)
+
+    def forget_levels(self) -> None:
+        """Nothing in memory is trusted any more: the seconds are to be replayed, the coarse levels loaded again."""
+        for series in self.models.values():
+            series.levels = {1: EMPTY}
+            series.tail = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(series.nbytes for series in self.models.values())
+
+
+def level_arrays(rows: Sequence[Sequence[float]]) -> LevelArrays:
+    """From rows (bucket, *amounts) that ascend."""
+    if not rows:
+        return EMPTY
+    table = np.array(rows, np.float64)
+    return LevelArrays(table[:, 0].astype(np.uint32), np.ascontiguousarray(table[:, 1:].T, dtype=np.float32))
