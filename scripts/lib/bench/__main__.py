@@ -26,6 +26,8 @@ VERBS = {
         5,
         "the way through Serve's proxy and the gateway, before an engine that does nothing",
     ),
+    "forecast": ("bench.forecast", 1, "the forecasts: how good on real traces, and how fast"),
+    "prewarm": ("bench.prewarm", 1, "live: traffic that comes and goes, under several policies at once"),
     "memory": ("bench.memory", 5, "what each process holds, dark, lit and parked"),
 }
 
