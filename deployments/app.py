@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,10 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
-from autoscaling.live.observer import Observer
+from autoscaling.core.codec import to_json, to_plain
+from autoscaling.core.types import Spec
+from autoscaling.live.controller import Controller
+from autoscaling.live.setup import ControllerSetup, ModelSetup
 from deployments.engine.protocol import EngineSpec, default_run_dir
 from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
 from deployments.model import ModelReplica
@@ -34,6 +37,7 @@ GATEWAY_MAX_ONGOING = 100_000
 # vLLM takes 92 % of the memory of the machine for its KV cache on a CPU unless it is told otherwise.
 DEFAULT_CPU_KV_CACHE_GIB = "1"
 REQUEST_ID = b"x-request-id"
+MOST_REPLICAS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,98 @@ def engine_spec(
         start_deadline_s=model.limits.start_deadline_s,
         drain_deadline_s=model.limits.drain_deadline_s,
     )
+
+
+def scaling_spec(model: Model) -> Spec:
+    """How the model is to be scaled, as the fleet file says, without its schedules."""
+    scaling, gpus = model.scaling, model.resources.gpus
+    return Spec(
+        model=model.id,
+        policy=scaling.policy,
+        params=dict(scaling.params),
+        wait_cost=scaling.wait_cost,
+        min_replicas=scaling.min_replicas,
+        max_replicas=scaling.max_replicas,
+        target_ongoing_requests=scaling.target_ongoing_requests,
+        keep_alive_s=scaling.keep_alive_s,
+        gpus_per_replica=float(gpus or 1),
+        priority=scaling.priority,
+        park=scaling.park,
+    )
+
+
+def controller_setup(fleet: Fleet, specs: Mapping[str, EngineSpec]) -> ControllerSetup:
+    """The controller's share of the fleet file."""
+    section = fleet.controller
+    models = [
+        ModelSetup(
+            id=model.id,
+            aliases=tuple(model.aliases),
+            deployment=deployment_name(model.id),
+            spec=scaling_spec(model),
+            schedules=tuple(s.model_dump(mode="json") for s in model.scaling.schedules),
+            resources=_resources(model),
+            accelerator_types=tuple(model.resources.accelerator_types),
+            engine=specs[model.id].to_json(),
+            own_template=fleet.engine_host.prebuilt != "off" and not model.resources.gpus,
+            can_park=model.scaling.park,
+            inter_token_slo_s=model.scaling.inter_token_slo_s,
+        )
+        for model in fleet.models
+    ]
+    return ControllerSetup(
+        models=tuple(models),
+        mode=section.mode,
+        store=section.store,
+        tick_s=section.tick_s,
+        plan_every_s=section.plan_every_s,
+        plan_expires_s=section.plan_expires_s,
+        gpu_budget=section.gpu_budget,
+        spend_gpu_s_per_day=section.spend_gpu_s_per_day,
+        shadow=section.shadow.model_dump(mode="json") if section.shadow else None,
+        host_config=host_config(fleet),
+    )
+
+
+def _resources(model: Model) -> dict[str, float]:
+    resources = {"CPU": float(model.resources.cpus), "GPU": float(model.resources.gpus)}
+    return {name: amount for name, amount in {**resources, **model.resources.custom}.items() if amount}
+
+
+def autoscaling_config(model: Model) -> AutoscalingConfig:
+    """Serve's settings, so that it passes our policy's decisions through: hysteresis lives once, in the core.
+
+    The bounds are those of the policy too, which overrides may move at run time; Serve's own would clip them.
+    """
+    from ray.serve.config import AutoscalingPolicy
+
+    return AutoscalingConfig(
+        min_replicas=0,
+        initial_replicas=model.scaling.min_replicas or None,
+        max_replicas=max(MOST_REPLICAS, model.scaling.max_replicas),
+        target_ongoing_requests=model.scaling.target_ongoing_requests,
+        metrics_interval_s=METRICS_INTERVAL_S,
+        look_back_period_s=LOOK_BACK_S,
+        upscaling_factor=1.0,
+        downscaling_factor=1.0,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        downscale_to_zero_delay_s=0.0,
+        policy=AutoscalingPolicy(
+            policy_function="autoscaling.live.policy:RelightPolicy",
+            policy_kwargs={"model": model.id, "spec": to_json(scaling_spec(model))},
+        ),
+    )
+
+
+def warm_on_this_node(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask the engine host of the node that this runs on, in a process of Ray's; see `Host.warm`."""
+    import ray
+
+    from deployments.engine.client import warm
+
+    run_dir = default_run_dir(ray.get_runtime_context().get_node_id())
+    return asyncio.run(warm(run_dir, os.getppid(), message))
 
 
 def host_config(fleet: Fleet) -> dict[str, Any]:
@@ -209,7 +305,7 @@ def _argument(model_id: str) -> str:
 
 
 def build_from_fleet(fleet: Fleet) -> serve.Application:
-    """One application: the gateway, the observer, and one deployment for each model."""
+    """One application: the gateway, the controller, and one deployment for each model."""
     from deployments.telemetry import engine_otel_args, settings
 
     # The OTEL_* variables of whoever deploys count, also where Ray was started without them.
@@ -218,19 +314,21 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
     config = host_config(fleet)
     specs = {m.id: engine_spec(m, tuple(argv), dict(env)) for m in fleet.models}
     handles = {_argument(m.id): _model_deployment(m, specs[m.id], config) for m in fleet.models}
-    observer = (
-        serve.deployment(Observer)
+    controller = (
+        serve.deployment(Controller)
         .options(
-            name="observer",
+            name="controller",
             num_replicas=1,
             max_ongoing_requests=1000,
             ray_actor_options={"num_cpus": 0},
+            # One that was killed is missed at the next check, and plans expire meanwhile.
+            health_check_period_s=2,
+            health_check_timeout_s=30,
+            graceful_shutdown_timeout_s=10,
+            graceful_shutdown_wait_loop_s=0.2,
         )
         .bind(
-            [
-                {"id": m.id, "aliases": list(m.aliases), "deployment": deployment_name(m.id)}
-                for m in fleet.models
-            ]
+            to_plain(controller_setup(fleet, specs)), warm_on_this_node, fleet.engine_host.park_memory_bytes
         )
     )
     gateway: dict[str, Any] = {"num_replicas": fleet.gateway.replicas}
@@ -253,7 +351,9 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
             health_check_period_s=5,
             **gateway,
         )
-        .bind(fleet.model_dump(mode="json"), [s.to_json() for s in specs.values()], otel, observer, **handles)
+        .bind(
+            fleet.model_dump(mode="json"), [s.to_json() for s in specs.values()], otel, controller, **handles
+        )
     )
     return application
 
@@ -275,16 +375,7 @@ def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) ->
             name=deployment_name(model.id),
             max_ongoing_requests=scaling.max_ongoing_requests,
             ray_actor_options=options,
-            autoscaling_config=AutoscalingConfig(
-                min_replicas=scaling.min_replicas,
-                max_replicas=scaling.max_replicas,
-                target_ongoing_requests=scaling.target_ongoing_requests,
-                metrics_interval_s=METRICS_INTERVAL_S,
-                look_back_period_s=LOOK_BACK_S,
-                upscale_delay_s=0.0,
-                downscale_delay_s=min(scaling.keep_alive_s, 30.0),
-                downscale_to_zero_delay_s=scaling.keep_alive_s,
-            ),
+            autoscaling_config=autoscaling_config(model),
             # Serve kills a replica that drains longer; a lease lasts as long as its generation.
             graceful_shutdown_timeout_s=model.limits.drain_deadline_s + 5,
             graceful_shutdown_wait_loop_s=0.2,

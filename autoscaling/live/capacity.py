@@ -14,6 +14,7 @@ The fleet file's target is never exceeded: what is learned can only show that a 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -52,24 +53,27 @@ class _Model:
 
 
 class CapacityBook:
-    """Learns for all models. `read` takes what engines say, `capacity` tells."""
+    """Learns for all models. `read` takes what engines say, `capacity` tells. Thread-safe."""
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
         self._engines: dict[str, Mapping[str, float]] = {}
 
     def read(self, engine_id: str, model: str, counters: Mapping[str, float]) -> None:
         """One reading of an engine's counters (see deployments/gateway/scrape.py), with `at_s`, its Unix time."""
-        before = self._engines.get(engine_id)
-        if before is not None and counters["at_s"] <= before["at_s"]:
-            return  # another gateway told of it already
-        self._engines[engine_id] = counters
-        if before is not None:
-            self._window(self._models.setdefault(model, _Model()), before, counters)
+        with self._lock:
+            before = self._engines.get(engine_id)
+            if before is not None and counters["at_s"] <= before["at_s"]:
+                return  # another gateway told of it already
+            self._engines[engine_id] = counters
+            if before is not None:
+                self._window(self._models.setdefault(model, _Model()), before, counters)
 
     def forget(self, living: set[str]) -> None:
         """Only these engines are left."""
-        self._engines = {e: c for e, c in self._engines.items() if e in living}
+        with self._lock:
+            self._engines = {e: c for e, c in self._engines.items() if e in living}
 
     @staticmethod
     def _window(model: _Model, before: Mapping[str, float], now: Mapping[str, float]) -> None:
@@ -103,36 +107,38 @@ class CapacityBook:
 
     def capacity(self, model: str, *, target: float, inter_token_slo_s: float | None) -> Capacity | None:
         """None before anything was learned. `target` is the fleet file's number of requests for each replica."""
-        known = self._models.get(model)
-        if known is None:
-            return None
-        loads = [load for _, load in sorted(known.loads.items()) if load.windows >= MIN_WINDOWS]
-        if not loads:
-            return None
-        tokens_per_s = max(load.tokens_per_s for load in loads)
-        return Capacity(
-            concurrency=min(target, max(1.0, _within_slo(loads, target, inter_token_slo_s))),
-            tokens_per_s=tokens_per_s or None,
-            requests_per_s=max(load.requests_per_s for load in loads) or None,
-            service_s=known.service_s,
-        )
+        with self._lock:
+            known = self._models.get(model)
+            if known is None:
+                return None
+            loads = [load for _, load in sorted(known.loads.items()) if load.windows >= MIN_WINDOWS]
+            if not loads:
+                return None
+            tokens_per_s = max(load.tokens_per_s for load in loads)
+            return Capacity(
+                concurrency=min(target, max(1.0, _within_slo(loads, target, inter_token_slo_s))),
+                tokens_per_s=tokens_per_s or None,
+                requests_per_s=max(load.requests_per_s for load in loads) or None,
+                service_s=known.service_s,
+            )
 
     # What a restart goes on from
 
     def states(self) -> dict[str, State]:
         """Model -> what was learned, as the store keeps it."""
-        return {
-            model: State(
-                policy="capacity",
-                values={
-                    f"{name}:{level}": getattr(load, name)
-                    for level, load in known.loads.items()
-                    for name in COLUMNS
-                }
-                | ({} if known.service_s is None else {"service_s": known.service_s}),
-            )
-            for model, known in self._models.items()
-        }
+        with self._lock:
+            return {
+                model: State(
+                    policy="capacity",
+                    values={
+                        f"{name}:{level}": getattr(load, name)
+                        for level, load in known.loads.items()
+                        for name in COLUMNS
+                    }
+                    | ({} if known.service_s is None else {"service_s": known.service_s}),
+                )
+                for model, known in self._models.items()
+            }
 
     def restore(self, model: str, state: State) -> None:
         """Go on from what `states` gave."""
@@ -141,7 +147,8 @@ class CapacityBook:
             name, _, level = key.partition(":")
             if name in COLUMNS and math.isfinite(value):
                 setattr(known.loads.setdefault(int(level), _Load()), name, value)
-        self._models[model] = known
+        with self._lock:
+            self._models[model] = known
 
 
 def _within_slo(loads: list[_Load], target: float, slo_s: float | None) -> float:

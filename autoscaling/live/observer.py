@@ -1,64 +1,21 @@
-"""The one who knows the whole fleet: gathers what every gateway sees and what Serve says. Decides nothing.
-
-It may be killed at any moment: gateways report again within seconds, and nothing that serves depends on it.
-"""
+"""The fleet's status, put together from what every gateway sees and what Serve says. Pure."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-STALE_S = 15.0
-
-
-class Observer:
-    """The deployment. `models` are the canonical ids with their aliases and the names of their deployments."""
-
-    def __init__(self, models: list[dict[str, Any]]) -> None:
-        self._models = models
-        self._reports: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._last_starts: dict[str, dict[str, Any]] = {}
-
-    async def report(self, gateway: str, report: dict[str, Any]) -> None:
-        """One gateway's view, replacing its last."""
-        self._reports[gateway] = (time.monotonic(), report)
-        for model, seen in report["models"].items():
-            start = seen["last_cold_start"]
-            if start and start["ready_s"] >= self._last_starts.get(model, {"ready_s": 0})["ready_s"]:
-                self._last_starts[model] = start
-
-    async def snapshot(self) -> dict[str, Any]:
-        """The fleet as `relight status --json` prints it."""
-        now_s = time.monotonic()
-        self._reports = {g: (t, r) for g, (t, r) in self._reports.items() if now_s - t < STALE_S}
-        replicas = await asyncio.to_thread(_replica_states)
-        return fleet_status(self._models, [r for _, r in self._reports.values()], replicas, self._last_starts)
-
-
-def _replica_states() -> dict[str, dict[str, int]]:
-    """Deployment -> replica state -> count, of every application of this Ray cluster."""
-    from ray import serve
-
-    found: dict[str, dict[str, int]] = {}
-    for application in serve.status().applications.values():
-        for name, deployment in application.deployments.items():
-            states = {str(getattr(s, "value", s)): n for s, n in deployment.replica_states.items()}
-            found[name] = states
-    return found
 
 
 def fleet_status(
-    models: list[dict[str, Any]],
-    reports: list[dict[str, Any]],
+    models: Sequence[Mapping[str, Any]],
+    reports: Sequence[Mapping[str, Any]],
     replicas: Mapping[str, Mapping[str, int]],
     last_starts: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Put the views together. Pure."""
+    """The fleet as `relight status --json` prints it. `replicas` is deployment -> replica state -> count."""
     nodes: dict[str, dict[str, Any]] = {}
     for report in reports:
-        nodes[report["node"]] = report
+        nodes[report["node"]] = dict(report)
     # Of a node without a gateway is known what gateways elsewhere were lent.
     lent = {e["engine_id"]: (node, e) for r in reports for node, e in r["remote"] if node not in nodes}
     for node, engine in lent.values():

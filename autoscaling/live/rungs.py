@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -71,9 +72,13 @@ def memory_cost_per_s(held_bytes: float, node_bytes: float | None, available_sha
 
 
 class RungBook:
-    """The last starts of every model, by the rung at which they began. One start said twice counts once."""
+    """The last starts of every model, by the rung at which they began. One start said twice counts once.
+
+    Thread-safe.
+    """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._starts: dict[tuple[str, Rung], deque[tuple[str, float, float]]] = {}
 
     def add(self, row: ColdStartRow) -> None:
@@ -81,12 +86,14 @@ class RungBook:
         delay = delay_s(row)
         if not math.isfinite(delay) or delay < 0:
             return
-        starts = self._starts.setdefault((row.model, row.rung), deque(maxlen=KEPT_STARTS))
-        known = next((n for n, s in enumerate(starts) if s[:2] == (row.engine_id, row.ready_s)), None)
-        if known is None:
-            starts.append((row.engine_id, row.ready_s, delay))
-        else:
-            starts[known] = (row.engine_id, row.ready_s, delay)
+        start = (row.engine_id, row.ready_s, delay)
+        with self._lock:
+            starts = self._starts.setdefault((row.model, row.rung), deque(maxlen=KEPT_STARTS))
+            known = next((n for n, s in enumerate(starts) if s[:2] == start[:2]), None)
+            if known is None:
+                starts.append(start)
+            else:
+                starts[known] = start
 
     def profiles(self, model: str, costs_per_s: Mapping[Rung, float]) -> tuple[RungProfile, ...]:
         """A profile for each rung of `costs_per_s` (GPU-seconds a second), lowest first.
@@ -107,7 +114,8 @@ class RungBook:
 
     def _measured(self, model: str, rung: Rung) -> tuple[float, float, int]:
         """(median, upper quantile, number of starts)."""
-        delays = sorted(delay for _, _, delay in self._starts.get((model, rung), ()))
+        with self._lock:
+            delays = sorted(delay for _, _, delay in self._starts.get((model, rung), ()))
         if not delays:
             assumed = ASSUMED_DELAY_S[rung]
             return assumed, assumed * _ASSUMED_SPREAD, 0

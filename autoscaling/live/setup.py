@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,7 @@ class ModelSetup:
 class ControllerSetup:
     """The fleet file's `controller` section, and what it takes to carry out decisions."""
 
-    models: Sequence[ModelSetup]
+    models: tuple[ModelSetup, ...]
     mode: str = "active"
     store: str | None = None
     tick_s: float = 1.0

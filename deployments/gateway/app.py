@@ -24,7 +24,7 @@ from deployments.gateway.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
 
-MAX_CONTROL_BYTES = 1 << 20
+MAX_CONTROL_BYTES = 4 << 20
 
 
 class Gateway(Starlette):

@@ -334,6 +334,6 @@ async def test_the_control_api_is_the_controllers() -> None:
         assert lab.engines.controlled == [
             ("POST", "/relight/v1/prewarm", {"model": "tiny"}, b"{}", "Bearer x")
         ]
-        assert (await lab.client.post("/relight/v1/x", content=b"x" * (1 << 20 | 1))).status_code == 413
+        assert (await lab.client.post("/relight/v1/x", content=b"x" * (4 << 20 | 1))).status_code == 413
         assert len(lab.engines.controlled) == 1
         assert (await lab.client.get("/relight/v1/status")).json()["models"][0]["id"] == "tiny"

@@ -24,7 +24,7 @@ EMBED: dict[str, Any] = {
 
 def scaling(**changes: Any) -> dict[str, Any]:
     """Dark again soon, and not parked."""
-    return {"keep_alive_s": KEEP_ALIVE_S, "park": False, **changes}
+    return {"policy": "keep-alive", "keep_alive_s": KEEP_ALIVE_S, "park": False, **changes}
 
 
 def fleet_of(folder: Path) -> dict[str, Any]:

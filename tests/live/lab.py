@@ -115,6 +115,7 @@ class Relight:
     def __init__(self, root: Path) -> None:
         self.checkout = Checkout(root)
         self.fleet_file = root / "fleet.yaml"
+        self.data = root / "data"
         self.port = pick_port(None)
         self._ray_side: subprocess.Popen[str] | None = None
 
@@ -122,8 +123,9 @@ class Relight:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """One of `scripts/up` and `scripts/down`, running."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        environment.pop("RELIGHT_APP", None)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "RELIGHT_DATA": str(self.data)}
+        for name in ("RELIGHT_APP", "RELIGHT_CONTROL_TOKEN", "RELIGHT_TOKEN"):
+            environment.pop(name, None)
         return subprocess.Popen(
             [sys.executable, "-c", COMMAND.format(root=str(self.checkout.root)), *arguments],
             env=environment,
@@ -248,6 +250,15 @@ class Relight:
 
     def status(self) -> Any:
         answer = self.request("GET", "/relight/v1/status", timeout_s=20)
+        assert answer.status == 200, answer
+        return answer.json
+
+    def control(self, method: str, route: str, body: Any = None) -> Any:
+        """The answer of the control API, asked with the cluster's own token."""
+        token = (self.data / "control-token").read_text().strip()
+        answer = self.request(
+            method, f"/relight/v1/{route}", body, {"authorization": f"Bearer {token}"}, timeout_s=30
+        )
         assert answer.status == 200, answer
         return answer.json
 

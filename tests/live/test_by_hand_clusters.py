@@ -36,6 +36,7 @@ class ByHand:
         self.ray_port, self.dashboard_port = pick_port(None), pick_port(None)
         self.environment = {
             **head_env(self.checkout),
+            "RELIGHT_DATA": str(root / "data"),
             "PYTHONPATH": str(ROOT),
             "RAY_ADDRESS": f"{NODE_ADDRESS}:{self.ray_port}",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",

@@ -1,0 +1,561 @@
+"""Everything that decides, put together: store, overrides, forecasts, the loop and its shadows, accounts.
+
+One thread calls `tick`. The control API asks from other threads and is answered from memory. Whatever fails at its
+start is replaced by what can do without it, and said in `health`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from autoscaling.core.accounts import Prewarm, Usage, day_of
+from autoscaling.core.budget import Budget
+from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
+from autoscaling.core.types import Decision, Forecast, Observation, Rung, Spec, State
+from autoscaling.live import overrides
+from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
+from autoscaling.live.intake import Intake
+from autoscaling.live.ledger import TokenLedger
+from autoscaling.live.metrics import LiveMetrics
+from autoscaling.live.nodes import NodeRequests, request_nodes
+from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
+from autoscaling.live.setup import ControllerSetup
+from autoscaling.live.shadow import ShadowWorld
+from autoscaling.live.store import Store, StoreUnavailable
+from autoscaling.live.tokens import data_dir
+from autoscaling.loop import Loop
+from autoscaling.ports import Clock, ForecastSource
+
+log = logging.getLogger("ray.serve")
+
+SPECS_EVERY_S = 10.0
+"""How often overrides are read again though nobody said that they changed: another process may share the database."""
+WINDOWS_AHEAD_S = 2 * 86400.0
+CAPACITY_EVERY_S = 60.0
+UNCLAIMED_AFTER_S = 5.0
+"""How long a gateway has to tell of a start before it is taken for one that nobody waited for."""
+STARTS_BACK_S = 90 * 86400.0
+CAPACITY_PREFIX = "capacity:"
+LEAST_HORIZON_S = 60.0
+
+
+class ForecastService(ForecastSource, Protocol):
+    """The forecaster as the planner uses it."""
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+    def watch(self, models: Sequence[str]) -> None: ...
+    def arrived(self, model: str, time_s: float, count: int) -> None: ...
+    def health(self) -> Mapping[str, Any]: ...
+
+
+class NoForecasts:
+    """Where the forecaster can't be had: policies then go by what they see."""
+
+    def __init__(self, error: str) -> None:
+        self._error = error
+
+    def start(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def watch(self, models: Sequence[str]) -> None:
+        """Nothing."""
+
+    def arrived(self, model: str, time_s: float, count: int) -> None:
+        """Nothing."""
+
+    def forecast(self, model: str, now_s: float) -> Forecast | None:
+        """None."""
+        return None
+
+    def health(self) -> Mapping[str, Any]:
+        """Why."""
+        return {"ok": False, "error": self._error}
+
+
+def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None]:
+    """The store, and what is wrong for good with the one that was asked for: then it is another, in a temporary folder.
+
+    A database that can't be reached now is nothing wrong for good: the store connects when it can.
+    """
+    try:
+        if url is None:
+            folder = data_dir()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            url = f"sqlite:///{folder / 'relight.db'}"
+        return Store.open(url, clock=clock), None
+    except Exception as error:
+        log.exception("the store can't be used; nothing will outlive this process")
+        folder = Path(tempfile.mkdtemp(prefix="relight-store-"))
+        return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error)
+
+
+class Planner:
+    """See the module. It is the control API's `ControllerView` too."""
+
+    def __init__(
+        self,
+        setup: ControllerSetup,
+        metrics: LiveMetrics,
+        clock: Clock,
+        *,
+        publish: Callable[[Plan], None],
+        warm: Callable[[str, Mapping[str, Any], int, float], dict[str, Any]],
+        forecasts: Callable[[Store, Callable[[str], float]], ForecastService],
+        request: Callable[[list[dict[str, float]]], None] = request_nodes,
+    ) -> None:
+        self._setup = setup
+        self._metrics = metrics
+        self._clock = clock
+        self._publish = publish
+        self._lock = threading.Lock()
+        self.store, self._store_error = open_store(setup.store, clock)
+        self._errors: dict[str, str] = {}
+        self._loop: Loop | None = None
+        self._base = {model.id: model.spec for model in setup.models}
+        self._schedules = {model.id: list(model.schedules) for model in setup.models}
+        self._mode = setup.mode
+        self._specs: Mapping[str, Spec] = dict(self._base)
+        self._specs_at_s = -math.inf
+        self._specs_until_s = -math.inf
+        self._changed = threading.Event()
+        self._shadow_specs: Mapping[str, Mapping[str, Spec]] = {}
+        self._shadows: dict[str, tuple[ShadowWorld, Loop]] = {}
+        self._ledger = TokenLedger()
+        self._born_s = clock.now_s()
+        self._known_starts: set[tuple[str, float]] = set()
+        self._unclaimed: dict[tuple[str, float], float] = {}
+        self._prewarms: dict[str, Prewarm] = {}
+        self._capacity_at_s = clock.monotonic_s()
+        self._last_tick_s: float | None = None
+        self._tick_ms = 0.0
+        self._executor = ThreadPoolExecutor(4, thread_name_prefix="relight-warm")
+
+        self.store.start()
+        states = self.store.states()
+        self.intake = Intake(self.store, clock.now_s, states)
+        self._restore(states)
+        self.forecasts = self._start_forecasts(forecasts)
+        self._publisher = Publisher(self._put_plan, clock, every_s=setup.plan_every_s)
+        self._rungs = RungKeeper(metrics, warm, self._executor, clock, setup.host_config)
+        self._loop = self._active = Loop(
+            self,
+            metrics,
+            self.forecasts,
+            LiveActuator(
+                self._publisher,
+                self._rungs,
+                NodeRequests(request),
+                metrics,
+                clock=clock,
+                mode=self.mode,
+                plan_expires_s=setup.plan_expires_s,
+            ),
+            self,
+            Budget(setup.gpu_budget, setup.spend_gpu_s_per_day),
+            {model: state for model, state in states.items() if model in self._base},
+            accounts=self,
+            spent=self._spent(),
+        )
+        self._restore_plan()
+
+    # Starting from what the store has
+
+    def _restore(self, states: Mapping[str, State]) -> None:
+        now_s = self._clock.now_s()
+        self.store.add_traffic([TrafficRow(model, int(now_s)) for model in self._base])
+        for model in self._base:
+            if (state := states.get(CAPACITY_PREFIX + model)) is not None:
+                self._metrics.capacity.restore(model, state)
+            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+        try:
+            for row in self.store.cold_starts(None, now_s - STARTS_BACK_S, limit=10_000):
+                self._known_starts.add((row.engine_id, row.ready_s))
+                self._metrics.rungs.add(row)
+        except StoreUnavailable as error:
+            self._errors["restore"] = str(error)
+
+    def _spent(self) -> tuple[str, float]:
+        day = day_of(self._clock.now_s())
+        try:
+            rows = self.store.usage(day, day, source="active")
+        except StoreUnavailable as error:
+            self._errors["restore"] = str(error)
+            return day, 0.0
+        return day, math.fsum(gpu_s for row in rows for gpu_s in row.gpu_s.values())
+
+    def _restore_plan(self) -> None:
+        """Have policies act on the last plan again, if it still holds, before the first tick has seen anything."""
+        text = self.store.plan()
+        plan = from_json(text) if text is not None else None
+        if isinstance(plan, BrokenPlan):
+            self._errors["plan"] = plan.message
+        elif plan is not None and plan.made_s <= self._clock.now_s():
+            self._publisher.plan = plan
+            if self._clock.now_s() < plan.expires_s:
+                try:
+                    self._publish(plan)
+                except Exception as error:  # noqa: BLE001 - the first tick publishes anew
+                    self._errors["plan"] = repr(error)
+
+    def _start_forecasts(
+        self, make: Callable[[Store, Callable[[str], float]], ForecastService]
+    ) -> ForecastService:
+        try:
+            service = make(self.store, self.horizon_s)
+            service.watch(list(self._base))
+            service.start()
+        except Exception as error:
+            log.exception("there will be no forecasts")
+            return NoForecasts(repr(error))
+        return service
+
+    def horizon_s(self, model: str) -> float:
+        """How far ahead forecasts of a model matter: the longest that one of its own starts takes."""
+        observation = self._loop.observations.get(model) if self._loop is not None else None
+        delays = [p.delay_high_s for p in observation.rungs] if observation is not None else []
+        return max([LEAST_HORIZON_S, *delays])
+
+    # What comes in
+
+    def take_report(self, gateway: str, report: Mapping[str, Any]) -> int:
+        """A gateway's report. Returns up to which batch it need not send its counts again."""
+        taken = self.intake.take(str(report["source"]), report["batches"])
+        self._metrics.take_report(gateway, report, taken.rows)
+        for row in taken.rows:
+            if row.arrivals and row.model in self._base:
+                self.forecasts.arrived(row.model, float(row.second), row.arrivals)
+        with self._lock:
+            for row in taken.rows:
+                self._ledger.told(row)
+            for model, seen in report["models"].items():
+                self._ledger.untold(str(report["source"]), model, int(seen.get("untold", 0)))
+            self._take_counters(report)
+        for start in report["starts"]:
+            self._take_start(start, str(report["node"]))
+        return taken.sequence
+
+    def _take_counters(self, report: Mapping[str, Any]) -> None:
+        ready = {e["engine_id"]: e["ready_s"] for e in report["engines"]}
+        ready |= {e["engine_id"]: e["ready_s"] for _, e in report["remote"]}
+        for engine_id, counters in report["engine_counters"].items():
+            model = counters["model"]
+            if model not in self._base:
+                continue
+            numbers = {name: float(value) for name, value in counters.items() if name != "model"}
+            self._metrics.capacity.read(engine_id, model, numbers)
+            born_s = ready.get(engine_id)
+            self._ledger.read(
+                engine_id, model, numbers, since_birth=born_s is not None and born_s > self._born_s
+            )
+
+    def _take_start(self, start: Mapping[str, Any], node: str) -> None:
+        model = start["model"]
+        if model not in self._base:
+            return
+        row = ColdStartRow(
+            model=model,
+            engine_id=start["engine_id"],
+            ready_s=start["ready_s"],
+            begun_s=start["begun_s"],
+            total_s=start["total_s"],
+            kind=start["kind"],
+            node=node,
+            rung=self._metrics.start_rung(model, start["kind"], start["phases"]),
+            prewarmed=start["prewarmed"],
+            phases=tuple(start["phases"]),
+        )
+        self._add_start(row)
+
+    def _add_start(self, row: ColdStartRow) -> None:
+        self._known_starts.add((row.engine_id, row.ready_s))
+        self._unclaimed.pop((row.engine_id, row.ready_s), None)
+        self._metrics.rungs.add(row)
+        self.store.add_cold_start(row)
+
+    def _find_prewarmed(self) -> None:
+        """Engines that became ready and of which no gateway tells: nobody waited for them."""
+        steady_s = self._clock.monotonic_s()
+        living: set[str] = set()
+        for report in self._metrics.reports().values():
+            engines = [(report["node"], e) for e in report["engines"]] + list(report["remote"])
+            for node, engine in engines:
+                living.add(engine["engine_id"])
+                ready_s = engine["ready_s"]
+                key = (engine["engine_id"], ready_s)
+                if ready_s is None or ready_s < self._born_s or key in self._known_starts:
+                    continue
+                first_s = self._unclaimed.setdefault(key, steady_s)
+                if steady_s - first_s >= UNCLAIMED_AFTER_S and engine["model"] in self._base:
+                    self._add_start(self._prewarmed(engine, node))
+        self._unclaimed = {key: at_s for key, at_s in self._unclaimed.items() if key[0] in living}
+        with self._lock:
+            self._ledger.forget(living)
+            self._metrics.capacity.forget(living)
+
+    def _prewarmed(self, engine: Mapping[str, Any], node: str) -> ColdStartRow:
+        model, ready_s, begun_s = engine["model"], engine["ready_s"], engine["requested_s"]
+        prewarm = self._prewarms.get(model)
+        if prewarm is not None and prewarm.rung is Rung.SERVING and prewarm.begun_s < ready_s:
+            # The replica's own start is part of what a prewarm takes.
+            begun_s = min(begun_s, prewarm.begun_s)
+        phases = [{"name": n, "start_s": s, "duration_s": d} for n, s, d in engine["phases"]]
+        return ColdStartRow(
+            model=model,
+            engine_id=engine["engine_id"],
+            ready_s=ready_s,
+            begun_s=begun_s,
+            total_s=round(ready_s - begun_s, 4),
+            kind=engine["kind"],
+            node=node,
+            rung=self._metrics.start_rung(model, engine["kind"], phases),
+            prewarmed=True,
+            phases=tuple(phases),
+        )
+
+    # The tick
+
+    def tick(self) -> None:
+        """Look, decide, act, record. Never raises; what fails is in `health`."""
+        began_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        self._try("starts", self._find_prewarmed)
+        self._try("tokens", lambda: self._settle_tokens(now_s))
+        self._active.tick(now_s)
+        self._try("shadows", lambda: self._tick_shadows(now_s))
+        self._try("capacity", self._keep_capacity)
+        self._last_tick_s, self._tick_ms = now_s, 1e3 * (self._clock.monotonic_s() - began_s)
+
+    def _try(self, what: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if what not in self._errors:
+                log.exception("the controller's %s failed", what)
+            self._errors[what] = f"{type(error).__name__}: {error}"
+            return
+        self._errors.pop(what, None)
+
+    def _settle_tokens(self, now_s: float) -> None:
+        seen = self._active.observations
+
+        def idle(model: str) -> bool:
+            observation = seen.get(model)
+            return observation is not None and observation.queued == 0 and observation.in_flight == 0
+
+        with self._lock:
+            rows = self._ledger.settle(self._clock.monotonic_s(), int(now_s), idle)
+        if rows:
+            self.store.add_traffic(rows)
+
+    def _keep_capacity(self) -> None:
+        if self._clock.monotonic_s() - self._capacity_at_s < CAPACITY_EVERY_S:
+            return
+        self._capacity_at_s = self._clock.monotonic_s()
+        with self._lock:
+            states = self._metrics.capacity.states()
+        self.store.put_states({CAPACITY_PREFIX + model: state for model, state in states.items()})
+
+    # SpecSource
+
+    def specs(self, now_s: float) -> Mapping[str, Spec]:
+        """How models are scaled now. Read anew when overrides changed, when one ends, and every few seconds."""
+        steady_s = self._clock.monotonic_s()
+        changed = self._changed.is_set()
+        due = steady_s - self._specs_at_s >= SPECS_EVERY_S
+        if not changed and not due and now_s < self._specs_until_s:
+            return self._specs
+        self._changed.clear()
+        rows = self.store.overrides(now_s)
+        applied = overrides.apply(
+            self._base, rows, self._schedules, now_s, WINDOWS_AHEAD_S, report=self._report_override
+        )
+        self._mode = overrides.mode(rows, self._setup.mode, now_s)
+        self._shadow_specs = overrides.shadows(applied, [*self._fleet_shadow(), *rows], now_s)
+        self._specs = self._metrics.in_force = applied
+        self._specs_at_s = steady_s
+        self._specs_until_s = min((o.until_s for o in rows if o.until_s is not None), default=math.inf)
+        return applied
+
+    def _report_override(self, label: str, error: Exception) -> None:
+        self._errors[f"override {label}"] = str(error)
+
+    def _fleet_shadow(self) -> list[Override]:
+        if self._setup.shadow is None:
+            return []
+        value = {name: given for name, given in self._setup.shadow.items() if given is not None}
+        return [Override("fleet:shadow", "shadow", None, value, "fleet file", 0.0)]
+
+    # Shadows
+
+    def _tick_shadows(self, now_s: float) -> None:
+        for name in self._shadows.keys() - self._shadow_specs.keys():
+            del self._shadows[name]
+        for name in self._shadow_specs:
+            if name not in self._shadows:
+                world = ShadowWorld(name)
+                world.specs_of = lambda _now_s, name=name: self._shadow_specs[name]  # type: ignore[misc]
+                sink = _ShadowSink(self.store, f"shadow:{name}")
+                loop = Loop(world, world, self.forecasts, world, sink, self._active.budget, accounts=sink)
+                self._shadows[name] = (world, loop)
+            world, loop = self._shadows[name]
+            world.saw(self._active.observations)
+            loop.tick(now_s)
+
+    # Actuator's plan, DecisionSink, AccountSink
+
+    def _put_plan(self, plan: Plan) -> None:
+        # Into the store first: what policies act on must be what a successor goes on from.
+        self.store.put_plan(to_json(plan))
+        self._publish(plan)
+
+    def record(
+        self,
+        now_s: float,
+        observations: Mapping[str, Observation],
+        decisions: Sequence[Decision],
+        states: Mapping[str, State],
+    ) -> None:
+        """Keep decisions that changed, and what policies remember. In the mode `off` nothing is decided."""
+        if decisions and self._mode != "off":
+            self.store.add_decisions(decisions, source="active" if self._mode == "active" else "shadow")
+        if states:
+            self.store.put_states(states)
+
+    def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
+        """Keep what was used; prewarms only where they were really made."""
+        self.store.add_usage([usage_row(row, "active") for row in usage])
+        if self._mode != "active":
+            return
+        for prewarm in prewarms:
+            self._prewarms[prewarm.model] = prewarm
+            self.store.put_prewarm(prewarm_row(prewarm))
+
+    # ControllerView
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    def models(self) -> Mapping[str, Spec]:
+        return self._specs
+
+    def base_models(self) -> Mapping[str, Spec]:
+        return self._base
+
+    def mode(self) -> str:
+        return self._mode
+
+    def observations(self) -> Mapping[str, Observation]:
+        return self._active.observations
+
+    def decisions(self) -> Mapping[str, Decision]:
+        return dict(self._active.decisions)
+
+    def shadow_decisions(self) -> Mapping[str, Mapping[str, Decision]]:
+        return {name: dict(loop.decisions) for name, (_, loop) in dict(self._shadows).items()}
+
+    def forecast(self, model: str) -> Forecast | None:
+        return self.forecasts.forecast(model, self._clock.now_s())
+
+    def plan(self) -> Plan | None:
+        return self._publisher.plan
+
+    def overrides_changed(self) -> None:
+        self._changed.set()
+
+    def health(self) -> Mapping[str, Any]:
+        """Of every part. `ok` is whether all is well."""
+        store = dict(self.store.health())
+        if self._store_error is not None:
+            store |= {"ok": False, "error": self._store_error}
+        forecaster = dict(self.forecasts.health())
+        errors = {**self._errors, **self._active.errors}
+        for name, (_, loop) in dict(self._shadows).items():
+            errors |= {f"shadow {name}: {what}": error for what, error in loop.errors.items()}
+        errors |= {f"warm {model}": reason for model, reason in dict(self._rungs.failures).items()}
+        return {
+            "ok": bool(store["ok"]) and bool(forecaster.get("ok", True)) and not errors,
+            "mode": self._mode,
+            "store": store,
+            "forecaster": forecaster,
+            "last_tick_s": self._last_tick_s,
+            "tick_ms": round(self._tick_ms, 3),
+            "errors": errors,
+        }
+
+    def close(self) -> None:
+        """Write what waits, and end what was started."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self.forecasts.close()
+        self.store.close()
+
+
+class _ShadowSink:
+    """Keeps a shadow's decisions and costs under its own name."""
+
+    def __init__(self, store: Store, source: str) -> None:
+        self._store = store
+        self._source = source
+
+    def record(
+        self,
+        now_s: float,
+        observations: Mapping[str, Observation],
+        decisions: Sequence[Decision],
+        states: Mapping[str, State],
+    ) -> None:
+        if decisions:
+            self._store.add_decisions(decisions, source=self._source)
+
+    def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
+        self._store.add_usage([usage_row(row, self._source) for row in usage])
+
+
+def usage_row(usage: Usage, source: str) -> UsageRow:
+    """As the store keeps it."""
+    return UsageRow(
+        model=usage.model,
+        day=usage.day,
+        source=source,
+        gpu_s=usage.gpu_s,
+        requests=usage.requests,
+        cold_requests=usage.cold_requests,
+        waited_s=usage.waited_s,
+        cold_starts=usage.cold_starts,
+    )
+
+
+def prewarm_row(prewarm: Prewarm) -> PrewarmRow:
+    """As the store keeps it."""
+    return PrewarmRow(
+        id=prewarm.id,
+        model=prewarm.model,
+        begun_s=prewarm.begun_s,
+        reason=prewarm.reason.value,
+        replicas=prewarm.replicas,
+        rung=prewarm.rung,
+        ready_s=prewarm.ready_s,
+        hit_s=prewarm.hit_s,
+        ended_s=prewarm.ended_s,
+        cost_gpu_s=prewarm.cost_gpu_s,
+        spared_requests=prewarm.spared_requests,
+        spared_wait_s=prewarm.spared_wait_s,
+    )
+
+
+def _last_arrival_s(store: Store, model: str, now_s: float) -> float | None:
+    """By the finest level that knows one."""
+    for buckets in store.traffic(model, now_s).levels:
+        came = buckets.index[buckets.arrivals > 0]
+        if len(came):
+            return float(came[-1]) * buckets.step_s
+    return None
