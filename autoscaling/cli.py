@@ -1,43 +1,59 @@
 """The `relight` command line: parse, call, print. What a command does lives in the module that it calls.
 
-Exit codes: 0 done, 1 it failed, 2 the command line or a file is wrong.
+Exit codes are those of `autoscaling.commands.failures`. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autoscaling.commands import cluster, status
-from deployments.errors import ConfigError
-from deployments.fleet import Fleet, fleet_json_schema, load_fleet
+from autoscaling.commands import (
+    accounts,
+    cluster,
+    forecast,
+    history,
+    mode,
+    policy,
+    prewarm,
+    record,
+    schedule,
+    status,
+)
+from autoscaling.commands.failures import EXIT_CODES, Commands
+
+if TYPE_CHECKING:
+    from deployments.fleet import Fleet
 
 app = typer.Typer(
-    name="relight", help="Serverless GPU inference on your own Ray cluster.", no_args_is_help=True
+    name="relight",
+    cls=Commands,
+    help="Serverless GPU inference on your own Ray cluster.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
 )
 fleet_app = typer.Typer(help="Check and describe fleet files.", no_args_is_help=True)
-app.add_typer(fleet_app, name="fleet")
 status.register(app)
 cluster.register(app)
+app.add_typer(fleet_app, name="fleet")
+for command in (policy, prewarm, schedule, forecast, history, record, accounts, mode):
+    command.register(app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 
 
 def main() -> None:
-    """Entry point: run a command, and turn a wrong file or option into one message and exit code 2."""
-    try:
-        app()
-    except ConfigError as error:
-        typer.echo(error.message, err=True)
-        raise SystemExit(2) from None
+    """Entry point. What goes wrong in a command becomes one message and an exit code in `Commands`."""
+    app()
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(f"relight {version('relight')}")
         raise typer.Exit
 
@@ -57,6 +73,8 @@ def fleet_validate(
     as_json: JsonOption = False,
 ) -> None:
     """Check a fleet file and print what it says, with every default filled in."""
+    from deployments.fleet import load_fleet
+
     fleet = load_fleet(file)
     if as_json:
         typer.echo(fleet.model_dump_json(indent=2))
@@ -67,6 +85,8 @@ def fleet_validate(
 @fleet_app.command("schema")
 def fleet_schema() -> None:
     """Print the JSON schema of fleet files, for editors."""
+    from deployments.fleet import fleet_json_schema
+
     typer.echo(json.dumps(fleet_json_schema(), indent=2))
 
 

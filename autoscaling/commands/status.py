@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-import urllib.error
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from deployments.local.http import get_json
-from deployments.local.state import Checkout
+from autoscaling.commands.client import default_address
+from autoscaling.commands.failures import UNREACHABLE
 
-UNREACHABLE = 3
-"""Exit code where nothing answers, so that a script can tell "down" from "failed"."""
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _PATH = "/relight/v1/status"
 _STYLES = {
@@ -54,6 +48,8 @@ def status(
     ] = None,
 ) -> None:
     """Show what every model is doing: dark, lighting, parked, ready, draining or failed."""
+    from rich.console import Console
+
     base = (address or default_address()).rstrip("/")
     try:
         if watch:
@@ -69,17 +65,11 @@ def status(
         raise typer.Exit(UNREACHABLE) from None
 
 
-def default_address() -> str:
-    if named := os.environ.get("RELIGHT_ADDRESS"):
-        return named
-    # While a cluster is up, the checkout remembers on which port.
-    cluster = Checkout.here().load()
-    if cluster is not None and cluster.served:
-        return cluster.endpoint
-    return f"http://127.0.0.1:{os.environ.get('RELIGHT_PORT') or 8000}"
-
-
 def fetch(base: str, timeout_s: float = 5.0) -> dict[str, Any]:
+    import urllib.error
+
+    from deployments.local.http import get_json
+
     if not base.startswith(("http://", "https://")):
         raise Unreachable(f"{base} is not an address; it begins with http:// or https://")
     try:
@@ -97,6 +87,9 @@ def fetch(base: str, timeout_s: float = 5.0) -> dict[str, Any]:
 
 def _watch(base: str, as_json: bool) -> None:
     """Only the first answer must be good: a gateway that restarts should not end the watch."""
+    from rich.live import Live
+    from rich.text import Text
+
     answer = fetch(base)
     try:
         if as_json:
@@ -116,6 +109,10 @@ def _watch(base: str, as_json: bool) -> None:
 
 
 def render(answer: Mapping[str, Any]) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
     table.add_column("state")

@@ -33,7 +33,7 @@ def explain(request: Request) -> dict[str, Any]:
     model = request.model()
     view, now_s = request.view, request.now_s
     zone = timezone(request)
-    spec = view.models()[model]
+    spec = request.models()[model]
     observation = view.observations().get(model, Observation(now_s))
     decision = view.decisions().get(model)
     overrides = [o for o in view.store.overrides(now_s) if o.model in (None, model)]
@@ -43,13 +43,13 @@ def explain(request: Request) -> dict[str, Any]:
     else:
         facts = Facts(spec, observation, decision, now_s, zone)
         text += _decided(facts)
-    text += _mode(view.mode())
+    text += _mode(request.mode())
     text += _overrides(overrides, now_s, zone)
     return {
         "model": model,
         "now_s": now_s,
         "text": text,
-        "mode": view.mode(),
+        "mode": request.mode(),
         "spec": spec_fields(spec),
         "windows": plain(spec.windows),
         "observation": plain(observation),

@@ -30,7 +30,7 @@ def forecast(request: Request) -> dict[str, Any]:
     """
     model = request.model()
     view, now_s = request.view, request.now_s
-    spec = view.models()[model]
+    spec = request.models()[model]
     said = view.forecast(model)
     ahead_s = request.number("ahead_s", 0, 0, MAX_AHEAD_S) or default_ahead_s(said)
     last_s = request.number("last_s", 2 * ahead_s, 0, 400 * 86400.0)

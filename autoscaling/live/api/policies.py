@@ -28,17 +28,18 @@ class ModeBody(ModeValue, Ends):
 def listing(request: Request) -> dict[str, Any]:
     """GET policies: those that there are, and the one of every model."""
     overrides = request.view.store.overrides(request.now_s)
-    models = [_model(request, model, overrides) for model in request.view.models()]
+    models = [_model(request, spec, overrides) for spec in request.models().values()]
     return {
         "policies": plain(tuple(catalog.policies().values())),
         "models": models,
-        "mode": request.view.mode(),
+        "mode": request.mode(),
     }
 
 
 def show(request: Request) -> dict[str, Any]:
     """GET policies/{model}."""
-    return _model(request, request.model(), request.view.store.overrides(request.now_s))
+    spec = request.models()[request.model()]
+    return _model(request, spec, request.view.store.overrides(request.now_s))
 
 
 def put(request: Request) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def put(request: Request) -> dict[str, Any]:
     model = request.model() if request.tail else None
     body = request.parse(PolicyBody)
     value = PolicyValue(**body.model_dump(exclude=set(Ends.model_fields), exclude_none=True))
-    specs = request.view.models()
+    specs = request.models()
     chosen = {model: specs[model]} if model is not None else specs
     results = {name: checked(spec, value) for name, spec in chosen.items()}
     made = None
@@ -89,7 +90,7 @@ def mode(request: Request) -> dict[str, Any]:
     """GET mode."""
     found = [o for o in request.view.store.overrides(request.now_s) if o.kind == "mode"]
     latest = max(found, key=lambda override: override.made_s, default=None)
-    return {"mode": request.view.mode(), "override": shown_override(latest) if latest else None}
+    return {"mode": request.mode(), "override": shown_override(latest) if latest else None}
 
 
 def put_mode(request: Request) -> dict[str, Any]:
@@ -99,11 +100,11 @@ def put_mode(request: Request) -> dict[str, Any]:
     return {"mode": body.mode, "override": shown_override(override)}
 
 
-def _model(request: Request, model: str, overrides: Iterable[Override]) -> dict[str, Any]:
-    spec, base = request.view.models()[model], request.view.base_models().get(model)
-    layers = [o for o in overrides if o.kind == "policy" and o.model in (None, model)]
+def _model(request: Request, spec: Spec, overrides: Iterable[Override]) -> dict[str, Any]:
+    base = request.view.base_models().get(spec.model)
+    layers = [o for o in overrides if o.kind == "policy" and o.model in (None, spec.model)]
     return {
-        "model": model,
+        "model": spec.model,
         "spec": spec_fields(spec),
         "base": None if base is None else spec_fields(base),
         "overridden": [] if base is None else _differing(spec, base),

@@ -86,7 +86,7 @@ def accounts(request: Request) -> dict[str, Any]:
     usage = list(store.usage(since_day, until_day, model, source))
     start_s, end_s = day_start_s(since_day), min(request.now_s, day_start_s(until_day) + DAY_S)
     prewarms = [row for row in store.prewarms(model, start_s, 10_000) if row.begun_s < end_s]
-    specs = request.view.models()
+    specs = request.models()
     names = sorted({row.model for row in usage} | {row.model for row in prewarms})
     models = []
     for name in names:
@@ -148,6 +148,8 @@ class ImportBody(Value):
     """Traffic from elsewhere. A row: model, Unix time, arrivals, input tokens, output tokens, request-seconds."""
 
     bucket_s: Annotated[float, Field(gt=0, le=DAY_S)]
+    source: Annotated[str, Field(max_length=200)] = ""
+    """A name for these rows: the same name is taken in once, so that a request that is sent again does no harm."""
     rows: Annotated[
         list[
             Annotated[
@@ -163,7 +165,7 @@ def take_in(request: Request) -> dict[str, Any]:
     """POST import: rows of models that the fleet has."""
     body = request.parse(ImportBody)
     rows = [_row(request, index, row) for index, row in enumerate(body.rows)]
-    return {"rows": request.view.store.import_traffic(rows, body.bucket_s)}
+    return {"rows": request.view.store.import_traffic(rows, body.bucket_s, source=body.source)}
 
 
 def _row(request: Request, index: int, row: list[str | float]) -> tuple[str, float, int, int, int, float]:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import TypeVar
 
 from pydantic import BaseModel
 
+from autoscaling.core.types import Spec
+from autoscaling.live import overrides
 from autoscaling.live.invalid import InvalidValue, shown
 from autoscaling.live.values import parse
 from autoscaling.live.view import ControllerView
 
 V = TypeVar("V", bound=BaseModel)
 MAX_WHO = 200
+WINDOWS_AHEAD_S = 2 * 86400.0
 
 
 class Refusal(Exception):
@@ -54,6 +57,22 @@ class Request:
     query: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
 
+    def models(self) -> Mapping[str, Spec]:
+        """How every model is scaled, with what was set a moment ago, which the controller may not have read yet."""
+        base = self.view.base_models()
+        known = self.view.models()
+        merged = overrides.apply(base, self.view.store.overrides(self.now_s), {}, self.now_s, WINDOWS_AHEAD_S)
+        specs = {}
+        for model, spec in merged.items():
+            fleet = [w for w in known[model].windows if w.id.startswith("fleet:")] if model in known else []
+            windows = sorted([*spec.windows, *fleet], key=lambda window: (window.start_s, window.id))
+            specs[model] = replace(spec, windows=tuple(windows))
+        return specs
+
+    def mode(self) -> str:
+        """active, shadow or off; what was set a moment ago counts."""
+        return overrides.mode(self.view.store.overrides(self.now_s), self.view.mode(), self.now_s)
+
     def document(self) -> object:
         if not self.body.strip():
             return {}
@@ -79,7 +98,7 @@ class Request:
     def model(self, name: str | None = None, where: str = "model") -> str:
         """The model that the path (or `name`) names. 404 where there is none."""
         wanted = self.tail if name is None else name
-        models = self.view.models()
+        models = self.view.base_models()
         if wanted in models:
             return wanted
         import difflib

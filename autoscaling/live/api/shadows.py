@@ -43,18 +43,24 @@ def listing(request: Request) -> dict[str, Any]:
 
 
 def _comparison(request: Request, name: str, since_s: float) -> dict[str, Any]:
-    """Both policies over the same days: a day on which the shadow did not run whole says so."""
+    """Both policies over the time in which the shadow ran.
+
+    Of that time the active policy's usage is kept under `beside:NAME`. Where it is not, whole days are compared, and
+    `same_span` is false: on the first day the active policy then counts from midnight.
+    """
     store = request.view.store
     since_day, today = day_of(since_s), day_of(request.now_s)
     shadow = list(store.usage(since_day, today, None, f"shadow:{name}"))
     beside = list(store.usage(since_day, today, None, f"beside:{name}"))
-    if not beside:
+    same_span = bool(beside)
+    if not same_span:
         seen = {(row.model, row.day) for row in shadow}
         beside = [r for r in store.usage(since_day, today, None, "active") if (r.model, r.day) in seen]
     mine, theirs = usage_total(shadow), usage_total(beside)
     return {
         "since_s": since_s,
         "until_s": request.now_s,
+        "same_span": same_span,
         "shadow": plain(mine),
         "active": plain(theirs),
         "gpu_s_difference": mine["gpu_s"] - theirs["gpu_s"],
@@ -80,7 +86,7 @@ def put(request: Request) -> dict[str, Any]:
     body = request.parse(ShadowBody)
     model = None if body.model is None else request.model(body.model)
     value = ShadowValue(**body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True))
-    specs = request.view.models()
+    specs = request.models()
     for spec in specs.values() if model is None else [specs[model]]:
         checked(spec, value.as_policy())
     before = _shadows_named(request, value.name)

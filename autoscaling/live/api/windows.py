@@ -66,8 +66,8 @@ def add_prewarm(request: Request) -> dict[str, Any]:
     if replicas is None:
         replicas = 1 if body.rung == "serving" else 0
     value = PrewarmValue(replicas=replicas, rung=body.rung, start_s=start_s, end_s=end_s)
-    _check_bounds(request.view.models()[model], value)
-    mode = request.view.mode()
+    _check_bounds(request.models()[model], value)
+    mode = request.mode()
     if mode != "active" and start_s <= now_s:
         message = f"The controller's mode is {mode}: it would not act on a prewarm. `relight mode active` changes that."
         raise Refusal(409, message, field="mode", value=mode, expected="active")
@@ -82,7 +82,7 @@ def undo_prewarm(request: Request) -> dict[str, Any]:
 def schedules(request: Request) -> dict[str, Any]:
     """GET schedules: those set at run time, and the windows of all (the fleet file's too) that come next."""
     model = request.optional_model()
-    models = request.view.models()
+    models = request.models()
     windows = [
         {"model": name, **plain(window)}
         for name, spec in models.items()
@@ -101,7 +101,7 @@ def add_schedule(request: Request) -> dict[str, Any]:
     if body.rung != "serving" and "replicas" not in body.model_fields_set:
         given["replicas"] = 0
     value = ScheduleValue(**given)
-    models = request.view.models()
+    models = request.models()
     for spec in models.values() if model is None else [models[model]]:
         _check_bounds(spec, value)
     made = None
@@ -138,7 +138,7 @@ def next_spans(request: Request) -> dict[str, Any]:
                 {**shared, **s} for s in spans if override.until_s is None or s["start_s"] < override.until_s
             ]
     known = {(row["id"], row["start_s"]) for row in found}
-    for name, spec in request.view.models().items():
+    for name, spec in request.models().items():
         for window in spec.windows:
             if window.source == "schedule" and model in (None, name) and window.id.startswith("fleet:"):
                 row = {"model": name, **plain(window)}

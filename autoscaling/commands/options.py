@@ -1,0 +1,143 @@
+"""Options and arguments that many commands share, their completion, and how values become numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from autoscaling.commands import times
+from autoscaling.commands.failures import WRONG, CommandError
+
+COMPLETION_TIMEOUT_S = 1.0
+
+
+def _models(incomplete: str) -> list[str]:
+    """The models of the cluster; none where none answers, since a shell has no place for errors."""
+    from autoscaling.commands.client import Client
+
+    try:
+        found = Client(timeout_s=COMPLETION_TIMEOUT_S).get("policies")["models"]
+    except CommandError:
+        return []
+    return [str(row["model"]) for row in found if str(row["model"]).startswith(incomplete)]
+
+
+def _policies(incomplete: str) -> list[tuple[str, str]]:
+    from autoscaling.live.catalog import policies
+
+    return [(name, info.summary) for name, info in policies().items() if name.startswith(incomplete)]
+
+
+def _rungs(incomplete: str) -> list[str]:
+    return [rung for rung in RUNGS if rung.startswith(incomplete)]
+
+
+def _ids(incomplete: str) -> list[str]:
+    from autoscaling.commands.client import Client
+
+    try:
+        found = Client(timeout_s=COMPLETION_TIMEOUT_S).get("overrides")["overrides"]
+    except CommandError:
+        return []
+    return [str(row["id"]) for row in found if str(row["id"]).startswith(incomplete)]
+
+
+RUNGS = ("weights", "template", "parked", "serving")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="The gateway's address (default: RELIGHT_ADDRESS, else this machine's cluster)."),
+]
+Model = Annotated[str, typer.Argument(help="The model, by its id.", autocompletion=_models)]
+OptionalModel = Annotated[
+    str | None, typer.Argument(help="The model, by its id; all if left out.", autocompletion=_models)
+]
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", help="One of `relight policy list`.", autocompletion=_policies)
+]
+PolicyArgument = Annotated[
+    str, typer.Argument(help="One of `relight policy list`.", autocompletion=_policies)
+]
+Params = Annotated[
+    list[str] | None,
+    typer.Option("--param", help="A parameter of the policy: NAME=NUMBER. May be repeated."),
+]
+WaitCost = Annotated[
+    float | None, typer.Option(help="GPU-seconds worth paying to spare one request one second of waiting.")
+]
+KeepAlive = Annotated[str | None, typer.Option(help=f"How long an idle replica is kept: {times.DURATIONS}.")]
+MinReplicas = Annotated[int | None, typer.Option(help="Never fewer replicas.")]
+MaxReplicas = Annotated[int | None, typer.Option(help="Never more replicas.")]
+Target = Annotated[float | None, typer.Option(help="Requests in progress for each replica.")]
+Priority = Annotated[int | None, typer.Option(help="A higher one keeps its replicas when GPUs are short.")]
+For = Annotated[str | None, typer.Option("--for", help=f"For how long: {times.DURATIONS}.")]
+Until = Annotated[str | None, typer.Option("--until", help=f"Until when: {times.TIMES}.")]
+Since = Annotated[
+    str, typer.Option("--since", help=f"From when: a duration back ({times.DURATIONS}) or a time.")
+]
+Limit = Annotated[int, typer.Option(help="How many rows at most: the newest.", min=1, max=10_000)]
+Rung = Annotated[str, typer.Option(help=f"How warm: {', '.join(RUNGS)}.", autocompletion=_rungs)]
+Id = Annotated[str, typer.Argument(help="The id, as the lists show it.", autocompletion=_ids)]
+
+
+def print_json(answer: object) -> None:
+    typer.echo(json.dumps(answer, indent=2))
+
+
+def duration(text: str | None, option: str) -> float | None:
+    """Seconds. Raises CommandError."""
+    if text is None:
+        return None
+    try:
+        return times.parse_duration(text)
+    except times.TimeError as error:
+        raise CommandError(f"{option}: {error}", WRONG) from None
+
+
+def moment(text: str | None, option: str) -> float | None:
+    """Unix seconds. Raises CommandError."""
+    if text is None:
+        return None
+    try:
+        return times.parse_time(text, times.now())
+    except times.TimeError as error:
+        raise CommandError(f"{option}: {error}", WRONG) from None
+
+
+def since(text: str) -> float:
+    """Unix seconds. Raises CommandError."""
+    try:
+        return times.parse_since(text, times.now())
+    except times.TimeError as error:
+        raise CommandError(f"--since: {error}", WRONG) from None
+
+
+def params(given: list[str] | None) -> dict[str, float] | None:
+    """`["stable_s=30"]` as numbers. Raises CommandError."""
+    if not given:
+        return None
+    found = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            sign = ""
+        if not sign or not name.strip():
+            raise CommandError(f"--param: {text!r} is not NAME=NUMBER, like stable_s=30", WRONG)
+    return found
+
+
+def spans(for_: str | None, until: str | None) -> dict[str, Any]:
+    """--for and --until as the API takes them. Raises CommandError."""
+    if for_ is not None and until is not None:
+        raise CommandError("--for and --until: give one of them", WRONG)
+    return given({"for_s": duration(for_, "--for"), "until_s": moment(until, "--until")})
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was not said."""
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,91 @@
+"""How commands print: tables without boxes, times on the local clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from autoscaling.commands import times
+from autoscaling.live.api.words import duration, gpu_s, moment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=False, highlight=False)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
+    """`numbers` are the columns that are right-aligned."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        shown.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    for row in rows:
+        # Text, not str: a name may hold square brackets, which rich would read as markup.
+        shown.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))
+    console().print(shown)
+
+
+def say(text: str, style: str = "") -> None:
+    from rich.text import Text
+
+    console().print(Text(text, style=style))
+
+
+def when(time_s: float | None) -> str:
+    if time_s is None:
+        return "-"
+    now = times.now()
+    return moment(time_s, now.timestamp(), times.local_zone())
+
+
+def lasting(seconds: float | None) -> str:
+    return "-" if seconds is None else duration(seconds)
+
+
+def override(row: Mapping[str, Any]) -> str:
+    """`policy 2, wait_cost 5 for m until 18:00 (id)`."""
+    values = ", ".join(f"{name} {_value(name, value)}" for name, value in row["value"].items())
+    of = row["model"] or "the whole fleet"
+    until = f" until {when(row['until_s'])}" if row.get("until_s") is not None else ""
+    return f"{values} for {of}{until}"
+
+
+def done(row: Mapping[str, Any]) -> None:
+    """What was set, and how it is taken back."""
+    say(f"{row['kind']}: {override(row)}")
+    say(f"`relight undo {row['id']}` takes it back.", style="dim")
+
+
+def undone(rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        say(f"undone: {row['kind']} {row['id']}: {override(row)}")
+
+
+def _value(name: str, value: object) -> str:
+    if name.endswith("_s") and isinstance(value, int | float):
+        return when(float(value)) if name in ("start_s", "end_s") else duration(float(value))
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{key} {item:g}" for key, item in value.items()) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+__all__ = [
+    "console",
+    "done",
+    "duration",
+    "gpu_s",
+    "lasting",
+    "moment",
+    "override",
+    "say",
+    "table",
+    "undone",
+    "when",
+]

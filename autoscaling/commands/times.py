@@ -1,0 +1,152 @@
+"""Durations and times as people write them on a command line. Strict: what could mean two things is an error."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+DURATIONS = "like 90s, 15m, 1h30m, 2d or 1w"
+TIMES = 'like 18:30, "tomorrow 09:00", "mon 08:00", "in 15m", 2026-11-25T09:00 or 2026-11-25T09:00+01:00'
+_UNITS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
+_PART = re.compile(r"(\d+(?:\.\d+)?)([wdhms])")
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
+_ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2})?(Z|[+-]\d{2}:\d{2})?)?")
+_DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_LONGEST_S = 366 * 86400 * 10
+
+
+class TimeError(ValueError):
+    """The text is no duration or no time; the message says what would be."""
+
+
+def now() -> datetime:
+    """The present on the local clock. The commands read the time nowhere else."""
+    return datetime.now(local_zone())
+
+
+def local_zone() -> tzinfo:
+    """The machine's time zone with its rules, so that tomorrow's clock is known: TZ, else /etc/localtime, else UTC."""
+    name = os.environ.get("TZ", "").removeprefix(":")
+    if name:
+        try:
+            return ZoneInfo(name)
+        except (OSError, ValueError):
+            # A POSIX rule (CET-1CEST) has no name in the zone database.
+            return datetime.now().astimezone().tzinfo or UTC
+    link = Path("/etc/localtime")
+    try:
+        _, found, name = str(link.resolve(strict=True)).rpartition("/zoneinfo/")
+        return ZoneInfo(name) if found else ZoneInfo.from_file(link.open("rb"))
+    except (OSError, ValueError):
+        return UTC
+
+
+def zone_name(zone: tzinfo) -> str:
+    """Its IANA name; "UTC" where it has none."""
+    return getattr(zone, "key", None) or "UTC"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds: `1h30m` is 5400. Units from the largest to the smallest, each once. Raises TimeError."""
+    rest = "".join(text.split()).lower()
+    seconds, last = 0.0, float("inf")
+    while rest:
+        part = _PART.match(rest)
+        if part is None or _UNITS[part[2]] >= last:
+            raise TimeError(f"{text!r} is not a duration; write one {DURATIONS}")
+        last = _UNITS[part[2]]
+        seconds += float(part[1]) * last
+        rest = rest[part.end() :]
+    if not 0 < seconds <= _LONGEST_S:
+        raise TimeError(f"{text!r} is not a duration above 0 and up to ten years; write one {DURATIONS}")
+    return seconds
+
+
+def parse_time(text: str, now: datetime, *, past: bool = False) -> float:
+    """Unix seconds. A time of day without a day is the next one, or with `past` the last one. Raises TimeError.
+
+    `now` carries the zone that is meant where the text names none. A time that a clock shows twice is the first of
+    both; one that it skips is an error.
+    """
+    words = text.lower().split()
+    if words == ["now"]:
+        return now.timestamp()
+    if len(words) == 2 and words[0] == "in":
+        return now.timestamp() + parse_duration(words[1])
+    if len(words) == 2 and words[1] == "ago":
+        return now.timestamp() - parse_duration(words[0])
+    if _ISO.fullmatch(text.strip().upper()):
+        return _from_iso(text.strip().upper(), text, now)
+    if len(words) in (1, 2) and (clock := _clock(words[-1])) is not None:
+        days = [now.date() + timedelta(days=offset) for offset in range(-8, 9)]
+        if len(words) == 2:
+            days = _days_named(words[0], days, now.date(), text)
+        return _nearest(clock, days, now, text, past=past)
+    raise TimeError(f"{text!r} is not a time; write one {TIMES}")
+
+
+def parse_since(text: str, now: datetime) -> float:
+    """When to begin looking back, in Unix seconds: a duration back from now, or a time that was. Raises TimeError."""
+    try:
+        return now.timestamp() - parse_duration(text)
+    except TimeError:
+        pass
+    try:
+        since_s = parse_time(text, now, past=True)
+    except TimeError:
+        raise TimeError(f"{text!r} is neither a duration ({DURATIONS}) nor a time ({TIMES})") from None
+    if since_s > now.timestamp():
+        raise TimeError(f"{text!r} is still to come; write a time that was, or a duration {DURATIONS}")
+    return since_s
+
+
+def _from_iso(iso: str, text: str, now: datetime) -> float:
+    try:
+        then = datetime.fromisoformat(iso)
+    except ValueError as error:
+        raise TimeError(f"{text!r} is not a time ({error}); write one {TIMES}") from None
+    return then.timestamp() if then.tzinfo is not None else _at(then, now.tzinfo or UTC, text)
+
+
+def _clock(word: str) -> time | None:
+    found = _CLOCK.fullmatch(word)
+    if found is None:
+        return None
+    try:
+        return time(int(found[1]), int(found[2]), int(found[3] or 0))
+    except ValueError:
+        return None
+
+
+def _days_named(word: str, days: list[date], today: date, text: str) -> list[date]:
+    named = {"yesterday": -1, "today": 0, "tomorrow": 1}
+    if word in named:
+        return [today + timedelta(days=named[word])]
+    weekdays = [i for i, day in enumerate(_DAYS) if len(word) >= 3 and day.startswith(word)]
+    if not weekdays:
+        raise TimeError(f"{text!r} is not a time; write one {TIMES}")
+    return [day for day in days if day.weekday() == weekdays[0]]
+
+
+def _nearest(clock: time, days: list[date], now: datetime, text: str, *, past: bool) -> float:
+    """Of these days the first whose clock is still to come, or the last that has been; a single day is meant so."""
+    zone = now.tzinfo or UTC
+    if len(days) == 1:
+        return _at(datetime.combine(days[0], clock), zone, text)
+    naive = now.replace(tzinfo=None)
+    times = [datetime.combine(day, clock) for day in days]
+    chosen = max(t for t in times if t <= naive) if past else min(t for t in times if t > naive)
+    return _at(chosen, zone, text)
+
+
+def _at(naive: datetime, zone: tzinfo, text: str) -> float:
+    then = naive.replace(tzinfo=zone)
+    if then.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
+        where = zone_name(zone)
+        raise TimeError(
+            f"{text!r} is {naive:%Y-%m-%d %H:%M}, which the clocks of {where} skip; take another time"
+        )
+    return then.timestamp()
