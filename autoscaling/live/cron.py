@@ -26,6 +26,8 @@ _HOUR_S = 3600
 _FAR_S = 10 * 366 * 86400.0
 _MAX_STARTS = 2000
 """How many starts before a time are looked at: in a schedule that begins anew each minute, those of 33 hours."""
+_MAX_BEYOND = 32
+"""How many starts beyond the bounds are looked at, where spans go on and on."""
 _MAX_OFFSET_S = 26 * 3600.0
 """More than any zone is from UTC, and more than its clock ever jumps."""
 
@@ -65,7 +67,7 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
     """Every (start_s, end_s) in Unix time that overlaps [from_s, until_s), ascending; those that touch are one.
 
     A span is given from its start to its end, also where those lie outside of the bounds; one that has no end, because
-    each time begins before the last has ended, is cut some days outside of them.
+    each time begins before the last has ended, is cut outside of them, after some dozens of times.
     """
     first_hour, last_hour = int(from_s // _HOUR_S), int(-(-until_s // _HOUR_S))
     found = _spans(cron, first_hour, last_hour)
@@ -75,7 +77,8 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
 def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float], ...]:
     """The next `count` spans, beginning with the one in force."""
     found: list[tuple[float, float]] = []
-    for span in _merged(_until(islice(_raw_spans(cron, now_s), 5 * _MAX_STARTS), now_s + _FAR_S)):
+    near = takewhile(lambda span: span[0] < now_s + _FAR_S, islice(_raw_spans(cron, now_s), 5 * _MAX_STARTS))
+    for span in _merged(near):
         if span[1] > now_s:
             found.append(span)
         if len(found) == count:
@@ -87,23 +90,36 @@ def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float],
 def _spans(cron: Cron, first_hour: int, last_hour: int) -> tuple[tuple[float, float], ...]:
     """Cached by the hour: the controller asks every second."""
     # Spans ascend but for those in an hour that a clock shows twice.
-    return tuple(_merged(_until(_raw_spans(cron, first_hour * _HOUR_S), last_hour * _HOUR_S + _MAX_OFFSET_S)))
+    low, high = _offsets(cron.timezone, last_hour * _HOUR_S)
+    until_s, end_s, beyond = last_hour * _HOUR_S + high - low, -math.inf, 0
 
+    def bounded() -> Iterator[tuple[float, float]]:
+        nonlocal end_s, beyond
+        for start, end in _raw_spans(cron, first_hour * _HOUR_S):
+            if start >= until_s:
+                beyond += 1
+                if start > end_s or beyond > _MAX_BEYOND:
+                    return
+            end_s = max(end_s, end)
+            yield start, end
 
-def _until(found: Iterator[tuple[float, float]], time_s: float) -> Iterator[tuple[float, float]]:
-    return takewhile(lambda span: span[0] < time_s, found)
+    return tuple(_merged(bounded()))
 
 
 def _raw_spans(cron: Cron, from_s: float) -> Iterator[tuple[float, float]]:
     """Of each start after about `from_s`, what it is on the clock of the world. May overlap; endless."""
     # On the bare clock, which knows no jumps; the starts before `from_s` may still be in force.
-    latest = _EPOCH + timedelta(seconds=from_s + _MAX_OFFSET_S)
-    begin = latest - timedelta(seconds=cron.duration_s + 2 * _MAX_OFFSET_S)
+    low, high = _offsets(cron.timezone, from_s)
+    latest = _EPOCH + timedelta(seconds=from_s + high)
+    begin = _EPOCH + timedelta(seconds=from_s + low - cron.duration_s)
+    earliest, lasts, beyond = latest, timedelta(seconds=cron.duration_s), 0
     for past in islice(CronSim(cron.expression, latest, reverse=True), _MAX_STARTS):
         if past < begin:
-            break
-    else:
-        begin = past - timedelta(seconds=1)
+            beyond += 1
+            if past + lasts < earliest or beyond > _MAX_BEYOND:
+                break
+        earliest = past
+    begin = earliest - timedelta(seconds=1)
     for naive in CronSim(cron.expression, begin):
         start = (naive - _EPOCH).total_seconds()
         yield from _on_the_world_clock(cron.timezone, start, start + cron.duration_s)
@@ -137,6 +153,17 @@ def _segments(name: str, year: int) -> tuple[tuple[float, float, float], ...]:
             found.append((since, float(high), offset))
             since, offset = float(high), _offset(zone, high)
     return (*found, (since, math.inf, offset))
+
+
+def _offsets(name: str, time_s: float) -> tuple[float, float]:
+    """The least and the greatest offset from UTC that the zone's clock has about that time, jumps included."""
+    year = datetime.fromtimestamp(time_s, UTC).year
+    near = [
+        offset
+        for since, until, offset in _segments(name, year)
+        if since < time_s + _MAX_OFFSET_S and until > time_s - _MAX_OFFSET_S
+    ]
+    return min(near), max(near)
 
 
 def _offset(zone: zoneinfo.ZoneInfo, time_s: float) -> float:
