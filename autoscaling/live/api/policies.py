@@ -14,7 +14,7 @@ from autoscaling.live.api.request import Refusal, Request
 from autoscaling.live.invalid import InvalidValue
 from autoscaling.live.overrides import merged
 from autoscaling.live.records import Override
-from autoscaling.live.values import ModeValue, PolicyValue
+from autoscaling.live.values import ModeValue, PolicyValue, parse
 
 
 class PolicyBody(PolicyValue, Ends):
@@ -46,7 +46,7 @@ def put(request: Request) -> dict[str, Any]:
     """PUT policies/{model}, or PUT policies for the whole fleet; with dry_run=1 it is only checked."""
     model = request.model() if request.tail else None
     body = request.parse(PolicyBody)
-    value = PolicyValue(**body.model_dump(exclude=set(Ends.model_fields), exclude_none=True))
+    value = parse(PolicyValue, body.model_dump(exclude=set(Ends.model_fields), exclude_none=True))
     specs = request.models()
     chosen = {model: specs[model]} if model is not None else specs
     results = {name: checked(spec, value) for name, spec in chosen.items()}

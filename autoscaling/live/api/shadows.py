@@ -11,7 +11,7 @@ from autoscaling.live.api.policies import checked
 from autoscaling.live.api.records import DAY_S, day_of, usage_total
 from autoscaling.live.api.request import Refusal, Request
 from autoscaling.live.records import Override, UsageRow
-from autoscaling.live.values import ShadowValue
+from autoscaling.live.values import ShadowValue, parse
 
 
 class ShadowBody(ShadowValue, Ends):
@@ -85,7 +85,7 @@ def put(request: Request) -> dict[str, Any]:
     """PUT shadow: replaces the shadow policy of the same name."""
     body = request.parse(ShadowBody)
     model = None if body.model is None else request.model(body.model)
-    value = ShadowValue(**body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True))
+    value = parse(ShadowValue, body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True))
     specs = request.models()
     for spec in specs.values() if model is None else [specs[model]]:
         checked(spec, value.as_policy())

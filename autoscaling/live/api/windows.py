@@ -18,6 +18,7 @@ from autoscaling.live.values import (
     RungName,
     ScheduleValue,
     Value,
+    parse,
 )
 
 DEFAULT_PREWARM_S = 900.0
@@ -45,7 +46,7 @@ def prewarms(request: Request) -> dict[str, Any]:
     model = request.optional_model()
     since_s, _ = request.span(86400.0, 400 * 86400.0)
     limit = request.whole("limit", 100, 1, 10_000)
-    manual = _of_kind(request, "prewarm", model)
+    manual = sorted(_of_kind(request, "prewarm", model), key=lambda row: float(row["value"]["start_s"]))
     outcomes = request.view.store.prewarms(model, since_s, limit)
     return {"prewarms": manual, "outcomes": plain(list(outcomes))}
 
@@ -65,7 +66,7 @@ def add_prewarm(request: Request) -> dict[str, Any]:
     replicas = body.replicas
     if replicas is None:
         replicas = 1 if body.rung == "serving" else 0
-    value = PrewarmValue(replicas=replicas, rung=body.rung, start_s=start_s, end_s=end_s)
+    value = parse(PrewarmValue, {"replicas": replicas, "rung": body.rung, "start_s": start_s, "end_s": end_s})
     _check_bounds(request.models()[model], value)
     mode = request.mode()
     if mode != "active" and start_s <= now_s:
@@ -100,7 +101,7 @@ def add_schedule(request: Request) -> dict[str, Any]:
     given = body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True)
     if body.rung != "serving" and "replicas" not in body.model_fields_set:
         given["replicas"] = 0
-    value = ScheduleValue(**given)
+    value = parse(ScheduleValue, given)
     models = request.models()
     for spec in models.values() if model is None else [models[model]]:
         _check_bounds(spec, value)

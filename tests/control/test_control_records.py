@@ -1,0 +1,202 @@
+"""Traffic, decisions, cold starts, accounts and forecasts through the control API, with a real store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from autoscaling.core.types import Decision, Reason, Rung
+from autoscaling.live.records import ColdStartRow, PrewarmRow, TrafficRow, UsageRow
+from tests.control.lab import NOW_S, ORG, SMALL, Lab
+
+TODAY = datetime.fromtimestamp(NOW_S, UTC).date().isoformat()
+YESTERDAY = datetime.fromtimestamp(NOW_S - 86400, UTC).date().isoformat()
+
+
+def test_history_has_a_point_for_each_step(lab: Lab) -> None:
+    lab.store.add_traffic(
+        [TrafficRow(SMALL, int(NOW_S) - 600, 0), TrafficRow(SMALL, int(NOW_S) - 300, 3, 30, 300, 4.5)]
+    )
+    answer = lab.ok("GET", "history", model=SMALL, last_s=600)
+    assert answer["step_s"] == 5
+    assert sum(row["arrivals"] for row in answer["points"]) == 3
+    coarse = lab.ok("GET", "history", model=SMALL, last_s=600, step_s=300)
+    assert sum(row["output_tokens"] for row in coarse["points"]) == 300
+    assert len(coarse["points"]) < len(answer["points"])
+
+
+def test_what_is_imported_is_history_and_counts_once(lab: Lab) -> None:
+    rows = [[SMALL, NOW_S - 7200 + 60 * i, 2, 10, 20, 1.5] for i in range(60)]
+    body = {"bucket_s": 60.0, "rows": rows, "source": "trace:0"}
+    assert lab.ok("POST", "import", body) == {"rows": 60}
+    assert lab.ok("POST", "import", body) == {"rows": 0}
+    points = lab.ok("GET", "history", model=SMALL, last_s=7200, step_s=3600)["points"]
+    assert sum(row["arrivals"] for row in points) == 120
+
+
+@pytest.mark.parametrize(
+    ("row", "status", "field"),
+    [
+        (["none", 1.0, 1, 1, 1, 1.0], 404, "rows.0.0"),
+        ([SMALL, NOW_S + 9, 1, 1, 1, 1.0], 422, "rows.0.1"),
+        ([SMALL, 1.0, -1, 1, 1, 1.0], 422, "rows.0.2"),
+        ([SMALL, 1.0, 1, "2", 1, 1.0], 422, "rows.0.3"),
+        ([SMALL, 1.0, 1], 422, "rows.0"),
+        ([5, 1.0, 1, 1, 1, 1.0], 422, "rows.0.0"),
+    ],
+)
+def test_one_wrong_row_refuses_all(lab: Lab, row: list[object], status: int, field: str) -> None:
+    good = [SMALL, NOW_S - 60, 1, 1, 1, 1.0]
+    found, error = lab.refused("POST", "import", {"bucket_s": 60.0, "rows": [row, good]})
+    assert (found, error["field"]) == (status, field)
+    assert lab.store.models_with_traffic() == []
+
+
+def test_decisions_are_told_in_the_order_of_time(lab: Lab) -> None:
+    decisions = [
+        Decision(SMALL, NOW_S - 50, 1, Rung.TEMPLATE, Reason.WAKE, NOW_S, "predictive", {"load": 1.0}),
+        Decision(
+            ORG,
+            NOW_S - 40,
+            2,
+            Rung.TEMPLATE,
+            Reason.DEMAND,
+            float("inf"),
+            "reactive",
+            clamps=(Reason.MAX_REPLICAS,),
+        ),
+        Decision(SMALL, NOW_S - 7200, 0, Rung.PARKED, Reason.PARK, NOW_S, "predictive"),
+    ]
+    lab.store.add_decisions(decisions)
+    lab.store.add_decisions(decisions[:1], source="shadow:k")
+    found = lab.ok("GET", "decisions")["decisions"]
+    assert [(row["model"], row["replicas"], row["reason"]) for row in found] == [
+        (SMALL, 1, "wake"),
+        (ORG, 2, "demand"),
+    ]
+    assert (found[1]["until_s"], found[1]["clamps"]) == (None, ["max-replicas"])
+    assert len(lab.ok("GET", "decisions", model=SMALL, last_s=9000)["decisions"]) == 2
+    assert len(lab.ok("GET", "decisions", source="shadow:k")["decisions"]) == 1
+
+
+def test_cold_starts_have_their_phases(lab: Lab) -> None:
+    phases = ({"name": "load", "start_s": 0.1, "duration_s": 1.5},)
+    lab.store.add_cold_start(ColdStartRow(SMALL, "e1", NOW_S - 9, NOW_S - 11, 2.0, "forked", phases=phases))
+    [row] = lab.ok("GET", "coldstarts")["cold_starts"]
+    assert (row["rung"], row["prewarmed"], row["phases"]) == ("template", False, [dict(phases[0])])
+    assert lab.ok("GET", "coldstarts", model=ORG)["cold_starts"] == []
+
+
+def test_accounts_add_up_by_model_and_day(lab: Lab) -> None:
+    lab.store.add_usage(
+        [
+            UsageRow(
+                SMALL,
+                YESTERDAY,
+                "active",
+                {"SERVING": 50.0},
+                requests=5,
+                cold_requests=1,
+                waited_s=2.0,
+                cold_starts=1,
+            ),
+            UsageRow(SMALL, TODAY, "active", {"SERVING": 30.0, "PARKED": 4.0}, requests=3),
+            UsageRow(ORG, TODAY, "active", {"SERVING": 20.0}, requests=1),
+            UsageRow(ORG, TODAY, "shadow:k", {"SERVING": 999.0}),
+        ]
+    )
+    row = PrewarmRow("p", SMALL, NOW_S - 60, "prewarm", 1, Rung.SERVING)
+    lab.store.put_prewarm(row)
+    lab.store.put_prewarm(
+        PrewarmRow(
+            "q",
+            SMALL,
+            NOW_S - 60,
+            "prewarm",
+            1,
+            Rung.SERVING,
+            ended_s=NOW_S,
+            hit_s=NOW_S,
+            cost_gpu_s=3.0,
+            spared_requests=2,
+            spared_wait_s=4.0,
+        )
+    )
+    lab.store.put_prewarm(
+        PrewarmRow("r", SMALL, NOW_S - 60, "prewarm", 1, Rung.SERVING, ended_s=NOW_S, cost_gpu_s=5.0)
+    )
+    answer = lab.ok("GET", "accounts")
+    models = {row["model"]: row for row in answer["models"]}
+    small = models[SMALL]
+    assert (small["gpu_s"], small["requests"], small["cold_starts"], small["waited_s"]) == (84.0, 8, 1, 2.0)
+    assert small["gpu_s_by_rung"] == {"serving": 80.0, "parked": 4.0}
+    assert [(day["day"], day["gpu_s"]) for day in small["days"]] == [(YESTERDAY, 50.0), (TODAY, 34.0)]
+    assert small["prewarms"] == {
+        "count": 3,
+        "hits": 1,
+        "missed": 1,
+        "open": 1,
+        "cost_gpu_s": 8.0,
+        "spared_requests": 2,
+        "spared_wait_s": 4.0,
+    }
+    # From the first day on which it was used until now, 06:00: two GPUs for a replica of the other.
+    assert small["dedicated_gpu_s"] == 30 * 3600
+    assert models[ORG]["dedicated_gpu_s"] == 2 * 6 * 3600
+    assert (answer["total"]["gpu_s"], answer["total"]["requests"]) == (104.0, 9)
+    assert lab.ok("GET", "accounts", source="shadow:k")["total"]["gpu_s"] == 999.0
+    assert lab.ok("GET", "accounts", model=ORG)["total"]["gpu_s"] == 20.0
+
+
+def test_a_sparse_forecast_tells_when_the_next_request_comes(lab: Lab) -> None:
+    lab.idle()
+    lab.sparse()
+    answer = lab.ok("GET", f"forecasts/{SMALL}")
+    said = answer["forecast"]
+    assert said["forecaster"] == "gaps"
+    in_s = said["next_arrival"]["in_s"]
+    assert in_s["0.1"] < in_s["0.5"] < in_s["0.9"]
+    # Made five seconds ago, so that half of what was left is a little later than ten minutes after that.
+    assert in_s["0.5"] == pytest.approx(597.5, abs=3)
+    assert said["demand"] is None
+    assert 0.8 < said["next_arrival"]["p_within_ahead"] <= 1
+    planned = answer["planned"]
+    # A replica for ten minutes costs more than what a request would wait: parked, it is back in no time.
+    assert (planned[0]["start_s"], planned[0]["replicas"], planned[0]["rung"]) == (NOW_S, 0, "parked")
+    assert len(planned) <= 96
+
+
+def test_a_forecast_of_demand_has_a_band_and_plans_replicas(lab: Lab) -> None:
+    """Forty requests in progress for half an hour, sixteen for each replica, at most four: then none."""
+    lab.idle()
+    lab.dense()
+    answer = lab.ok("GET", f"forecasts/{SMALL}", ahead_s=3600)
+    band = answer["forecast"]["demand"]
+    assert len(band) == 60
+    assert band[0]["rate_per_s"] == {"0.05": 0.5, "0.5": 1.0, "0.95": 2.0}
+    by_minute = {round((row["start_s"] - NOW_S) / 60): row["replicas"] for row in answer["planned"]}
+    assert by_minute[10] == 4
+    assert by_minute[59] == 0
+
+
+def test_without_a_forecast_there_is_still_a_plan(lab: Lab) -> None:
+    lab.idle()
+    lab.view.seen[SMALL] = replace(lab.view.seen[SMALL], last_busy_s=NOW_S - 1)
+    answer = lab.ok("GET", f"forecasts/{SMALL}", ahead_s=600)
+    assert answer["forecast"] is None
+    # Kept until that has cost as much as coming back from being parked would.
+    replicas = [row["replicas"] for row in answer["planned"]]
+    assert (replicas[0], replicas[-1]) == (1, 0)
+    assert lab.ok("GET", f"forecasts/{ORG}")["planned"] == []
+
+
+def test_a_plan_follows_schedules(lab: Lab) -> None:
+    lab.idle()
+    lab.ok("POST", "schedules", {"model": SMALL, "cron": "30 6 * * *", "duration_s": 600.0, "replicas": 2})
+    planned = lab.ok("GET", f"forecasts/{SMALL}", ahead_s=3600)["planned"]
+    inside = {row["replicas"] for row in planned if NOW_S + 1800 <= row["start_s"] < NOW_S + 2400}
+    after = [row["replicas"] for row in planned if row["start_s"] >= NOW_S + 2700]
+    assert inside == {2}
+    assert after[-1] == 0
