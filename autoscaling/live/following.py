@@ -30,7 +30,6 @@ class Follower:
         self._grace_s = grace_s
         self._state = State()
         self._begun_s: float | None = None
-        self._last_busy_s: float | None = None
         self.health = PolicyHealth()
         self._reader = reader()
         self._reader.health[model] = self.health
@@ -74,13 +73,11 @@ class Follower:
             return held
         return wanted
 
-    def _observe(self, ctx: Any, now_s: float) -> Observation:
+    @staticmethod
+    def _observe(ctx: Any, now_s: float) -> Observation:
+        """What Serve knows. Since when the model is idle, the state that is followed with remembers."""
         requests = _count(ctx.total_num_requests)
         queued = min(requests, _count(ctx.total_queued_requests))
-        if requests or self._last_busy_s is None:
-            # Of a policy that was just made nobody knows when its model was busy: it may have been a moment ago.
-            self._last_busy_s = now_s
-        self._last_busy_s = min(self._last_busy_s, now_s)
         ready, target = int(ctx.current_num_replicas), int(ctx.target_num_replicas)
         return Observation(
             now_s=now_s,
@@ -89,7 +86,6 @@ class Follower:
             target=target,
             queued=queued,
             in_flight=requests - queued,
-            last_busy_s=self._last_busy_s,
         )
 
 

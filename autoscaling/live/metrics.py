@@ -85,6 +85,30 @@ class Warmed:
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Here:
+    """A model on the node of a report: looked up for every model at every tick, in fleets of a thousand."""
+
+    rung: Rung = Rung.NODE
+    engine_bytes: float = 0.0
+
+
+_HERE = "by_model"
+
+
+def _by_model(report: Mapping[str, Any]) -> dict[str, _Here]:
+    found: dict[str, _Here] = {}
+    for known in report["host_models"]:
+        here = found.setdefault(known["model"], _Here())
+        here.rung = max(here.rung, Rung[known["rung"].upper()])
+    for engine in report["engines"]:
+        here = found.setdefault(engine["model"], _Here())
+        here.engine_bytes = max(here.engine_bytes, engine["memory_bytes"])
+        if engine["state"] in ("parked", "ready") and not engine["held"]:
+            here.rung = Rung.PARKED
+    return found
+
+
 class LiveMetrics:
     """`MetricsSource` over the cluster. Thread-safe."""
 
@@ -123,7 +147,7 @@ class LiveMetrics:
     def take_report(self, gateway: str, report: Mapping[str, Any], rows: Sequence[TrafficRow]) -> None:
         """A gateway's view, replacing its last; `rows` are the counts in it that are new."""
         with self._lock:
-            self._reports[gateway] = (self._clock.monotonic_s(), report)
+            self._reports[gateway] = (self._clock.monotonic_s(), {**report, _HERE: _by_model(report)})
             for row in rows:
                 if (since := self._since.get(row.model)) is not None:
                     since.arrivals += row.arrivals
@@ -258,18 +282,14 @@ class LiveMetrics:
     @staticmethod
     def _weight(model: str, reports: Iterable[Mapping[str, Any]]) -> float:
         """Bytes of the heaviest engine of the model that was weighed."""
-        weighed = [e["memory_bytes"] for r in reports for e in r["engines"] if e["model"] == model]
+        weighed = [r[_HERE][model].engine_bytes for r in reports if model in r[_HERE]]
         return max(weighed, default=0) or ASSUMED_ENGINE_BYTES
 
     def _rung_on(self, model: str, node_id: str, reports: Iterable[Mapping[str, Any]]) -> Rung:
         for report in reports:
             if report["node"] == node_id:
-                rungs = [m["rung"] for m in report["host_models"] if m["model"] == model]
-                parked = any(
-                    e["model"] == model and e["state"] in ("parked", "ready") and not e["held"]
-                    for e in report["engines"]
-                )
-                return Rung.PARKED if parked else max((Rung[r.upper()] for r in rungs), default=Rung.NODE)
+                here = report[_HERE].get(model)
+                return Rung.NODE if here is None else here.rung
         warmed = self._warmed.get((model, node_id))
         return Rung.NODE if warmed is None else warmed.rung
 

@@ -10,6 +10,7 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from autoscaling.core.types import Rung, RungProfile
@@ -57,6 +58,18 @@ def delay_s(row: ColdStartRow) -> float:
     return row.total_s + (0.0 if row.prewarmed else first_s)
 
 
+def lead_s(row: ColdStartRow) -> float:
+    """From the decision that there shall be a replica to its engine being ready: how far ahead a prewarm begins.
+
+    A request may be answered by an engine that was started beside its replica, and so sooner than a replica takes.
+    """
+    ends = {p["name"]: float(p["start_s"]) + float(p["duration_s"]) for p in row.phases}
+    if "replica" not in ends or ends["replica"] <= row.ready_s:
+        return delay_s(row)
+    begun_s = min(float(p["start_s"]) for p in row.phases)
+    return max(delay_s(row), ends["replica"] - begun_s + row.total_s)
+
+
 def scarcity(available_share: float | None) -> float:
     """How much of its price memory costs: 0 where there is plenty (or nobody knows), 1 where there is none left."""
     if available_share is None or not math.isfinite(available_share):
@@ -79,17 +92,16 @@ class RungBook:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._starts: dict[tuple[str, Rung], deque[tuple[str, float, float]]] = {}
+        self._starts: dict[tuple[str, Rung], deque[_Start]] = {}
 
     def add(self, row: ColdStartRow) -> None:
         """A start, or more of one that is known."""
-        delay = delay_s(row)
-        if not math.isfinite(delay) or delay < 0:
+        start = _Start((row.engine_id, row.ready_s), delay_s(row), lead_s(row), row.prewarmed)
+        if not (math.isfinite(start.delay_s) and start.delay_s >= 0 and math.isfinite(start.lead_s)):
             return
-        start = (row.engine_id, row.ready_s, delay)
         with self._lock:
             starts = self._starts.setdefault((row.model, row.rung), deque(maxlen=KEPT_STARTS))
-            known = next((n for n, s in enumerate(starts) if s[:2] == start[:2]), None)
+            known = next((n for n, s in enumerate(starts) if s.key == start.key), None)
             if known is None:
                 starts.append(start)
             else:
@@ -98,28 +110,46 @@ class RungBook:
     def profiles(self, model: str, costs_per_s: Mapping[Rung, float]) -> tuple[RungProfile, ...]:
         """A profile for each rung of `costs_per_s` (GPU-seconds a second), lowest first.
 
-        A start from a lower rung takes no less than one from a higher: where starts are few, the longer delay of the
-        two is taken for the lower.
+        A start from a lower rung takes no less than one from a higher: where few starts say otherwise, the lower takes
+        as long as the higher, and what is assumed gives way to what was measured.
         """
+        lower_s: list[float] = [math.inf, math.inf]
         found: list[RungProfile] = []
-        delay = high = 0.0
-        for rung in sorted(costs_per_s, reverse=True):
+        measured = {rung: self._measured(model, rung) for rung in ASSUMED_DELAY_S}
+        for rung in sorted(costs_per_s):
             if rung is Rung.SERVING:
                 found.append(RungProfile(rung, 0.0, 0.0, costs_per_s[rung]))
                 continue
-            own, own_high, starts = self._measured(model, rung)
-            delay, high = max(delay, own), max(high, own_high)
-            found.append(RungProfile(rung, delay, high, costs_per_s[rung], starts))
-        return tuple(reversed(found))
+            *own_s, starts = measured[rung]
+            higher = [m for r, m in measured.items() if r > rung and r in costs_per_s and m[2]]
+            for i in range(2):
+                own_s[i] = max([own_s[i], *(m[i] for m in higher)])
+                if starts:
+                    lower_s[i] = own_s[i]
+                own_s[i] = min(own_s[i], lower_s[i])
+            found.append(RungProfile(rung, own_s[0], own_s[1], costs_per_s[rung], starts))
+        return tuple(found)
 
     def _measured(self, model: str, rung: Rung) -> tuple[float, float, int]:
-        """(median, upper quantile, number of starts)."""
+        """(median of what who waited waited, upper quantile of what a prewarm takes, number of starts)."""
         with self._lock:
-            delays = sorted(delay for _, _, delay in self._starts.get((model, rung), ()))
-        if not delays:
+            starts = list(self._starts.get((model, rung), ()))
+        if not starts:
             assumed = ASSUMED_DELAY_S[rung]
             return assumed, assumed * _ASSUMED_SPREAD, 0
-        median = statistics.median(delays)
-        upper = delays[min(len(delays) - 1, math.ceil(UPPER_QUANTILE * len(delays)) - 1)]
+        # What nobody waited for tells what a wait would have been only where there is nothing better.
+        waited = [start.delay_s for start in starts if not start.prewarmed]
+        leads = sorted(start.lead_s for start in starts)
+        median = statistics.median(leads)
+        upper = leads[min(len(leads) - 1, math.ceil(UPPER_QUANTILE * len(leads)) - 1)]
         # Of few starts the largest is no upper quantile yet: as many medians more as there are starts to one.
-        return median, max(upper, median * (1.0 + 1.0 / len(delays))), len(delays)
+        upper = max(upper, median * (1.0 + 1.0 / len(leads)))
+        return statistics.median(waited) if waited else median, upper, len(starts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    key: tuple[str, float]
+    delay_s: float
+    lead_s: float
+    prewarmed: bool

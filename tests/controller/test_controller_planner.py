@@ -1,0 +1,448 @@
+"""The planner as a whole: a real store, a real loop, and a cluster by hand."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoscaling.core.types import Forecast, NextArrival, Reason, Rung
+from autoscaling.live import planner as planner_module
+from autoscaling.live.planner import Planner
+from autoscaling.live.records import Override
+from tests.controller.lab import NOW_S, World, engine, serve_view, setup
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def planner(world: World) -> Iterator[Planner]:
+    """A controller that has seen a dark model."""
+    with world.planner() as planner:
+        world.tick(planner)
+        world.tick(planner)
+        yield planner
+
+
+def said(planner: Planner, kind: Any, value: Any, model: str | None = "m", **changes: Any) -> Override:
+    """Something that a person says now."""
+    now_s = planner.now_s()
+    override = Override(secrets.token_hex(4), kind, model, value, "test", now_s, **changes)
+    planner.store.put_override(override)
+    planner.overrides_changed()
+    return override
+
+
+def prewarm(planner: Planner, replicas: int = 1, for_s: float = 60.0, rung: str = "serving") -> Override:
+    now_s = planner.now_s()
+    value = {"replicas": replicas, "rung": rung, "start_s": now_s, "end_s": now_s + for_s}
+    return said(planner, "prewarm", value, until_s=now_s + for_s)
+
+
+def test_a_dark_model_stays_dark(world: World, planner: Planner) -> None:
+    """And the plan says so before it expires, over and over."""
+    for _ in range(12):
+        world.tick(planner)
+    assert {plan.entries["m"].replicas for plan in world.plans[1:]} == {0}
+    assert world.plans[-1].expires_s > world.clock.now_s()
+    assert planner.health()["ok"], planner.health()
+    assert len(world.plans) < 8
+
+
+def test_before_anything_is_seen_everything_is_held(world: World) -> None:
+    """An empty view scales no loaded model down."""
+    with world.planner() as planner:
+        planner.tick()
+        assert world.planned() is None
+        assert planner.decisions()["m"].reason is Reason.UNKNOWN_HOLD
+
+
+def test_a_prewarm_brings_a_replica_and_its_end_lets_it_go(world: World, planner: Planner) -> None:
+    """Without a request; and it is accounted for."""
+    prewarm(planner)
+    world.tick(planner)
+    assert world.planned() == 1
+    assert planner.decisions()["m"].reason is Reason.MANUAL
+    world.running["model-m"] = serve_view(starting=1)
+    world.tick(planner)
+    world.running["model-m"] = serve_view(1)
+    for _ in range(80):
+        world.tick(planner)
+    assert world.planned() == 0
+    (row,) = planner.store.prewarms("m", 0)
+    assert (row.reason, row.replicas, row.hit_s) == ("manual", 1, None)
+    assert row.ended_s is not None
+    assert 55 < row.cost_gpu_s < 85
+
+
+def test_a_prewarm_that_is_met_has_spared_its_wait(world: World, planner: Planner) -> None:
+    """What the request would have waited is the model's own measured start."""
+    prewarm(planner)
+    world.tick(planner)
+    world.running["model-m"] = serve_view(1)
+    world.tick(planner)
+    world.came(planner, 1)
+    world.seen(in_flight=1)
+    world.tick(planner)
+    (row,) = planner.store.prewarms("m", 0)
+    assert row.hit_s is not None
+    assert (row.spared_requests, row.spared_wait_s) == (1, pytest.approx(4.0))
+
+
+def test_demand_is_carried_and_a_loaded_model_is_kept(world: World) -> None:
+    """By requests in progress over the target."""
+    world = World(world.folder, setup(max_replicas=4, target_ongoing_requests=2.0))
+    with world.planner() as planner:
+        world.running["model-m"] = serve_view(1)
+        world.seen(in_flight=5)
+        for _ in range(30):
+            world.tick(planner)
+        assert world.planned() == 3
+
+
+def test_a_policy_that_is_set_changes_what_is_done(world: World, planner: Planner) -> None:
+    """From the next tick on, and until it is undone."""
+    override = said(planner, "policy", {"policy": "fixed", "params": {"replicas": 1}})
+    world.tick(planner)
+    assert (world.planned(), planner.decisions()["m"].policy) == (1, "fixed")
+    planner.store.undo_override(override.id, "test", planner.now_s())
+    planner.overrides_changed()
+    for _ in range(15):
+        world.tick(planner)
+    assert (world.planned(), planner.decisions()["m"].policy) == (0, "keep-alive")
+
+
+@pytest.mark.parametrize("mode", ["shadow", "off"])
+def test_a_mode_that_changes_nothing(world: World, planner: Planner, mode: str) -> None:
+    """The plan has no opinion, so that Serve scales by the load; decisions are kept apart, or not at all."""
+    prewarm(planner)
+    said(planner, "mode", {"mode": mode}, model=None)
+    before = len(planner.store.decisions(None, 0, math.inf))
+    for _ in range(3):
+        world.tick(planner)
+    assert (planner.mode(), world.planned()) == (mode, None)
+    assert len(planner.store.decisions(None, 0, math.inf)) == before
+    kept = planner.store.decisions(None, 0, math.inf, source="shadow")
+    assert bool(kept) == (mode == "shadow")
+    assert planner.store.prewarms("m", 0) == []
+    said(planner, "mode", {"mode": "active"}, model=None)
+    world.tick(planner)
+    assert world.planned() == 1
+
+
+def test_a_shadow_policy_decides_beside_the_active_one(world: World, planner: Planner) -> None:
+    """Its decisions and what it would have cost stand under its own name."""
+    said(planner, "shadow", {"name": "always", "policy": "fixed", "params": {"replicas": 1}}, model=None)
+    for _ in range(30):
+        world.tick(planner)
+    assert world.planned() == 0
+    assert planner.shadow_decisions()["always"]["m"].replicas == 1
+    usage = {row.source: row for row in planner.store.usage("2000-01-01", "2100-01-01")}
+    assert usage["shadow:always"].gpu_s["serving"] == pytest.approx(29, abs=2)
+    assert "active" not in usage
+    decided = planner.store.decisions("m", 0, math.inf, source="shadow:always")
+    assert decided[-1]["replicas"] == 1
+
+
+def test_a_shadow_of_the_fleet_file_is_there_from_the_start(tmp_path: Path) -> None:
+    """As if somebody had said it."""
+    world = World(tmp_path, shadow={"name": "s", "policy": "fixed", "params": {}, "wait_cost": None})
+    with world.planner() as planner:
+        world.tick(planner)
+        world.tick(planner)
+        assert planner.shadow_decisions()["s"]["m"].policy == "fixed"
+
+
+def test_a_forecast_of_a_request_prewarms(tmp_path: Path) -> None:
+    """In time for it, and not at once."""
+    world = World(tmp_path, setup(policy="predictive"))
+    with world.planner() as planner:
+        world.tick(planner)
+        now_s = planner.now_s()
+        comes = NextArrival(now_s, (0.0, 40.0, 42.0, 120.0), (1.0, 1.0, 0.01, 0.0))
+        world.forecasts.says["m"] = Forecast(now_s, "test", comes)
+        begun_s = None
+        for _ in range(40):
+            world.tick(planner)
+            if world.planned() and begun_s is None:
+                begun_s = planner.now_s()
+                assert planner.decisions()["m"].reason is Reason.PREWARM
+        assert begun_s is not None
+        assert 20 < begun_s - now_s <= 40
+
+
+# Its end, and its successor
+
+
+def test_a_successor_goes_on_from_the_store(world: World) -> None:
+    """The plan is published again before anything is seen; overrides hold; the prewarm is booked once."""
+    with world.planner() as planner:
+        world.tick(planner)
+        prewarm(planner)
+        said(planner, "policy", {"wait_cost": 77.0})
+        world.tick(planner)
+        world.running["model-m"] = serve_view(1)
+        world.tick(planner)
+        assert world.planned() == 1
+        planner.store.flush()
+    world.clock.go(3)
+    world.plans.clear()
+    with world.planner() as planner:
+        assert world.planned() == 1
+        planner.tick()
+        assert world.planned() in (1, None)
+        world.tick(planner)
+        world.tick(planner)
+        assert world.planned() == 1
+        assert planner.models()["m"].wait_cost == 77.0
+        assert len(planner.store.prewarms("m", 0)) == 1
+
+
+def test_a_plan_that_expired_meanwhile_is_not_published_again(world: World) -> None:
+    """Nobody may act on it."""
+    with world.planner() as planner:
+        prewarm(planner, for_s=5)
+        world.tick(planner)
+        assert world.plans
+        planner.store.flush()
+    world.clock.go(60)
+    world.plans.clear()
+    with world.planner():
+        assert world.plans == []
+
+
+def test_measured_starts_and_capacity_outlive_the_controller(world: World) -> None:
+    """Lead times are not learned anew."""
+    with world.planner() as planner:
+        world.reports["g"]["starts"] = [
+            {
+                "model": "m",
+                "engine_id": "e",
+                "kind": "prebuilt",
+                "begun_s": NOW_S,
+                "ready_s": NOW_S + 7,
+                "total_s": 7.0,
+                "prewarmed": False,
+                "phases": [],
+            }
+        ]
+        world.tick(planner)
+        planner.store.flush()
+    world.reports["g"]["starts"] = []
+    with world.planner() as planner:
+        world.tick(planner)
+        profiles = {p.rung: p for p in planner.observations()["m"].rungs}
+        assert (profiles[Rung.TEMPLATE].delay_s, profiles[Rung.TEMPLATE].starts) == (7.0, 1)
+
+
+def test_a_start_that_nobody_waited_for_is_found_in_the_reports(world: World, planner: Planner) -> None:
+    """A prewarm's: from the decision to the engine being ready, the replica's own start included."""
+    prewarm(planner)
+    world.tick(planner)
+    begun_s = planner.now_s()
+    ready = engine(requested_s=begun_s + 2, ready_s=begun_s + 3)
+    world.reports["g"]["engines"] = [ready]
+    world.running["model-m"] = serve_view(1)
+    for _ in range(10):
+        world.tick(planner)
+    (row,) = planner.store.cold_starts("m", 0)
+    assert (row.prewarmed, row.total_s, row.rung) == (True, pytest.approx(3.0), Rung.TEMPLATE)
+    for _ in range(10):
+        world.tick(planner)
+    assert len(planner.store.cold_starts("m", 0)) == 1
+
+
+def test_no_request_is_lost_or_counted_twice_by_a_kill(world: World) -> None:
+    """What was not acknowledged is sent again to the successor."""
+    with world.planner() as planner:
+        world.tick(planner)
+        assert world.came(planner, 3) == 0
+        lost = world.reports["g"] | {
+            "batches": [(1, [["m", int(world.clock.now_s()) - 1, 3, 0, 0, 0.0, 0.0]])]
+        }
+        planner.store.flush()
+    with world.planner() as planner:
+        planner.take_report("g", lost)
+        world.tick(planner)
+        world.came(planner, 2)
+        now_s = planner.now_s()
+        history = planner.store.history("m", now_s - 600, now_s + 1, 60)
+        assert sum(point["arrivals"] for point in history) == 5
+        assert [arrived[2] for arrived in world.forecasts.arrivals] == [3, 2]
+
+
+# Whatever fails
+
+
+def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> None:
+    """A wrong URL: it decides, from this process's memory."""
+    world = World(tmp_path, store="mysql://nowhere/x")
+    with world.planner() as planner:
+        world.tick(planner)
+        prewarm(planner)
+        world.tick(planner)
+        assert world.planned() == 1
+        health = planner.health()
+        assert not health["ok"]
+        assert "mysql" in health["store"]["error"]
+
+
+def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
+    """Like a full disk: what comes is kept in memory, decisions go on, and it is said."""
+    (tmp_path / "file").write_text("in the way")
+    world = World(tmp_path, store=f"sqlite:///{tmp_path / 'file' / 'relight.db'}")
+    with world.planner() as planner:
+        world.running["model-m"] = serve_view(1)
+        world.seen(in_flight=3)
+        for _ in range(30):
+            world.tick(planner)
+        assert world.planned() == 1
+        assert not planner.health()["store"]["ok"]
+        world.seen(in_flight=0, last_busy_s=planner.now_s())
+        for _ in range(20):
+            world.tick(planner)
+        assert world.planned() == 0
+
+
+def test_a_forecaster_that_can_t_start_is_said_and_done_without(world: World) -> None:
+    """A library that is missing, say."""
+
+    def missing(*_: Any) -> Any:
+        raise ImportError("no statsforecast")
+
+    world.make_forecasts = missing
+    with world.planner() as planner:
+        world.tick(planner)
+        world.came(planner, 1)
+        world.seen(queued=1)
+        world.tick(planner)
+        assert world.planned() == 1
+        assert "no statsforecast" in planner.health()["forecaster"]["error"]
+        assert not planner.health()["ok"]
+
+
+def test_a_forecaster_that_raises_is_said_and_done_without(world: World, planner: Planner) -> None:
+    """The model is scaled by what is seen."""
+
+    def raises(model: str, now_s: float) -> Forecast | None:
+        raise RuntimeError("broken")
+
+    world.forecasts.forecast = raises  # type: ignore[method-assign]
+    world.came(planner, 1)
+    world.seen(queued=1)
+    world.tick(planner)
+    assert world.planned() == 1
+    assert "broken" in str(planner.health()["errors"])
+
+
+def test_a_policy_that_raises_holds_its_model_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What there is stays; the error is in the health until it works again."""
+    world = World(tmp_path, setup(policy="no-such-policy"), setup("other"))
+    with world.planner() as planner:
+        world.running["model-m"] = serve_view(2)
+        world.seen("other", queued=1)
+        world.tick(planner)
+        world.tick(planner)
+        assert (world.planned(), world.planned("other")) == (None, 1)
+        assert "no-such-policy" in str(planner.health()["errors"])
+
+
+def test_a_part_of_the_tick_that_fails_keeps_no_other_from_its_work(
+    world: World, planner: Planner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is said until it works again."""
+
+    def raises(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Planner, "_find_prewarmed", raises)
+        patched.setattr(Planner, "_tick_shadows", raises)
+        prewarm(planner)
+        world.tick(planner)
+        assert world.planned() == 1
+        assert {"starts", "shadows"} <= planner.health()["errors"].keys()
+    world.tick(planner)
+    assert planner.health()["errors"] == {}
+
+
+def test_a_plan_that_can_t_be_published_is_tried_at_every_tick(world: World, planner: Planner) -> None:
+    """The GCS is away: policies act on the last plan until it expires."""
+
+    def away(_: Any) -> None:
+        raise ConnectionError("the GCS is away")
+
+    publish, world.publish = world.publish, away
+    prewarm(planner)
+    world.tick(planner)
+    assert "GCS" in str(planner.health()["errors"])
+    world.publish = publish
+    world.tick(planner)
+    assert world.planned() == 1
+    assert planner.health()["ok"], planner.health()
+
+
+@pytest.mark.parametrize("jump_s", [-86400.0, -5.0, 30.0, 86400.0])
+def test_a_clock_that_is_set_scales_no_loaded_model_down_and_no_idle_one_up(
+    tmp_path: Path, jump_s: float
+) -> None:
+    """Forwards or back, by little or by much."""
+    world = World(tmp_path, setup(), setup("idle"))
+    with world.planner() as planner:
+        world.running["model-m"] = serve_view(1)
+        world.seen(in_flight=1)
+        for _ in range(10):
+            world.tick(planner)
+        assert (world.planned(), world.planned("idle")) == (1, 0)
+        world.clock.jump(jump_s)
+        for _ in range(20):
+            world.tick(planner)
+            assert world.planned() in (1, None)
+            assert world.planned("idle") in (0, None)
+            assert world.plans[-1].expires_s <= planner.now_s() + 10
+        assert (world.planned(), world.planned("idle")) == (1, 0)
+
+
+def test_an_override_that_is_not_understood_is_said_and_left_out(world: World, planner: Planner) -> None:
+    """One that another release wrote."""
+    said(planner, "policy", {"policy": "from-the-future"})
+    world.tick(planner)
+    assert planner.models()["m"].policy == "keep-alive"
+    assert "from-the-future" in str(planner.health()["errors"])
+
+
+def test_specs_are_read_anew_when_an_override_ends(world: World, planner: Planner) -> None:
+    """Not only every few seconds."""
+    said(planner, "policy", {"wait_cost": 5.0}, until_s=planner.now_s() + 2.5)
+    world.tick(planner)
+    assert planner.models()["m"].wait_cost == 5.0
+    world.tick(planner)
+    assert planner.models()["m"].wait_cost == 5.0
+    world.tick(planner)
+    assert planner.models()["m"].wait_cost == 10.0
+
+
+def test_the_horizon_is_the_models_longest_start(world: World, planner: Planner) -> None:
+    """A minute at least."""
+    assert planner.horizon_s("m") == max(p.delay_high_s for p in planner.observations()["m"].rungs)
+    assert planner.horizon_s("unknown") == planner_module.LEAST_HORIZON_S
+
+
+def test_a_rung_that_is_asked_for_is_brought_about(world: World, planner: Planner) -> None:
+    """By the node's engine host."""
+    world.reports["g"]["host_models"] = [{"model": "m", "rung": "weights"}]
+    prewarm(planner, rung="template", replicas=0, for_s=300)
+    for _ in range(15):
+        world.tick(planner)
+    assert world.planned() == 0
+    assert [(node, message["rung"]) for node, message in world.warmed][:1] == [("node-1", "template")]
+    assert world.requests == []
