@@ -116,7 +116,7 @@ def read_decisions(
         where.append(table.c.source == source)
     columns = [column for column in table.c if column.name != "id"]
     newest = select(*columns).where(*where).order_by(table.c.made_s.desc(), table.c.id.desc()).limit(limit)
-    return [decision_dict(dict(row)) for row in connection.execute(newest).mappings()]
+    return [decision_dict(dict(row)) for row in connection.execute(newest).mappings()][::-1]
 
 
 def read_cold_starts(
@@ -160,7 +160,7 @@ def read_usage(
     ]
 
 
-def prune(connection: Connection, now_s: float, day: str, max_decisions: int = MAX_DECISIONS) -> bool:
+def prune(connection: Connection, now_s: float, day: str, max_decisions: int) -> bool:
     """Deletes a bounded number of the oldest rows that are kept no longer.
 
     Args:

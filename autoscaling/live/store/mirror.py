@@ -117,7 +117,7 @@ class Series:
 
     def window(self, step_s: int, now_s: float) -> tuple[int, int]:
         """First and end index of what is known of a level; both are equal where nothing is."""
-        end = int(-(-now_s // step_s))
+        end = int(now_s // step_s) + 1  # the present bucket, though it may have only just begun
         # Without the coarse levels, no more is known of them than the seconds tell.
         since = self.since.get(step_s) if self.loaded else self.since.get(1)
         if since is None:

@@ -45,11 +45,15 @@ Reader = Callable[[Connection], T]
 class Store:
     """Thread-safe. No call raises because the database is away, except those that say so."""
 
-    def __init__(self, database: Database, clock: Clock, *, commit_every_s: float, max_pending: int) -> None:
+    def __init__(
+        self, database: Database, clock: Clock, *, commit_every_s: float, max_pending: int, max_decisions: int
+    ) -> None:
         """Use `open`."""
         self._clock = clock
         self._memory = Memory(max_pending)
-        self._writer = Writer(database, self._memory, clock, commit_every_s)
+        self._writer = Writer(
+            database, self._memory, clock, commit_every_s=commit_every_s, max_decisions=max_decisions
+        )
 
     @classmethod
     def open(
@@ -59,6 +63,7 @@ class Store:
         clock: Clock,
         commit_every_s: float = COMMIT_EVERY_S,
         max_pending: int = MAX_PENDING,
+        max_decisions: int = logs.MAX_DECISIONS,
     ) -> Self:
         """Connects, creates what tables are missing and reads what readers are served from.
 
@@ -68,11 +73,18 @@ class Store:
             url: sqlite:///path or postgresql+psycopg://user@host/database.
             commit_every_s: how often the thread commits.
             max_pending: how many records may wait while the database is away.
+            max_decisions: how many decisions are kept at most; the newest are.
 
         Raises:
             ConfigError: the URL is wrong, or the database was written by a newer Relight.
         """
-        store = cls(Database(url, clock), clock, commit_every_s=commit_every_s, max_pending=max_pending)
+        store = cls(
+            Database(url, clock),
+            clock,
+            commit_every_s=commit_every_s,
+            max_pending=max_pending,
+            max_decisions=max_decisions,
+        )
         store._writer.turn()
         if store._writer.newer is not None:
             store._writer.database.dispose()

@@ -53,7 +53,15 @@ _WRITES: tuple[tuple[str, Callable[[Connection, Batch], None]], ...] = (
 class Writer:
     """One writer of one database. Whoever uses the database holds `_busy`; `memory.lock` is only ever taken inside."""
 
-    def __init__(self, database: Database, memory: Memory, clock: Clock, commit_every_s: float) -> None:
+    def __init__(
+        self,
+        database: Database,
+        memory: Memory,
+        clock: Clock,
+        *,
+        commit_every_s: float,
+        max_decisions: int,
+    ) -> None:
         self.database = database
         self.id = uuid.uuid4().hex
         self.error: str | None = "the database was not reached yet"
@@ -64,6 +72,7 @@ class Writer:
         self._memory = memory
         self._clock = clock
         self._commit_every_s = commit_every_s
+        self._max_decisions = max_decisions
         self._busy = threading.RLock()
         self._attached = False
         self._retried_seq = 0
@@ -323,7 +332,7 @@ class Writer:
         more = True
         while more:
             with self.database.write() as connection:
-                more = logs.prune(connection, now_s, day.strftime("%Y-%m-%d"))
+                more = logs.prune(connection, now_s, day.strftime("%Y-%m-%d"), self._max_decisions)
         with self._memory.lock:
             models = sorted(self._memory.mirror.models)
         for _ in range(min(PRUNED_MODELS, len(models))):
@@ -398,7 +407,8 @@ class Writer:
         if self.error is not None or not self._busy.acquire(timeout=CALL_WAIT_S):
             return
         try:
-            self._commit()
+            if self._memory.inflight is not None:
+                self._commit()  # it may be in already, and must not be added to itself
             self._roll_up()
             now_s = self._clock.now_s()
             with self.database.read() as connection:
