@@ -1,0 +1,175 @@
+"""Forecasts in virtual time: the live service's own book and fits, made when it would make them, at no delay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autoscaling.core.types import Forecast
+from autoscaling.forecast.book import Book
+from autoscaling.forecast.fit import FittedModel, Job, fit_standard
+from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
+from autoscaling.forecast.schedule import CHANGED_ARRIVALS, CHANGED_SILENCES, SETTLE_S
+from autoscaling.sim.queueing import Floats
+from autoscaling.traffic import LEVELS, Buckets, Traffic
+
+REFIT_S = 6 * 3600.0
+"""How often a model is fitted anew to which something came, without having changed much. Live it is 15 minutes, on
+processors that wait anyway; what it changes in the forecasts is little."""
+EARLIEST_S = 300.0
+"""Between two fits of one model."""
+
+Fitter = Callable[[Job], FittedModel | None]
+
+
+class Recorder:
+    """One model's traffic in the store's levels, bounded like the store's."""
+
+    def __init__(self, model: str, since_s: float) -> None:
+        self._model = model
+        self._since_s = since_s
+        self._new: list[tuple[Floats, Floats]] = []
+        self._levels = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0)) for _ in LEVELS]
+
+    def add(self, times: Floats, busy_s: Floats) -> None:
+        """Requests that came, and how long each is worked on."""
+        if len(times):
+            self._new.append((times, busy_s))
+
+    def traffic(self, now_s: float) -> Traffic:
+        """What the store would know."""
+        self._settle(now_s)
+        return Traffic(
+            self._model,
+            now_s,
+            tuple(
+                Buckets(
+                    step_s=step_s,
+                    start_s=max(self._since_s, now_s - kept_s),
+                    end_s=now_s,
+                    index=index,
+                    arrivals=count.astype(np.float32),
+                    input_tokens=np.zeros(len(index), np.float32),
+                    output_tokens=np.zeros(len(index), np.float32),
+                    busy_s=busy.astype(np.float32),
+                )
+                for (step_s, kept_s), (index, count, busy) in zip(LEVELS, self._levels, strict=True)
+            ),
+        )
+
+    def _settle(self, now_s: float) -> None:
+        if not self._new:
+            return
+        times = np.concatenate([times for times, _ in self._new])
+        worked = np.concatenate([busy for _, busy in self._new])
+        self._new = []
+        for at, (step_s, kept_s) in enumerate(LEVELS):
+            index, where = np.unique((times // step_s).astype(np.int64), return_inverse=True)
+            count = np.bincount(where, minlength=len(index)).astype(np.float64)
+            busy = np.bincount(where, worked, len(index))
+            known, known_count, known_busy = self._levels[at]
+            if len(known) and len(index) and known[-1] == index[0]:
+                count[0] += known_count[-1]
+                busy[0] += known_busy[-1]
+                known, known_count, known_busy = known[:-1], known_count[:-1], known_busy[:-1]
+            first = int(np.searchsorted(known, (now_s - kept_s) // step_s))
+            self._levels[at] = (
+                np.concatenate([known[first:], index]),
+                np.concatenate([known_count[first:], count]),
+                np.concatenate([known_busy[first:], busy]),
+            )
+
+
+@dataclass(slots=True)
+class _Turn:
+    recorder: Recorder
+    horizon_s: float
+    due_s: float = math.inf
+    fitted_s: float = -math.inf
+    silences: int = 0
+    arrivals: float = 0.0
+
+
+class SimForecasts:
+    """`ForecastSource` for one simulation. Fits take no virtual time; `fits` and `failures` are counted."""
+
+    def __init__(self, fitter: Fitter = fit_standard, refit_s: float = REFIT_S) -> None:
+        self._fitter = fitter
+        self._refit_s = refit_s
+        self._book = Book()
+        self._turns: dict[str, _Turn] = {}
+        self._prior: Prior = NO_FLEET
+        self.fits = 0
+        self.failures: dict[str, str] = {}
+
+    def watch(self, model: str, since_s: float, horizon_s: float) -> None:
+        """Forecast this model; nothing is known of it before `since_s`."""
+        self._turns.setdefault(model, _Turn(Recorder(model, since_s), horizon_s))
+
+    def arrived(self, model: str, times: Floats, work: Floats) -> None:
+        """Requests came, shape (n,) each."""
+        if not len(times):
+            return
+        turn = self._turns[model]
+        turn.recorder.add(times, work)
+        # As gateways tell: by the second.
+        seconds, counts = np.unique(np.floor(times), return_counts=True)
+        for second, count in zip(seconds.tolist(), counts.tolist(), strict=True):
+            self._book.arrived(model, second, count)
+        page = self._book.page(model)
+        fitted = page.fitted
+        now_s = float(times[-1])
+        if fitted is None:
+            turn.due_s = min(turn.due_s, now_s + SETTLE_S)
+            return
+        more = page.silences > CHANGED_SILENCES * fitted.known_silences
+        much = page.arrivals > 20 and page.arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
+        wait_s = EARLIEST_S if more or much else self._refit_s
+        turn.due_s = min(turn.due_s, max(now_s + SETTLE_S, turn.fitted_s + wait_s))
+
+    def next_s(self, model: str) -> float:
+        """When it is fitted next; infinite if nothing came since."""
+        return self._turns[model].due_s
+
+    def fit(self, model: str, now_s: float) -> None:
+        """Where that is due."""
+        turn = self._turns[model]
+        if turn.due_s > now_s:
+            return
+        turn.due_s, turn.fitted_s = math.inf, now_s
+        self._book.begin_fit(model)
+        self.fits += 1
+        try:
+            fitted = self._fitter(Job(turn.recorder.traffic(now_s), now_s, turn.horizon_s, self._prior))
+        except Exception as error:  # noqa: BLE001 - as live: the model keeps its last fit, and it is told
+            self.failures[model] = f"{type(error).__name__}: {error}"
+            return
+        if fitted is not None:
+            self._book.install(model, fitted)
+
+    def pool(self) -> None:
+        """What the fleet's models have in common by now. All of them must have got to the same moment."""
+        fits = self._book.fits()
+        if fits:
+            self._prior = pooled(fit.share for _, fit in sorted(fits.items()))
+
+    def forecast(self, model: str, now_s: float) -> Forecast | None:
+        """Of the last fit, as of about now."""
+        forecast = self._book.forecast(model, now_s)
+        if forecast is None or forecast.fitted_s is not None:
+            return forecast
+        return replace(forecast, fitted_s=self._turns[model].fitted_s)
+
+
+class NoForecasts:
+    """For policies that ask for none."""
+
+    def forecast(self, model: str, now_s: float) -> Forecast | None:
+        """None."""
+        return None
+
+
+__all__ = ["NoForecasts", "Recorder", "SimForecasts"]

@@ -1,0 +1,248 @@
+"""What the virtual cluster is made of: engines, starts, prices. Read from a JSON file, or as assumed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoscaling.core.types import Rung, RungProfile
+
+Floats = NDArray[np.float64]
+
+GPU_PRICES_PER_H: Mapping[str, float] = {
+    "B200": 6.0,
+    "H200": 4.0,
+    "H100": 3.0,
+    "A100": 1.8,
+    "L40S": 1.0,
+    "L4": 0.7,
+    "T4": 0.4,
+    "CPU": 0.1,
+}
+"""US dollars an hour of one GPU: round figures of what clouds asked for on-demand machines in 2025. Set your own with
+`price_per_gpu_h`."""
+
+
+class ProfileError(ValueError):
+    """The message names the field, the value and what would be right."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How long a request takes. A trace's own `exec_s` goes before the tokens."""
+
+    concurrency: int = 16
+    """Requests in progress at once in one replica, at most."""
+    prefill_tokens_per_s: float = 10_000.0
+    decode_s: float = 0.02
+    """Seconds for one token of each request in progress, in a batch of one."""
+    decode_per_request_s: float = 0.0005
+    """By how much that grows with each further request in the batch."""
+    input_tokens: int = 512
+    output_tokens: int = 128
+    """Of a request of which the trace does not say."""
+    service_s: float = 0.0
+    """If positive, how long every request takes, whatever its tokens; nothing slows it down."""
+    slowdown: tuple[float, ...] = ()
+    """If given, how many times longer a request takes in a batch of 1, 2, 3… than alone, as measured. The last one goes
+    on in proportion to the batch."""
+
+    def work_s(self, input_tokens: int, output_tokens: int, exec_s: float) -> float:
+        """Seconds that a request takes alone on a replica."""
+        if exec_s > 0:
+            return exec_s
+        if self.service_s > 0:
+            return self.service_s
+        tokens_in = input_tokens or self.input_tokens
+        tokens_out = output_tokens or (0 if input_tokens else self.output_tokens)
+        return tokens_in / self.prefill_tokens_per_s + max(1, tokens_out) * self.decode_s
+
+    def slowdowns(self, *, fixed: bool) -> Floats:
+        """By requests in progress, shape (concurrency + 1,). `fixed`: the trace says how long its requests took."""
+        count = np.arange(self.concurrency + 1, dtype=np.float64)
+        if fixed or (self.service_s > 0 and not self.slowdown):
+            return np.ones(self.concurrency + 1)
+        if self.slowdown:
+            known = np.asarray([1.0, *self.slowdown])
+            last = len(known) - 1
+            beyond = known[-1] * np.maximum(count, 1) / last
+            return np.where(count <= last, known[np.minimum(count.astype(int), last)], beyond)
+        return 1.0 + np.maximum(count - 1, 0) * self.decode_per_request_s / self.decode_s
+
+
+@dataclass(frozen=True)
+class Start:
+    """From one rung to a replica that serves."""
+
+    delay_s: tuple[float, ...]
+    """As measured, one of which is drawn for each start; a single one is always it."""
+    cost_per_s: float = 0.0
+    """GPU-seconds for each second that a model without replicas is held on this rung."""
+
+    @cached_property
+    def sorted_s(self) -> Floats:
+        return np.sort(np.asarray(self.delay_s, np.float64))
+
+    def quantile_s(self, share: float) -> float:
+        delays = self.sorted_s
+        return float(delays[min(len(delays) - 1, max(0, math.ceil(share * len(delays)) - 1))])
+
+
+DEFAULT_STARTS: Mapping[Rung, Start] = {
+    Rung.WEIGHTS: Start((20.0,)),
+    Rung.TEMPLATE: Start((4.0,)),
+    Rung.PARKED: Start((1.0,), 0.01),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """All of it."""
+
+    engine: Engine = field(default_factory=Engine)
+    starts: Mapping[Rung, Start] = field(default_factory=lambda: DEFAULT_STARTS)
+    base: Rung = Rung.TEMPLATE
+    """Where a model rests that nothing keeps warmer."""
+    gpus: float | None = None
+    """GPUs of the cluster; None: as many as are asked for."""
+    parked_engines: int | None = None
+    """Engines that memory has room for, over all models; the one that was used longest ago makes room. None: all."""
+    start_failures: float = 0.0
+    """Share of the starts that fail after their time, and are begun anew."""
+    deadline_s: float = 600.0
+    """How long a request may wait before it is turned away."""
+    queue_limit: float = math.inf
+    """How many requests of one model may wait."""
+    slo_s: float = 5.0
+    """A request that waits longer has missed the SLO."""
+    wake_s: float = 0.1
+    """From a request at zero replicas to the beginning of a start: one turn of Serve's control loop."""
+    price_per_gpu_h: float = GPU_PRICES_PER_H["H100"]
+
+    def rungs(self, gpus_per_replica: float, *, park: bool = True) -> tuple[RungProfile, ...]:
+        """As a controller that has measured them would say, lowest first."""
+        found: list[RungProfile] = []
+        for rung in sorted(self.starts):
+            if rung == Rung.PARKED and not park:
+                continue
+            start = self.starts[rung]
+            found.append(
+                RungProfile(
+                    rung,
+                    start.quantile_s(0.5),
+                    start.quantile_s(0.9),
+                    start.cost_per_s * gpus_per_replica,
+                    len(start.delay_s),
+                )
+            )
+        return (*found, RungProfile(Rung.SERVING, 0.0, 0.0, gpus_per_replica))
+
+    def two_states(self, delay_s: float) -> Profile:
+        """Dark or lit, with one cold start time."""
+        return dataclasses.replace(self, starts={Rung.TEMPLATE: Start((delay_s,))}, base=Rung.TEMPLATE)
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Raises ProfileError."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ProfileError(f"{path}: can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ProfileError(f"{path}: not JSON: {error}") from error
+    try:
+        return parse_profile(data)
+    except ProfileError as error:
+        raise ProfileError(f"{path}: {error}") from None
+
+
+def parse_profile(data: object) -> Profile:
+    """From plain values: the fields of Profile, `engine` as those of Engine, `starts` as rung -> {delay_s, cost_per_s}.
+
+    Raises ProfileError.
+    """
+    values = _object(data, "profile", Profile)
+    if "engine" in values:
+        engine = _object(values["engine"], "engine", Engine)
+        slowdown = engine.pop("slowdown", ())
+        _numbers(engine, "engine")
+        concurrency = engine.get("concurrency", 16)
+        if type(concurrency) is not int or not 1 <= concurrency <= 4096:
+            raise ProfileError(f"engine.concurrency: {concurrency!r} is not a whole number from 1 to 4096")
+        for name in ("prefill_tokens_per_s", "decode_s"):
+            if engine.get(name, 1) <= 0:
+                raise ProfileError(f"engine.{name}: {engine[name]!r} must be above 0")
+        values["engine"] = Engine(slowdown=_delays(slowdown, "engine.slowdown"), **engine)
+    if "starts" in values:
+        starts = values["starts"]
+        if not isinstance(starts, dict) or not starts:
+            raise ProfileError(f"starts: {starts!r} is not an object of rungs")
+        values["starts"] = {_rung(name, "starts"): _start(name, start) for name, start in starts.items()}
+        if Rung.SERVING in values["starts"]:
+            raise ProfileError("starts.serving: nothing starts from there; it must be cold to parked")
+    if "base" in values:
+        values["base"] = _rung(values["base"], "base")
+    _numbers(
+        {n: v for n, v in values.items() if n not in ("engine", "starts", "base") and v is not None},
+        "profile",
+    )
+    profile = Profile(**values)
+    below = [rung for rung in profile.starts if rung <= profile.base]
+    if not below:
+        raise ProfileError(f"base: {profile.base.name.lower()} is below every rung of starts")
+    return profile
+
+
+def _start(name: str, data: object) -> Start:
+    where = f"starts.{name}"
+    if isinstance(data, int | float | list):
+        data = {"delay_s": data}
+    values = _object(data, where, Start)
+    if "delay_s" not in values:
+        raise ProfileError(f"{where}.delay_s: missing; it must be seconds, or a list of them")
+    delays = values["delay_s"]
+    cost = values.get("cost_per_s", 0.0)
+    _numbers({"cost_per_s": cost}, where)
+    return Start(_delays(delays if isinstance(delays, list) else [delays], f"{where}.delay_s"), float(cost))
+
+
+def _delays(values: Sequence[Any], where: str) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple):
+        raise ProfileError(f"{where}: {values!r} is not a list of numbers")
+    _numbers({f"[{i}]": value for i, value in enumerate(values)}, where)
+    return tuple(float(value) for value in values)
+
+
+def _object(data: object, where: str, kind: type) -> dict[str, Any]:
+    known = [each.name for each in dataclasses.fields(kind)]
+    if not isinstance(data, dict):
+        raise ProfileError(f"{where}: {data!r} is not an object")
+    for name in data:
+        if name not in known:
+            raise ProfileError(f"{where}: unknown field {name!r}; there are {', '.join(known)}")
+    return dict(data)
+
+
+def _numbers(values: Mapping[str, Any], where: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
+            raise ProfileError(f"{where}.{name}: {value!r} is not a number from 0")
+
+
+def _rung(name: object, where: str) -> Rung:
+    rung = {each.name.lower(): each for each in Rung}.get(name) if isinstance(name, str) else None
+    if rung is None:
+        raise ProfileError(f"{where}: {name!r} is none of {', '.join(each.name.lower() for each in Rung)}")
+    return rung
+
+
+__all__ = ["GPU_PRICES_PER_H", "Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile"]

@@ -1,0 +1,215 @@
+"""What a policy would have cost, and how long users would have waited."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autoscaling.sim.queueing import CELLS, waited_quantile_s
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one model, or of all together. Counts are of requests that came after `measure_from_s`."""
+
+    requests: int = 0
+    cold_requests: int = 0
+    """Those that came while no replica was ready."""
+    cold_starts: int = 0
+    """Starts from zero that at least one request waited for, whatever began them."""
+    rejected: int = 0
+    """Turned away: the queue was full, or the deadline passed."""
+    waited_s: float = 0.0
+    """From a request's coming to a replica's beginning with it, summed over all."""
+    cold_waited_s: float = 0.0
+    """The same of the cold requests."""
+    wait_mean_s: float = 0.0
+    wait_p50_s: float = 0.0
+    wait_p95_s: float = 0.0
+    wait_p99_s: float = 0.0
+    wait_max_s: float = 0.0
+    slo_attainment: float = 1.0
+    """Share of the requests that waited no longer than the profile's `slo_s`."""
+    gpu_s: float = 0.0
+    """GPU-seconds, all states together."""
+    starting_gpu_s: float = 0.0
+    busy_gpu_s: float = 0.0
+    """At least one request in progress."""
+    idle_gpu_s: float = 0.0
+    parked_gpu_s: float = 0.0
+    """What the host memory of parked engines is charged."""
+    node_gpu_s: float = 0.0
+    """Rungs below, where they are charged."""
+    cost: float = 0.0
+    """GPU-seconds at the price of the profile, in its currency."""
+    total_cost_gpu_s: float = 0.0
+    """gpu_s + wait_cost * waited_s: what the predictive policy minimises."""
+    starts: int = 0
+    failed_starts: int = 0
+    cancelled_starts: int = 0
+    prewarms: int = 0
+    prewarm_hits: int = 0
+    scale_ups: int = 0
+    scale_downs: int = 0
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    model: str
+    figures: Figures
+    starts_by_rung: Mapping[str, int] = field(default_factory=dict)
+    wait_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(CELLS, np.int64))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one replay."""
+
+    policy: str
+    params: Mapping[str, float]
+    trace: str
+    seed: int
+    wait_cost: float
+    measured_from_s: float
+    """Unix seconds."""
+    until_s: float
+    total: Figures
+    models: tuple[ModelReport, ...]
+    took_s: float = 0.0
+    """Real seconds."""
+    fits: int = 0
+    skipped_rows: int = 0
+    notes: tuple[str, ...] = ()
+    """What the reader should know: models that failed, how the trace was scaled."""
+    timeline: Mapping[str, Any] = field(default_factory=dict)
+    """For plots, if asked for: see `autoscaling.sim.timeline`."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON has it; its schema is `json_schema()`."""
+        return {
+            "version": VERSION,
+            "policy": self.policy,
+            "params": dict(self.params),
+            "trace": self.trace,
+            "seed": self.seed,
+            "wait_cost": self.wait_cost,
+            "measured_from_s": self.measured_from_s,
+            "until_s": self.until_s,
+            "took_s": self.took_s,
+            "fits": self.fits,
+            "skipped_rows": self.skipped_rows,
+            "notes": list(self.notes),
+            "total": dataclasses.asdict(self.total),
+            "models": [
+                {
+                    "model": each.model,
+                    **dataclasses.asdict(each.figures),
+                    "starts_by_rung": dict(each.starts_by_rung),
+                }
+                for each in self.models
+            ],
+        }
+
+
+_SUMMED = tuple(
+    each.name
+    for each in dataclasses.fields(Figures)
+    if not each.name.startswith("wait_") and each.name != "slo_attainment"
+)
+
+
+def figures(
+    sums: Mapping[str, float], histogram: NDArray[np.int64], longest_s: float, in_time: int
+) -> Figures:
+    """From what is counted to what follows from it."""
+    started = int(histogram.sum())
+    requests = int(sums["requests"])
+    return Figures(
+        **sums,  # type: ignore[arg-type]
+        wait_mean_s=sums["waited_s"] / started if started else 0.0,
+        wait_p50_s=min(longest_s, waited_quantile_s(histogram, 0.5)),
+        wait_p95_s=min(longest_s, waited_quantile_s(histogram, 0.95)),
+        wait_p99_s=min(longest_s, waited_quantile_s(histogram, 0.99)),
+        wait_max_s=longest_s,
+        slo_attainment=in_time / requests if requests else 1.0,
+    )
+
+
+def together(models: Iterable[ModelReport]) -> Figures:
+    """The same over all of them."""
+    models = list(models)
+    histogram = np.zeros(CELLS, np.int64)
+    for each in models:
+        histogram = histogram + each.wait_histogram
+    sums: dict[str, float] = {
+        name: math.fsum(getattr(each.figures, name) for each in models) for name in _SUMMED
+    }
+    for name in _SUMMED:
+        if isinstance(getattr(Figures(), name), int):
+            sums[name] = int(sums[name])
+    longest_s = max((each.figures.wait_max_s for each in models), default=0.0)
+    in_time = round(math.fsum(each.figures.slo_attainment * each.figures.requests for each in models))
+    return figures(sums, histogram, longest_s, in_time)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of `Report.to_plain`."""
+    numbers = {
+        each.name: {"type": "integer" if isinstance(each.default, int) else "number"}
+        for each in dataclasses.fields(Figures)
+    }
+    required = sorted(numbers)
+    model = {
+        **numbers,
+        "model": {"type": "string"},
+        "starts_by_rung": {"type": "object", "additionalProperties": {"type": "integer"}},
+    }
+    number, integer, string = {"type": "number"}, {"type": "integer"}, {"type": "string"}
+    properties = {
+        "version": {"const": VERSION},
+        "policy": string,
+        "params": {"type": "object", "additionalProperties": number},
+        "trace": string,
+        "seed": integer,
+        "wait_cost": number,
+        "measured_from_s": number,
+        "until_s": number,
+        "took_s": number,
+        "fits": integer,
+        "skipped_rows": integer,
+        "notes": {"type": "array", "items": string},
+        "total": {
+            "type": "object",
+            "properties": numbers,
+            "required": required,
+            "additionalProperties": False,
+        },
+        "models": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": model,
+                "required": sorted(model),
+                "additionalProperties": False,
+            },
+        },
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "What a policy would have cost on a trace",
+        "type": "object",
+        "properties": properties,
+        "required": sorted(properties),
+        "additionalProperties": False,
+    }
+
+
+__all__ = ["Figures", "ModelReport", "Report", "figures", "json_schema", "together"]
