@@ -51,3 +51,12 @@ class WithDefault(TyperGroup):
         if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
             args = [next(iter(self.commands)), *args]
         return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Subcommands, and what the first one takes in their place."""
+        found: list[Any] = super().shell_complete(ctx, incomplete)
+        first = next(iter(self.commands.values()))
+        argument = next((param for param in first.params if param.param_type_name == "argument"), None)
+        if argument is not None:
+            found += argument.shell_complete(ctx, incomplete)
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -123,10 +124,11 @@ def params(given: list[str] | None) -> dict[str, float] | None:
     for text in given:
         name, sign, value = text.partition("=")
         try:
-            found[name.strip()] = float(value)
+            number = float(value)
         except ValueError:
-            sign = ""
-        if not sign or not name.strip():
+            number = math.nan
+        found[name.strip()] = number
+        if not sign or not name.strip() or not math.isfinite(number):
             raise CommandError(f"--param: {text!r} is not NAME=NUMBER, like stable_s=30", WRONG)
     return found
 

@@ -11,9 +11,9 @@ from zoneinfo import ZoneInfo
 DURATIONS = "like 90s, 15m, 1h30m, 2d or 1w"
 TIMES = 'like 18:30, "tomorrow 09:00", "mon 08:00", "in 15m", 2026-11-25T09:00 or 2026-11-25T09:00+01:00'
 _UNITS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
-_PART = re.compile(r"(\d+(?:\.\d+)?)([wdhms])")
-_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?")
-_ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2})?(Z|[+-]\d{2}:\d{2})?)?")
+_PART = re.compile(r"(\d+(?:\.\d+)?)([wdhms])", re.ASCII)
+_CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", re.ASCII)
+_ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2})?(Z|[+-]\d{2}:\d{2})?)?", re.ASCII)
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _LONGEST_S = 366 * 86400 * 10
 
