@@ -98,13 +98,18 @@ def _bounded(spec: Spec, seen: Seen, floor: Floor, proposal: Proposal) -> Decisi
 def _remembered(spec: Spec, context: Context, floor: Floor, proposal: Proposal, decision: Decision) -> State:
     seen, memory = context.seen, context.state.values
     replicas = decision.replicas or 0
-    values = {**proposal.values, "now_s": seen.now_s, "replicas": float(replicas)}
+    values = {
+        **proposal.values,
+        "now_s": seen.now_s,
+        "replicas": float(replicas),
+        "proposed": float(proposal.replicas),
+    }
     if seen.idle_since_s is not None:
         values["idle_since_s"] = seen.idle_since_s
     if floor.begun_s > -math.inf and spec.windows:
         values["window_s"] = floor.begun_s
     if replicas == 0:
-        if context.before > 0:
+        if memory.get("replicas", seen.present) > 0:
             values |= {"dark_s": seen.now_s, "dark_rung": float(decision.rung)}
         elif "dark_s" in memory and seen.now_s < memory["dark_s"] + SETTLE_S:
             values |= {"dark_s": memory["dark_s"], "dark_rung": memory["dark_rung"]}
@@ -124,7 +129,7 @@ def _settled(seen: Seen, memory: Mapping[str, float]) -> tuple[Seen, float | Non
 
 def _back(state: State, now_s: float) -> State:
     """The memory after the clock went back: what is in the future by the new one is forgotten."""
-    values = {name: value for name, value in state.values.items() if name == "replicas"}
+    values = {name: value for name, value in state.values.items() if name in ("replicas", "proposed")}
     values["now_s"] = now_s
     series = tuple((min(time_s, now_s), value) for time_s, value in state.series)
     return State(state.policy, values, series, state.histogram)

@@ -141,7 +141,7 @@ def follow(
     if replicas > 0:
         values["idle_since_s"] = now_s
     replicas, clamps = _clamped(spec, entry, replicas)
-    values["replicas"] = float(replicas)
+    values |= {"replicas": float(replicas), "proposed": float(replicas)}
     series = state.series if state.policy == _FOLLOWER else ()
     series = push_peak(series, now_s, float(replicas), DELAY.default or 0.0)
     decision = Decision(

@@ -31,7 +31,7 @@ class Context:
 
     spec: Spec
     state: State
-    """This policy's own memory, empty at first. `values["replicas"]` is what was last decided, after all bounds."""
+    """This policy's own memory, empty at first. `values["proposed"]` is what it last proposed."""
     seen: Seen
     forecast: Forecast | None
     floor: int
@@ -46,8 +46,8 @@ class Context:
 
     @property
     def before(self) -> int:
-        """Replicas as last decided; at first those that there are."""
-        held = self.state.values.get("replicas")
+        """Replicas as last proposed, before floors and bounds; at first those that there are."""
+        held = self.state.values.get("proposed")
         return self.seen.present if held is None else int(held)
 
 

@@ -53,7 +53,13 @@ class RayDefault:
             if seen.load > 0:
                 replicas = max(math.ceil(up), before)
                 return Proposal(
-                    replicas, seen.rung, carried(context, replicas, 1), math.inf, numbers, {}, series
+                    replicas,
+                    seen.rung,
+                    carried(context, replicas, 1),
+                    math.inf,
+                    numbers,
+                    {},
+                    series,
                 )
             # Serve keeps its target while nothing runs: a start that is under way goes on.
             rung, reason = (seen.rung, carried(context, before, before)) if before else rest(context)
@@ -65,7 +71,8 @@ class RayDefault:
         )
         wanted = self._scaled(load / unit, current, up, down)
         numbers["wanted_replicas"] = float(wanted)
-        replicas, values = before, {}
+        replicas = before
+        values: dict[str, float] = {}
         sign = (wanted > before) - (wanted < before)
         if sign:
             since_s = memory["since_s"] if memory.get("direction") == sign else now_s
