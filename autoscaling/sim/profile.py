@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,6 +31,10 @@ GPU_PRICES_PER_H: Mapping[str, float] = {
 }
 """US dollars an hour of one GPU: round figures of what clouds asked for on-demand machines in 2025. Set your own with
 `price_per_gpu_h`."""
+
+
+KNOWN_STARTS = 32
+"""How many starts of each kind the controller is taken to have seen."""
 
 
 class ProfileError(ValueError):
@@ -93,8 +98,18 @@ class Start:
         return np.sort(np.asarray(self.delay_s, np.float64))
 
     def quantile_s(self, share: float) -> float:
+        """The smallest one that is not below that share of them."""
         delays = self.sorted_s
         return float(delays[min(len(delays) - 1, max(0, math.ceil(share * len(delays)) - 1))])
+
+    def measured_s(self) -> tuple[float, float]:
+        """(median, upper quantile) as a controller would have them from KNOWN_STARTS starts.
+
+        The upper one is a little above the median even if all took the same: few starts prove little.
+        """
+        median = float(statistics.median(self.delay_s))
+        known = max(KNOWN_STARTS, len(self.delay_s))
+        return median, max(self.quantile_s(0.9), median * (1.0 + 1.0 / known))
 
 
 DEFAULT_STARTS: Mapping[Rung, Start] = {
@@ -138,8 +153,7 @@ class Profile:
             found.append(
                 RungProfile(
                     rung,
-                    start.quantile_s(0.5),
-                    start.quantile_s(0.9),
+                    *start.measured_s(),
                     start.cost_per_s * gpus_per_replica,
                     len(start.delay_s),
                 )

@@ -89,7 +89,7 @@ class Group:
         for name, model in self.models.items():
             model.begin(begin_s)
             if self._forecasts is not None:
-                delay_s = max(start.quantile_s(0.9) for start in profile.starts.values())
+                delay_s = max(start.measured_s()[1] for start in profile.starts.values())
                 self._forecasts.watch(name, begin_s, delay_s)
         self._tick(begin_s)
 
