@@ -39,11 +39,12 @@ def accounts(
     rows = []
     for row in answer["models"]:
         if by_day:
-            rows += [(row["model"], day["day"], *_cells(day, rungs), "") for day in row["days"]]
+            rows += [(row["model"], day["day"], *_cells(day, rungs)) for day in row["days"]]
         else:
             rows.append((row["model"], *_cells(row, rungs), output.gpu_s(row["dedicated_gpu_s"])))
-    columns = ["GPU time", *rungs, "requests", "met it dark", "cold starts", "waited", "dedicated"]
+    columns = ["GPU time", *rungs, "requests", "met it dark", "cold starts", "waited"]
     if not by_day:
+        columns.append("dedicated")
         rows.append(
             ("all", *_cells(answer["total"], rungs), output.gpu_s(answer["total"]["dedicated_gpu_s"]))
         )

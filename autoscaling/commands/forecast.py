@@ -111,4 +111,4 @@ def _plot(answer: Mapping[str, Any]) -> None:
     if planned:
         line = Line("planned", [r["start_s"] for r in planned], [float(r["replicas"]) for r in planned])
         line = steps(line, now_s + answer["ahead_s"])
-        typer.echo(plot("planned replicas", [line], width=width, height=8))
+        typer.echo(plot("planned replicas", [line], width=width, height=9, whole=True))

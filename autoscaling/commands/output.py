@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.commands import times
-from autoscaling.live.api.words import duration, gpu_s, moment
+from autoscaling.live.api.words import count, duration, gpu_s, moment
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,12 +49,24 @@ def lasting(seconds: float | None) -> str:
     return "-" if seconds is None else duration(seconds)
 
 
+def floor(value: Mapping[str, Any]) -> str:
+    """`2 replicas`, or the rung that is asked for."""
+    return count(value["replicas"], "replica") if value["rung"] == "serving" else str(value["rung"])
+
+
 def override(row: Mapping[str, Any]) -> str:
-    """`policy 2, wait_cost 5 for m until 18:00 (id)`."""
-    values = ", ".join(f"{name} {_value(name, value)}" for name, value in row["value"].items())
-    of = row["model"] or "the whole fleet"
+    """What was said: `wait_cost 5 for m until 18:00:00`, `2 replicas of m from 09:00:00 to 17:00:00`."""
+    value, of = row["value"], row["model"] or "the whole fleet"
     until = f" until {when(row['until_s'])}" if row.get("until_s") is not None else ""
-    return f"{values} for {of}{until}"
+    if row["kind"] == "prewarm":
+        return f"at least {floor(value)} of {of} from {when(value['start_s'])} to {when(value['end_s'])}"
+    if row["kind"] == "schedule":
+        lasts = (
+            f"for {duration(value['duration_s'])} from {value['cron']!r} on the clock of {value['timezone']}"
+        )
+        return f"at least {floor(value)} of {of} {lasts}{until}"
+    said = ", ".join(f"{name} {_value(name, item)}" for name, item in value.items())
+    return f"{said}{until}" if row["kind"] == "mode" else f"{said} for {of}{until}"
 
 
 def done(row: Mapping[str, Any]) -> None:
@@ -70,7 +82,7 @@ def undone(rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _value(name: str, value: object) -> str:
     if name.endswith("_s") and isinstance(value, int | float):
-        return when(float(value)) if name in ("start_s", "end_s") else duration(float(value))
+        return duration(float(value))
     if isinstance(value, Mapping):
         return "(" + ", ".join(f"{key} {item:g}" for key, item in value.items()) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -78,8 +90,10 @@ def _value(name: str, value: object) -> str:
 
 __all__ = [
     "console",
+    "count",
     "done",
     "duration",
+    "floor",
     "gpu_s",
     "lasting",
     "moment",

@@ -41,8 +41,12 @@ def plot(
     now_s: float | None = None,
     width: int = WIDTH,
     height: int = HEIGHT,
+    whole: bool = False,
 ) -> str:
-    """As text without colours, at most `width` columns wide; a vertical line stands at `now_s`."""
+    """As text without colours, at most `width` columns wide; a vertical line stands at `now_s`.
+
+    `whole`: the values are counts, and so are the marks beside them.
+    """
     import plotext  # type: ignore[import-untyped]
 
     figure = plotext.figure
@@ -67,6 +71,9 @@ def plot(
         ticks = _ticks(first, last)
         figure.ruler("x").ticks([tick for tick, _ in ticks], [label for _, label in ticks])
         figure.ruler("y").lim(0, None)
+        if whole:
+            most = math.ceil(max(value for line in lines for value in line.values))
+            figure.ruler("y").ticks(list(range(0, most + 1, max(1, math.ceil(most / 4)))))
         if now_s is not None and first < now_s < last:
             figure.line(now_s, "vertical")
     text: str = figure.build().string(colorless=True)

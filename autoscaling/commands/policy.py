@@ -62,8 +62,12 @@ def list_policies(address: options.Address = None, as_json: options.Json = False
 
 
 def _default(param: Mapping[str, Any]) -> str:
-    default = "the model's own" if param["default"] is None else f"{param['default']:g}"
-    return f"{default}, {param['low']:g} to {param['high']:g} {param['unit']}"
+    def shown(value: float) -> str:
+        return output.duration(value) if param["unit"] == "s" else f"{value:g}"
+
+    default = "the model's own" if param["default"] is None else shown(param["default"])
+    unit = "" if param["unit"] in ("s", "0 or 1") else f" {param['unit']}"
+    return f"{default}; {shown(param['low'])} to {shown(param['high'])}{unit}"
 
 
 def _models(models: list[Mapping[str, Any]]) -> None:
@@ -113,7 +117,7 @@ def show(model: options.Model, address: options.Address = None, as_json: options
     for row in answer["overrides"]:
         output.say(f"{row['id']}: {output.override(row)}, by {row['who']} at {output.when(row['made_s'])}")
     for row in answer["windows"]:
-        floor = f"{row['replicas']} replicas" if row["rung"] == "serving" else row["rung"]
+        floor = output.floor(row)
         output.say(
             f"{row['source']} {row['id']}: {floor} from {output.when(row['start_s'])} to {output.when(row['end_s'])}"
         )

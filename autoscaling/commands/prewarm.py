@@ -64,7 +64,7 @@ def list_prewarms(
                 (
                     row["id"],
                     row["model"],
-                    row["value"]["replicas"] if row["value"]["rung"] == "serving" else row["value"]["rung"],
+                    output.floor(row["value"]),
                     output.when(row["value"]["start_s"]),
                     output.when(row["value"]["end_s"]),
                     row["who"],
@@ -83,10 +83,10 @@ def list_prewarms(
                     output.when(row["begun_s"]),
                     row["model"],
                     row["reason"],
-                    f"{row['replicas']} replicas" if row["rung"] == "serving" else row["rung"],
+                    output.floor(row),
                     output.gpu_s(row["cost_gpu_s"]),
                     _met(row["begun_s"], row["hit_s"], row["ended_s"]),
-                    f"{row['spared_requests']} requests {output.duration(row['spared_wait_s'])}",
+                    f"{output.count(row['spared_requests'], 'request')} {output.duration(row['spared_wait_s'])}",
                 )
                 for row in answer["outcomes"]
             ],

@@ -76,7 +76,7 @@ def list_schedules(
                     row["value"]["cron"],
                     output.duration(row["value"]["duration_s"]),
                     row["value"]["timezone"],
-                    _floor(row["value"]),
+                    output.floor(row["value"]),
                     row["who"],
                     output.when(row["until_s"]),
                 )
@@ -121,11 +121,13 @@ def _spans(rows: Iterable[Mapping[str, Any]]) -> None:
     output.table(
         ("from", "to", "model", "at least", "id"),
         [
-            (output.when(r["start_s"]), output.when(r["end_s"]), r["model"] or "(all)", _floor(r), r["id"])
+            (
+                output.when(r["start_s"]),
+                output.when(r["end_s"]),
+                r["model"] or "(all)",
+                output.floor(r),
+                r["id"],
+            )
             for r in rows
         ],
     )
-
-
-def _floor(value: Mapping[str, Any]) -> str:
-    return f"{value['replicas']} replicas" if value["rung"] == "serving" else str(value["rung"])

@@ -42,7 +42,7 @@ Answer = Callable[[Request], dict[str, Any]]
 def _health(request: Request) -> dict[str, Any]:
     """GET health."""
     shown: dict[str, Any] = plain(dict(request.view.health()))
-    return {"mode": request.view.mode(), "now_s": request.now_s, **shown}
+    return {"mode": request.mode(), "now_s": request.now_s, **shown}
 
 
 _EXACT: Mapping[str, Mapping[str, Answer]] = {

@@ -77,7 +77,7 @@ def test_every_bound_has_its_sentence() -> None:
         (
             Reason.PREWARM,
             {"prewarm_window_s": 600.0, "idle_s": 500.0},
-            "when it has been idle for 10 min or more",
+            "after 10 min or more",
         ),
         (
             Reason.FORECAST_DEMAND,
@@ -133,7 +133,7 @@ def test_the_whole_explanation(lab: Lab) -> None:
     assert answer["text"] == [
         "smollm2-135m has 1 replica ready (0 requests in progress, 0 waiting).",
         "It should have 1 replica. The policy `predictive` decides.",
-        "Nothing was asked for for 40 s, but a replica is kept for what may come. The chance that one comes within the "
+        "It has been idle for 40 s, but a replica is kept for what may come. The chance that one comes within the "
         "2.4 s that a start takes is 12 %. Expected cost from now on, with a second of waiting at 5 GPU-s (wait_cost): "
         "keeping it 20.5 GPU-s, leaving it dark 31.2 GPU-s.",
         "From where it is a start takes 1.8 s, nine of ten within 2.4 s (measured on 12 starts).",

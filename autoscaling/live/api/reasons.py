@@ -36,11 +36,13 @@ class Facts:
 
     @property
     def idle(self) -> str:
-        """`for 3 min`, or nothing where that is not known."""
+        """`It has been idle for 3 min`, or `It is idle` where that is not known."""
         idle_s = self.number("idle_s")
         if idle_s is None and self.observation.last_busy_s is not None:
             idle_s = self.observation.now_s - self.observation.last_busy_s
-        return f" for {duration(idle_s)}" if idle_s is not None and idle_s >= 0 else ""
+        return (
+            f"It has been idle for {duration(idle_s)}" if idle_s is not None and idle_s > 0 else "It is idle"
+        )
 
 
 def sentence(reason: Reason, facts: Facts) -> str:
@@ -122,25 +124,25 @@ def _keep_alive(facts: Facts) -> str:
     keep_s, break_even_s = facts.number("keep_alive_s"), facts.number("break_even_idle_s")
     if (until_idle_s := facts.number("keep_alive_until_idle_s")) is not None:
         return (
-            f"Nothing was asked for{facts.idle}, and by its idle times so far the next request comes before it has "
+            f"{facts.idle}, and by its idle times so far the next request comes before it has "
             f"been idle for {duration(until_idle_s)}: its replica is kept."
         )
     if break_even_s is not None:
         return (
-            f"Nothing was asked for{facts.idle}. There is no forecast, so the replica is kept until it has cost as "
+            f"{facts.idle}. There is no forecast, so the replica is kept until it has cost as "
             f"much as a cold start would: when it has been idle for {duration(break_even_s)}."
         )
     if keep_s is not None:
-        return f"Nothing was asked for{facts.idle}; an idle replica is kept for {duration(keep_s)}."
+        return f"{facts.idle}; an idle replica is kept for {duration(keep_s)}."
     why = _chance(facts) + _costs(facts)
-    return f"Nothing was asked for{facts.idle}, but a replica is kept for what may come.{why}"
+    return f"{facts.idle}, but a replica is kept for what may come.{why}"
 
 
 def _prewarm(facts: Facts) -> str:
     if (window_s := facts.number("prewarm_window_s")) is not None:
         return (
-            f"By its idle times so far the next request comes when it has been idle for {duration(window_s)} or more "
-            f"(it has been{facts.idle}): it is started so that it is ready then."
+            f"{facts.idle}, and by its idle times so far the next request comes after {duration(window_s)} or more: it "
+            "is started so that it is ready then."
         )
     return f"A request is expected soon, so it is started before anyone waits.{_chance(facts)}{_costs(facts)}"
 
@@ -159,16 +161,13 @@ def _scale_down_delay(facts: Facts) -> str:
 
 def _park(facts: Facts) -> str:
     return (
-        f"Nothing was asked for{facts.idle}. Its engine waits in host memory without a GPU, from where it is back "
+        f"{facts.idle}. Its engine waits in host memory without a GPU, from where it is back "
         f"quickly; holding a replica would cost more than it spares.{_chance(facts)}{_costs(facts)}"
     )
 
 
 def _go_dark(facts: Facts) -> str:
-    return (
-        f"Nothing was asked for{facts.idle}, and what may come does not pay for holding it.{_chance(facts)}"
-        f"{_costs(facts)}"
-    )
+    return f"{facts.idle}, and what may come does not pay for holding it.{_chance(facts)}{_costs(facts)}"
 
 
 def _dark(facts: Facts) -> str:
