@@ -11,6 +11,7 @@ import numpy as np
 
 from autoscaling.forecast.arrivals import ArrivalFitted, Poisson, Renewal, idle, silent_from
 from autoscaling.forecast.base import Forecaster, NotApplicable
+from autoscaling.forecast.calibration import Calibrated, learn
 from autoscaling.forecast.history import Floats, History, Recent, onset_times
 from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.timer import Timer
@@ -26,6 +27,10 @@ LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
 MARGIN = 0.5
+MIN_CALIBRATION = 8
+SHARP = 0.1
+MIN_SHARP = 12
+NOTHING: Floats = np.zeros((0, 5))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +64,30 @@ class Silence:
     recent: Recent
     lo_s: float
     hi_s: float
-    """Where the next arrival came, in seconds from made_s."""
+    """Where the next arrival came, in seconds from made_s.
+
+    Wider by half the last arrival's bucket on each side, since that arrival is taken to have come in its middle.
+    """
 
 
 def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
-    """The latest ones, oldest first."""
+    """The latest ones, oldest first; only the sharply known ones where there are enough of them.
+
+    Who asks for a forecast knows the last arrival to the second. To judge on silences whose beginning is known to
+    within a minute would punish those forecasters that are precise.
+    """
     events = history.events
     where = np.flatnonzero(idle(events))[-most:]
+    blur = (events.hi_s - events.lo_s)[where] + (events.hi_s - events.lo_s)[where + 1]
     if not len(where):
         return []
+    # Against the usual length, not against each one's own: that would pick the long ones.
+    sharp = blur < SHARP * np.median(events.mid_s[where + 1] - events.mid_s[where])
+    if sharp.sum() >= MIN_SHARP:
+        where = where[sharp]
     first = max(0, int(where[0]) - 500)
     made_s = silent_from(events)
+    half = (events.hi_s - events.lo_s) / 2
     onsets = onset_times(events.mid_s[first:])
     return [
         Silence(
@@ -80,8 +98,8 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
                 rates=(),
                 rates_s=float(made_s[i]),
             ),
-            lo_s=float(events.lo_s[i + 1] - made_s[i]),
-            hi_s=float(events.hi_s[i + 1] - made_s[i]),
+            lo_s=max(0.0, float(events.lo_s[i + 1] - made_s[i] - half[i])),
+            hi_s=float(events.hi_s[i + 1] - made_s[i] + half[i]),
         )
         for i in where
     ]
@@ -99,6 +117,7 @@ def choose(
     failures: dict[str, str] = {}
     weight = 0.5 ** (np.arange(len(silences))[::-1] / SCORE_HALF_LIFE)
     totals: dict[str, float] = {}
+    rolled: dict[str, Floats] = {}
     for forecaster in forecasters if len(silences) >= 3 else ():
         try:
             results = _rolling(forecaster, history, prior, silences)
@@ -108,8 +127,16 @@ def choose(
         except Exception as error:  # noqa: BLE001 - one that fails must not take the others with it; it is told
             failures[forecaster.name] = f"{type(error).__name__}: {error}"
             continue
-        use = weight[-len(results) :]
-        totals[forecaster.name] = float((results[:, 0] * use).sum())
+        asked = ~np.isnan(results[:, 0])
+        if not asked.any():
+            failures[forecaster.name] = "did not apply to any of the past silences"
+            continue
+        if rolled:
+            # Where it did not apply yet, the default one would have been taken.
+            results = np.where(asked[:, None], results, rolled[forecasters[0].name])
+        rolled[forecaster.name] = results
+        totals[forecaster.name] = float((results[:, 0] * weight[-len(results) :]).sum())
+        results = results[asked]
         scores[forecaster.name] = ArrivalScore(
             log_score=float(results[:, 0].mean()),
             silences=len(results),
@@ -123,7 +150,11 @@ def choose(
     by_name = {forecaster.name: forecaster for forecaster in forecasters}
     for name in [*order, *(forecaster.name for forecaster in forecasters)]:
         try:
-            return ArrivalChoice(by_name[name].fit(history, prior), scores, failures)  # type: ignore[arg-type]
+            fitted: ArrivalFitted = by_name[name].fit(history, prior)  # type: ignore[assignment]
+            results = rolled.get(name, NOTHING)
+            if len(results) >= MIN_CALIBRATION:
+                fitted = Calibrated(fitted, *learn(results[:, 3:5], weight[-len(results) :]))
+            return ArrivalChoice(fitted, scores, failures)
         except NotApplicable as reason:
             failures[name] = str(reason)
         except Exception as error:  # noqa: BLE001 - as above
@@ -132,22 +163,26 @@ def choose(
 
 
 def _rolling(forecaster: Forecaster, history: History, prior: Prior, silences: list[Silence]) -> Floats:
-    """(log score, covered, width) for each silence after the first two, shape (n - 2, 3)."""
+    """What `score` gives for the latest two thirds of the silences, shape (n, 5); NaN while it did not apply."""
     folds = min(len(silences) - 2, FOLDS)
     edges = np.unique(np.linspace(max(2, len(silences) // 3), len(silences), folds + 1).astype(int))
-    results: list[tuple[float, float, float]] = []
+    results: list[Floats] = []
     for begin, end in pairwise(edges):
-        fitted = forecaster.fit(history.before(silences[begin].made_s), prior)
-        results.extend(score(fitted, silence) for silence in silences[begin:end])  # type: ignore[arg-type]
-    return np.asarray(results)
+        try:
+            fitted = forecaster.fit(history.before(silences[begin].made_s), prior)
+        except NotApplicable:
+            results.append(np.full((end - begin, 5), np.nan))
+            continue
+        results.append(np.asarray([score(fitted, silence) for silence in silences[begin:end]]))  # type: ignore[arg-type]
+    return np.concatenate(results)
 
 
-LEVELS = np.log([0.95, 0.05])
 PROBE_S: Floats = np.geomspace(1.0, 48 * 3600.0, 240)
 
 
-def score(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float]:
-    """(log score, share of the end's bucket within the 90 % band by probability, width of the band in seconds)."""
+def score(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float, float, float]:
+    """(log score, share of the end's bucket within the 90 % band by probability, width of the band in seconds,
+    log survival at the bucket's beginning, and at its end)."""
     extra = fitted.extra_times(silence.made_s, silence.recent)
     times = np.unique(np.concatenate([PROBE_S, extra[(extra > 0) & (extra < PROBE_S[-1])]]))
     at = np.asarray([silence.lo_s, silence.hi_s])
@@ -160,4 +195,5 @@ def score(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float]
     inside = min(ends[0], 0.95) - max(ends[1], 0.05)
     covered = float(np.clip(inside / mass, 0, 1)) if mass > 1e-12 else float(0.05 <= ends[1] <= 0.95)
     band = np.interp([-0.95, -0.05], -survival, times, left=0.0)
-    return float(np.log(max(mass, 1e-9))), covered, float(band[1] - band[0])
+    width_s = float(band[1] - band[0])
+    return float(np.log(max(mass, 1e-9))), covered, width_s, *np.log(np.maximum(ends, 1e-300)).tolist()

@@ -26,6 +26,15 @@ class Residuals:
         group = np.searchsorted(self.edges, means, side="right")
         return np.asarray(self.table[np.arange(len(means)), group])
 
+    def stretched(self, factor: float) -> Residuals:
+        """With bands wider by that factor around the median.
+
+        What makes the band of a backtest hold 90 % (conformalized quantile regression's conformity score: Romano et
+        al. 2019, NeurIPS): errors of the past are too small for a future that drifts.
+        """
+        middle = self.table[..., QUANTILES.index(0.5), None]
+        return Residuals(self.edges, middle + factor * (self.table - middle))
+
 
 def calibrate(errors: Floats, means: Floats, half_life: float, groups: int = 3) -> Residuals:
     """From errors and forecast means of shape (n, horizons), oldest first.
@@ -33,7 +42,7 @@ def calibrate(errors: Floats, means: Floats, half_life: float, groups: int = 3) 
     Split-conformal quantiles (Vovk et al. 2005, with the finite-sample correction), weighted by recency so that they
     follow a drift (Barber et al. 2023, Annals of Statistics 51: "beyond exchangeability"), and taken apart by the
     forecast mean (Mondrian conformal prediction: a quiet hour and a busy one each get their own band). The lower
-    quantiles are corrected downwards, the upper ones upwards.
+    quantiles are corrected downwards, the upper ones upwards, but for the highest: it would be the maximum.
     """
     n, horizons = errors.shape
     weight = 0.5 ** (np.arange(n)[::-1] / half_life)
@@ -57,7 +66,9 @@ def weighted_quantiles(values: Floats, weight: Floats) -> Floats:
     total = cumulative[-1]
     effective = total**2 / (weight**2).sum()
     p = np.asarray(QUANTILES)
-    corrected = np.where(p < 0.5, p - (1 - p) / effective, np.where(p > 0.5, p + p / effective, p))
+    corrected = np.where(
+        p < 0.5, p - (1 - p) / effective, np.where((p > 0.5) & (p <= 0.95), p + p / effective, p)
+    )
     places = np.searchsorted(cumulative, np.clip(corrected, 0, 1) * total)
     return np.asarray(ordered[np.minimum(places, len(values) - 1)])
 

@@ -25,6 +25,7 @@ MAX_STEPS = 2880
 MIN_STEPS = 60
 FOLDS = 3
 MAX_RATIO = 100.0
+STRETCH = (0.9, 2.5)
 
 Kind = Callable[[History], Profile]
 CHEAP: Mapping[str, Kind] = {
@@ -180,16 +181,18 @@ def series_of(history: History) -> _Series:
     keep = (level.index >= first) & (level.index < last)
     counts[level.index[keep] - first] = level.arrivals[keep]
     age = np.arange(1, len(counts) + 1) * step_s
-    rates = np.stack(
+    rates = recent_rates(counts, step_s) / np.stack([-np.expm1(-age / tau) for tau in TAUS_S])
+    return _Series(step_s, (np.arange(first, last) + 1) * step_s, counts, rates)
+
+
+def recent_rates(counts: Floats, step_s: float) -> Floats:
+    """Arrivals a second at each step's end, weighted with each of TAUS_S, those of a step spread over it evenly."""
+    return np.stack(
         [
-            decayed_sums(counts, float(np.exp(-step_s / tau)))
-            * np.exp(-0.5 * step_s / tau)
-            / tau
-            / -np.expm1(-age / tau)
+            decayed_sums(counts, float(np.exp(-step_s / tau))) * -np.expm1(-step_s / tau) / step_s
             for tau in TAUS_S
         ]
     )
-    return _Series(step_s, (np.arange(first, last) + 1) * step_s, counts, rates)
 
 
 def choose(
@@ -210,14 +213,14 @@ def choose(
     target = _Target(actual, ahead, edges)
     scores: dict[str, DemandScore] = {}
     failures: dict[str, str] = {}
-    found: dict[str, tuple[Floats, float, Model]] = {}
+    found: dict[str, tuple[Floats, float, float, Model]] = {}
     pasts = [history.before(float(series.ends_s[edge - 1])) for edge in edges[:-1]]
     for name, kind in kinds.items():
         try:
             learned = [kind(past) for past in pasts]
             model, means = _best_model(kind(history), learned, series, target)
-            scores[name], dispersion = _score(means, actual[edges[0] :], edges - edges[0])
-            found[name] = (means, dispersion, model)
+            scores[name], dispersion, stretch = _score(means, actual[edges[0] :], edges - edges[0])
+            found[name] = (means, dispersion, stretch, model)
         except NotApplicable as reason:
             failures[name] = str(reason)
         except Exception as error:  # noqa: BLE001 - one that fails must not take the others with it; it is told
@@ -225,7 +228,7 @@ def choose(
     if not found:
         raise NotApplicable(f"no demand forecaster could be fitted: {failures}")
     best = min(found, key=lambda name: scores[name].pinball)
-    means, dispersion, model = found[best]
+    means, dispersion, stretch, model = found[best]
     known = ~np.isnan(actual[edges[0] :]).any(axis=1)
     means, errors = means[known], actual[edges[0] :][known]
     errors = (errors - means) / spread(means, dispersion)
@@ -235,7 +238,7 @@ def choose(
         step_s=series.step_s,
         ahead=ahead,
         dispersion=dispersion,
-        residuals=calibrate(errors, means, half_life=len(means) / 2),
+        residuals=calibrate(errors, means, half_life=len(means) / 2).stretched(stretch),
         known_since_s=history.since_s,
         service_s=service_s,
         smoothed=model.profile.smoothed(TAUS_S[model.tau]),
@@ -255,7 +258,7 @@ def _best_model(
     """The recent rate's time constant and power by Poisson deviance; with the means of the rolling backtest."""
     edges, ahead = target.edges, target.ahead
     begin = int(edges[0])
-    usable = [i for i, tau in enumerate(TAUS_S) if tau >= series.step_s]
+    usable = [i for i, tau in enumerate(TAUS_S) if tau >= series.step_s / 2]
     best: tuple[float, Model, Floats] | None = None
     seen = np.maximum(np.round(target.actual[begin:]), 0.0)
     for tau in usable:
@@ -279,9 +282,11 @@ def _best_model(
     return best[1], best[2]
 
 
-def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, float]:
-    """Calibrated on the folds before, scored on each next one; with the dispersion over all of them."""
+def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, float, float]:
+    """Calibrated on the folds before, scored on each next one; with the dispersion over all of them, and the factor by
+    which the bands would have had to be wider."""
     losses, covered, widths, steps = [], [], [], 0
+    stretches: list[Floats] = []
     for lo, hi in pairwise(edges[1:]):
         dispersion = _dispersion(means[:lo], actual[:lo])
         past = ~np.isnan(actual[:lo]).any(axis=1)
@@ -300,6 +305,7 @@ def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, f
         group = np.searchsorted(residuals.edges, mean, side="right")
         picked = residuals.table[np.arange(mean.shape[1])[None, :], group]
         quantiles = mean[..., None] + picked * spread(mean, dispersion)[..., None]
+        stretches.append(_stretch(seen, quantiles))
         losses.append(pinball(seen, quantiles))
         covered.append(interval_coverage(seen, quantiles))
         widths.append(float(np.median(quantiles[..., QUANTILES.index(0.95)] - quantiles[..., 0])))
@@ -307,7 +313,15 @@ def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, f
     if not losses:
         raise NotApplicable("the series is too short to be scored")
     score = DemandScore(float(np.mean(losses)), float(np.mean(covered)), float(np.mean(widths)), steps)
-    return score, _dispersion(means, actual)
+    stretch = np.quantile(np.concatenate(stretches), 0.9)
+    return score, _dispersion(means, actual), float(np.clip(stretch, *STRETCH))
+
+
+def _stretch(actual: Floats, quantiles: Floats) -> Floats:
+    """By how much the band around the median would have had to be stretched to reach each value: shape (n,)."""
+    low, middle, high = (quantiles[..., QUANTILES.index(q)] for q in (0.05, 0.5, 0.95))
+    width = np.where(actual > middle, high - middle, middle - low)
+    return np.asarray((np.abs(actual - middle) / np.maximum(width, 1e-9)).ravel())
 
 
 def _dispersion(means: Floats, actual: Floats) -> float:

@@ -35,8 +35,10 @@ def mstl(history: History) -> Profile:
     logs = np.log1p(counts)
     result = model.forecast(y=logs, h=AHEAD_HOURS, fitted=True)
     # Back from logarithms without the bias: the level that makes the fit as large as what was seen.
-    fitted = np.expm1(np.clip(result["fitted"], 0, 20))
-    factor = float(np.clip(counts.sum() / max(fitted.sum(), 1e-9), 0.2, 5.0))
+    fitted = np.expm1(np.clip(result["fitted"][1:], 0, 20))  # there is no fit of the first hour
+    factor = float(np.clip(counts[1:].sum() / max(fitted.sum(), 1e-9), 0.2, 5.0))
     ahead = np.expm1(np.clip(result["mean"], 0, 20))
     values = np.concatenate([counts[-24:], ahead * factor]) / HOUR_S
-    return Profile(HOUR_S, np.maximum(np.nan_to_num(values), 1e-9), start_s=(last - 24) * HOUR_S)
+    if not np.isfinite(values).all():
+        raise ValueError("statsforecast's MSTL gave a forecast that is no number")
+    return Profile(HOUR_S, np.maximum(values, 1e-9), start_s=(last - 24) * HOUR_S)

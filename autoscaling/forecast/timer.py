@@ -132,10 +132,15 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
         period += float((weight * near * off / beats).sum() / (weight * near).sum())
     kept = float((weight * near).sum() / weight.sum())
     effective = float(weight[near].sum() ** 2 / (weight[near] ** 2).sum())
-    centre = 1.4826 * _weighted_median(np.abs(off[near]), weight[near])
-    deviation = max(centre, 0.5 * float(np.sqrt((weight[near] * off[near] ** 2).sum() / weight[near].sum())))
+    rms = float(np.sqrt((weight[near] * off[near] ** 2).sum() / weight[near].sum()))
+    blurred_s = float(np.median(blur[near]))
+    if blurred_s > rms / 2:
+        # What the buckets' edges add to an interval is known; what is left is the rhythm's, or chance.
+        deviation = float(np.sqrt(max(rms**2 * (1 + 2 * np.sqrt(2 / effective)) - blurred_s**2 / 6, 0.0)))
+    else:
+        deviation = max(1.4826 * _weighted_median(np.abs(off[near]), weight[near]), rms / 2)
     # Equal readings from coarse buckets bound the jitter by the chance that none crossed an edge.
-    floor = max(0.5, float(np.median(blur[near])) * min(0.29, 1.0 / n))
+    floor = max(0.5, blurred_s * min(0.29, 1.0 / effective))
     deviation = max(deviation, floor) * (1 + 2.0 / effective)
     quality = kept * float(np.log(period / deviation))
     if quality < MIN_QUALITY:

@@ -1,0 +1,171 @@
+"""When the next request comes, on traffic whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from made_traffic import DAY_S, START_S, bursts, daily, exact, fit, fitted, poisson, quantile_s, traffic
+
+from autoscaling.forecast import arrival_choice
+from autoscaling.forecast.arrivals import HORIZON_S
+from autoscaling.forecast.fit import Job, fit_standard
+from autoscaling.forecast.history import history_of
+from autoscaling.forecast.prior import NO_FLEET, pooled
+
+
+def test_without_traffic_there_is_no_forecast() -> None:
+    assert fit([], START_S + DAY_S) is None
+
+
+def test_one_request_ever_is_judged_by_the_fleet_and_says_so() -> None:
+    found = fitted([START_S], START_S + 3600)
+    shown = found.forecast(START_S + 3600)
+    assert shown.next_arrival is not None
+    assert shown.demand is None
+    assert "fleet" in shown.details["next_arrival"]
+    assert quantile_s(found, START_S + 3600, 0.5) > 600
+
+
+def test_a_fleet_of_quick_models_makes_a_new_one_be_expected_sooner() -> None:
+    quick = pooled(
+        fitted(
+            START_S + np.cumsum(np.random.default_rng(seed).exponential(120, 200)), START_S + 9 * 3600
+        ).share
+        for seed in range(10)
+    )
+    new = [START_S + 100]
+    alone = quantile_s(fitted(new, START_S + 110), START_S + 110, 0.9)
+    among = fit(new, START_S + 110, prior=quick)
+    assert among is not None
+    assert quantile_s(among, START_S + 110, 0.9) < alone / 4
+
+
+def test_long_silence_is_believed() -> None:
+    times = [START_S, START_S + 60, START_S + 4000]
+    now_s = START_S + 10 * DAY_S
+    shown = fitted(times, now_s).forecast(now_s).next_arrival
+    assert shown is not None
+    assert np.interp(3600, shown.times_s, shown.survival) > 0.95
+
+
+@pytest.mark.parametrize("mean_s", [300.0, 4 * 3600.0])
+def test_poisson_arrivals_have_no_memory(mean_s: float) -> None:
+    times = START_S + np.cumsum(np.random.default_rng(3).exponential(mean_s, 300))
+    last = float(times[-1])
+    found = fitted(times, last + 30)
+    fresh, old = quantile_s(found, last + 30, 0.5), quantile_s(found, last + mean_s, 0.5)
+    assert 0.5 < fresh / (mean_s * np.log(2)) < 2
+    assert 0.5 < old / (mean_s * np.log(2)) < 2
+
+
+def test_a_timer_has_a_narrow_distribution() -> None:
+    times = START_S + np.arange(1, 240) * 600.0 + np.random.default_rng(0).normal(20, 1, 239)
+    last = float(times[-1])
+    found = fitted(times, last + 60)
+    low, high = quantile_s(found, last + 60, 0.05), quantile_s(found, last + 60, 0.95)
+    assert low < 540 < high
+    assert high - low < 120
+
+
+def test_a_daily_job_is_expected_at_its_time() -> None:
+    times = START_S + 9 * 3600 + np.arange(14) * DAY_S
+    now_s = float(times[-1]) + 3600
+    found = fitted(times, now_s)
+    assert abs(quantile_s(found, now_s, 0.5) - 23 * 3600) < 600
+    assert quantile_s(found, now_s, 0.05) > 22 * 3600
+
+
+@pytest.mark.parametrize("cycles", [5, 8, 20, 480])
+def test_bursts_every_three_minutes_are_learned_after_a_few(cycles: int) -> None:
+    """As a controller needs it: at the middle of a silence the next burst is not yet due, and then within seconds."""
+    times = bursts(cycles)
+    found = fitted(times, START_S + (cycles - 1) * 180 + 90)
+    at_s = START_S + (cycles - 1) * 180 + 90
+    low, middle = quantile_s(found, at_s, 0.05), quantile_s(found, at_s, 0.5)
+    assert abs(middle - 90) < 15
+    assert low > 60
+    assert quantile_s(found, at_s, 0.75) - middle < 20
+
+
+def test_bursts_of_changing_length_are_timed_from_their_beginnings() -> None:
+    random = np.random.default_rng(5)
+    parts = [
+        START_S + k * 300 + np.cumsum(random.exponential(1.0, random.integers(5, 100))) for k in range(20)
+    ]
+    found = fitted(np.concatenate(parts), START_S + 19 * 300 + 200)
+    assert found.arrivals.name == "timer"
+    assert abs(quantile_s(found, START_S + 19 * 300 + 200, 0.5) - 100) < 15
+
+
+def test_a_missed_beat_is_not_the_end_of_the_rhythm() -> None:
+    times = bursts(20)
+    found = fitted(times, START_S + 19 * 180 + 90)
+    late = START_S + 20 * 180 + 60  # nothing came at the twentieth beat
+    assert abs(quantile_s(found, late, 0.5) - 120) < 40
+
+
+def test_the_night_of_a_daily_model_is_waited_through() -> None:
+    times = daily(1 / 900, 14, depth=1.0)
+    found = fitted(times, START_S + 14 * DAY_S)
+    midnight, noon = START_S + 14 * DAY_S, START_S + 13.5 * DAY_S
+    before_noon = fitted(times[times < noon], noon)
+    assert quantile_s(found, midnight, 0.5) > 3 * quantile_s(before_noon, noon, 0.5)
+
+
+def test_the_backtest_prefers_what_fits() -> None:
+    memoryless = arrival_choice.choose(
+        history_of(traffic(poisson(1 / 1800, 7), START_S + 7 * DAY_S), START_S + 7 * DAY_S), NO_FLEET
+    )
+    assert (
+        memoryless.scores["renewal"].log_score > memoryless.scores["timer"].log_score - 0.5
+        if "timer" in memoryless.scores
+        else True
+    )
+    regular = arrival_choice.choose(history_of(traffic(bursts(20), START_S + 3600), START_S + 3600), NO_FLEET)
+    assert regular.fitted.name == "timer"
+    assert regular.scores["timer"].log_score > regular.scores["poisson"].log_score + 1
+
+
+def test_batches_are_counted_from_a_bursts_first_seconds() -> None:
+    alone = fitted(START_S + np.arange(20) * 150.0, START_S + 3000)
+    together = fitted(np.repeat(START_S + np.arange(20) * 150.0, 12), START_S + 3000)
+    assert alone.batch_size == pytest.approx(1.0, abs=0.1)
+    assert 9 < together.batch_size <= 12
+
+
+@pytest.mark.parametrize("name", ["poisson", "bursts", "timer", "renewal"])
+def test_the_ninety_percent_band_holds(name: str) -> None:
+    """Learned on the first part, judged on the silences after it."""
+    random = np.random.default_rng(11)
+    made = {
+        "poisson": np.cumsum(random.exponential(900, 1500)),
+        "bursts": bursts(900, jitter_s=4) - START_S,
+        "timer": np.arange(600) * 1200 + random.normal(200, 60, 600),
+        "renewal": np.cumsum(np.exp(random.normal(6, 1.2, 1200))),
+    }[name] + START_S
+    end_s = float(made[-1])
+    whole = history_of(exact(made, end_s), end_s)
+    covered = []
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9):
+        learn_s = START_S + share * (end_s - START_S)
+        choice = arrival_choice.choose(history_of(traffic(made[made < learn_s], learn_s), learn_s), NO_FLEET)
+        after = [s for s in arrival_choice.silences_of(whole, 10**6) if s.made_s > learn_s][:60]
+        covered += [arrival_choice.score(choice.fitted, silence)[1] for silence in after]
+    assert len(covered) >= 200
+    assert 0.84 <= np.mean(covered) <= 0.96
+
+
+def test_the_grid_reaches_two_days_and_is_fine_near_now() -> None:
+    shown = fitted([START_S, START_S + 500], START_S + 1000).forecast(START_S + 1000).next_arrival
+    assert shown is not None
+    assert shown.times_s[0] == 0 and shown.times_s[1] <= 1
+    assert shown.times_s[-1] == pytest.approx(HORIZON_S)
+
+
+def test_the_same_history_gives_the_same_forecast() -> None:
+    times = bursts(30)
+    now_s = START_S + 30 * 180
+    job = Job(traffic(times, now_s), now_s, 60.0, NO_FLEET)
+    one, two = fit_standard(job), fit_standard(job)
+    assert one is not None and two is not None
+    assert one.forecast(now_s) == two.forecast(now_s)
