@@ -20,7 +20,9 @@ def decisions(
     *,
     model: options.OptionalModel = None,
     since: options.Since = "1h",
-    source: Annotated[str, typer.Option(help="active, or shadow:NAME for a shadow policy's.")] = "active",
+    source: Annotated[
+        str | None, typer.Option(help="shadow:NAME for a shadow policy's (default: the controller's own).")
+    ] = None,
     limit: options.Limit = 100,
     address: options.Address = None,
     as_json: options.Json = False,

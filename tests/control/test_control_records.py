@@ -79,6 +79,10 @@ def test_decisions_are_told_in_the_order_of_time(lab: Lab) -> None:
     assert (found[1]["until_s"], found[1]["clamps"]) == (None, ["max-replicas"])
     assert len(lab.ok("GET", "decisions", model=SMALL, last_s=9000)["decisions"]) == 2
     assert len(lab.ok("GET", "decisions", source="shadow:k")["decisions"]) == 1
+    lab.ok("PUT", "mode", {"mode": "shadow"})
+    lab.store.add_decisions(decisions[:1], source="shadow")
+    found = lab.ok("GET", "decisions")
+    assert (found["source"], len(found["decisions"])) == ("shadow", 1)
 
 
 def test_cold_starts_have_their_phases(lab: Lab) -> None:

@@ -51,11 +51,14 @@ def nice_step(at_least_s: float) -> float:
 
 
 def decisions(request: Request) -> dict[str, Any]:
-    """GET decisions: the newest, in the order of time, by the active policy or by `source` (shadow:NAME)."""
+    """GET decisions: the newest, in the order of time, or those of a shadow policy (`source` shadow:NAME).
+
+    In the mode `shadow` the controller's own are kept under `shadow`, since nobody acted on them.
+    """
     model = request.optional_model()
     since_s, until_s = request.span(3600.0, YEAR_S)
     limit = request.whole("limit", 200, 1, 10_000)
-    source = request.query.get("source", "active")
+    source = request.query.get("source") or ("shadow" if request.mode() == "shadow" else "active")
     found = request.view.store.decisions(model, since_s, until_s, limit, source)
     return {"since_s": since_s, "until_s": until_s, "source": source, "decisions": plain(list(found))}
 
