@@ -28,6 +28,7 @@ VERBS = {
     ),
     "forecast": ("bench.forecast", 1, "the forecasts: how good on real traces, and how fast"),
     "prewarm": ("bench.prewarm", 1, "live: traffic that comes and goes, under several policies at once"),
+    "controller": ("bench.controller", 1, "what deciding for a thousand models costs"),
     "memory": ("bench.memory", 5, "what each process holds, dark, lit and parked"),
 }
 
