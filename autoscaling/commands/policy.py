@@ -9,7 +9,7 @@ import typer
 
 from autoscaling.commands import options, output
 from autoscaling.commands.client import Client, in_path
-from autoscaling.commands.failures import WRONG, CommandError
+from autoscaling.commands.failures import UNREACHABLE, WRONG, CommandError
 
 policy_app = typer.Typer(help="Who decides how many replicas a model has, and why.", no_args_is_help=True)
 All = Annotated[bool, typer.Option("--all", help="For the whole fleet, in place of a model.")]
@@ -42,10 +42,15 @@ def list_policies(address: options.Address = None, as_json: options.Json = False
     try:
         answer = Client(address).get("policies")
     except CommandError as error:
-        if as_json or address is not None:
+        if error.code != UNREACHABLE or address is not None:
             raise
         # What policies there are is known without a cluster.
-        answer = {"policies": plain(list(policies().values())), "models": None, "error": error.message}
+        answer = {
+            "policies": plain(list(policies().values())),
+            "models": None,
+            "mode": None,
+            "error": error.message,
+        }
     if as_json:
         options.print_json(answer)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
 
@@ -175,7 +176,10 @@ def test_a_proxy_in_the_environment_is_not_asked(cluster: Cluster) -> None:
 def test_policy_list_needs_no_cluster(cluster: Cluster, nowhere: str) -> None:
     said = cluster.says("policy", "list", RELIGHT_ADDRESS=nowhere)
     assert "predictive" in said and "Nothing answers" in said
+    answer = json.loads(cluster.says("policy", "list", "--json", RELIGHT_ADDRESS=nowhere))
+    assert (answer["models"], len(answer["policies"]) >= 8) == (None, True)
     cluster.fails(3, "policy", "list", "--address", nowhere)
+    cluster.fails(4, "policy", "list", RELIGHT_TOKEN="wrong-token-of-a-test")
 
 
 FLEET = """

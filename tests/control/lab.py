@@ -64,6 +64,7 @@ class View:
         self.decided: dict[str, Decision] = {}
         self.shadowed: dict[str, dict[str, Decision]] = {}
         self.forecasts: dict[str, Forecast] = {}
+        self.fleet_mode = "active"
         self.changes = 0
 
     def now_s(self) -> float:
@@ -77,7 +78,7 @@ class View:
         return self.base
 
     def mode(self) -> str:
-        return overrides.mode(self.store.overrides(self.now_s()), "active", self.now_s())
+        return overrides.mode(self.store.overrides(self.now_s()), self.fleet_mode, self.now_s())
 
     def observations(self) -> Mapping[str, Observation]:
         return self.seen

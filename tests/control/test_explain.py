@@ -7,8 +7,12 @@ from dataclasses import replace
 from datetime import UTC
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, Window
+from autoscaling.core.decide import decide
+from autoscaling.core.policies import POLICIES
+from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, State, Window
 from autoscaling.live.api.reasons import _CLAMPS, Facts, clamp_sentence, sentence
 from autoscaling.live.api.words import count, duration, gpu_s, moment, percent
 from tests.control.lab import NOW_S, RUNGS, SMALL, Lab
@@ -208,3 +212,58 @@ def test_numbers_in_words() -> None:
     ]
     assert moment(NOW_S, NOW_S) == "06:00:00 UTC"
     assert moment(NOW_S + 86400, NOW_S) == "Wed 2026-11-25 06:00 UTC"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    ready=st.one_of(st.none(), st.integers(0, 3)),
+    queued=st.integers(0, 40),
+    in_flight=st.integers(0, 40),
+    idle_s=st.one_of(st.none(), st.floats(0, 1e6)),
+    rung=st.one_of(st.none(), st.sampled_from(Rung)),
+    forecast=st.sampled_from(["none", "sparse", "dense"]),
+    mode=st.sampled_from(["active", "shadow", "off"]),
+    window=st.booleans(),
+    steps=st.integers(1, 3),
+)
+def test_whatever_is_decided_is_explained(  # noqa: PLR0917
+    lab: Lab,
+    policy: str,
+    ready: int | None,
+    queued: int,
+    in_flight: int,
+    idle_s: float | None,
+    rung: Rung | None,
+    forecast: str,
+    mode: str,
+    window: bool,
+    steps: int,
+) -> None:
+    """Decisions of the core itself, a few in a row: whole sentences, no number that nobody can read."""
+    spec = replace(SPEC, policy=policy, min_replicas=0)
+    if window:
+        spec = replace(
+            spec, windows=(Window(NOW_S - 5, NOW_S + 50, 2), Window(NOW_S, NOW_S + 9, 0, Rung.PARKED))
+        )
+    lab.view.forecasts.clear()
+    if forecast != "none":
+        (lab.sparse if forecast == "sparse" else lab.dense)()
+    busy_s = None if idle_s is None else NOW_S - idle_s
+    state, decision = State(), None
+    for step in range(steps):
+        lab.clock.time_s = NOW_S + 7 * step
+        seen = Observation(
+            *(lab.clock.time_s, ready, 0, ready, queued, in_flight, 0, busy_s, busy_s, rung), rungs=RUNGS
+        )
+        state, decision = decide(spec, state, seen, lab.view.forecast(SMALL))
+        lab.view.seen[SMALL], lab.view.decided[SMALL] = seen, decision
+    lab.view.base = {SMALL: spec}
+    lab.view.fleet_mode = mode
+    text = lab.ok("GET", f"explain/{SMALL}")["text"]
+    assert len(text) >= 3
+    for line in text:
+        assert re.match(r"[A-Z0-9]|smollm2", line), line
+        assert line.endswith("."), line
+        assert not re.search(r"None|\bnan\b|\binf\b|\{|\b1 (replicas|requests|starts)\b", line), line
+    lab.clock.time_s = NOW_S

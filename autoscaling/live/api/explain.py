@@ -79,7 +79,7 @@ def _present(model: str, seen: Observation) -> Iterator[str]:
         text = f"{model} has no replica"
         if seen.rung is not None:
             text += f"; it is {_RUNGS[Rung(min(seen.rung, Rung.PARKED))]}"
-    load = f"{seen.in_flight or 0} requests in progress, {seen.queued or 0} waiting"
+    load = f"{count(seen.in_flight or 0, 'request')} in progress, {seen.queued or 0} waiting"
     yield f"{text} ({load})."
 
 
