@@ -177,14 +177,15 @@ def _rolling(forecaster: Forecaster, history: History, prior: Prior, silences: l
     return np.concatenate(results)
 
 
-PROBE_S: Floats = np.geomspace(1.0, 48 * 3600.0, 240)
+PROBE_S: Floats = np.geomspace(1.0, 48 * 3600.0, 180)
 
 
 def score(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float, float, float]:
     """(log score, share of the end's bucket within the 90 % band by probability, width of the band in seconds,
     log survival at the bucket's beginning, and at its end)."""
     extra = fitted.extra_times(silence.made_s, silence.recent)
-    times = np.unique(np.concatenate([PROBE_S, extra[(extra > 0) & (extra < PROBE_S[-1])]]))
+    extra = extra[(extra > 0) & (extra < PROBE_S[-1])]
+    times = np.sort(np.concatenate([PROBE_S, extra])) if len(extra) else PROBE_S
     at = np.asarray([silence.lo_s, silence.hi_s])
     where = np.concatenate([times, at])
     order = np.argsort(where, kind="stable")

@@ -160,6 +160,13 @@ class Renewal:
         return FittedRenewal(self.name, log_survival(mass), season)
 
     def mass(self, history: History, prior: Prior, season: Season) -> Floats:
+        """Of the gaps on the season's clock, by age bin (see gaps.gap_mass)."""
+        if season is not FLAT:
+            return self._mass(history, prior, season)
+        key = ("mass", self.half_life_s, id(prior.gaps))
+        return history.once(key, lambda: self._mass(history, prior, season))
+
+    def _mass(self, history: History, prior: Prior, season: Season) -> Floats:
         events = _latest(history.events, MAX_EVENTS)
         weight = 0.5 ** ((history.now_s - events.mid_s) / self.half_life_s)
         sample = gaps_of(events, weight, season)

@@ -46,14 +46,6 @@ class Model:
     """Index into TAUS_S: over how long the recent rate is taken."""
     power: float
 
-    def means(self, rates: Floats, now_s: Floats, ahead: Floats, step_s: float) -> Floats:
-        """Arrivals in the steps that begin at now_s + (ahead - 1) * step_s: shape (len(now_s), len(ahead))."""
-        tau_s = TAUS_S[self.tau]
-        expected = self.profile.smoothed(tau_s).at(now_s)
-        ratio = np.clip((rates * tau_s + 1) / (expected * tau_s + 1), 1 / MAX_RATIO, MAX_RATIO)
-        season = self.profile.at(now_s[:, None] + (ahead[None, :] - 0.5) * step_s)
-        return np.asarray(season * step_s * ratio[:, None] ** self.power)
-
 
 @dataclass(frozen=True, slots=True)
 class DemandScore:
@@ -261,25 +253,34 @@ def _best_model(
     usable = [i for i, tau in enumerate(TAUS_S) if tau >= series.step_s / 2]
     best: tuple[float, Model, Floats] | None = None
     seen = np.maximum(np.round(target.actual[begin:]), 0.0)
+    folds = [(profile, slice(lo, hi)) for profile, (lo, hi) in zip(learned, pairwise(edges), strict=True)]
+    season = np.concatenate(
+        [_season(profile, series.ends_s[fold], ahead, series.step_s) for profile, fold in folds]
+    )
     for tau in usable:
-        parts: list[tuple[Floats, Floats]] = []
-        for profile, lo, hi in zip(learned, edges[:-1], edges[1:], strict=True):
-            now_s = series.ends_s[lo:hi]
-            one = Model(profile, tau, 1.0)
-            zero = Model(profile, tau, 0.0)
-            season = zero.means(series.rates[tau, lo:hi], now_s, ahead, series.step_s)
-            parts.append((season, one.means(series.rates[tau, lo:hi], now_s, ahead, series.step_s)))
-        season = np.concatenate([part[0] for part in parts])
-        scaled = np.concatenate([part[1] for part in parts])
+        tau_s = TAUS_S[tau]
+        expected = np.concatenate(
+            [profile.smoothed(tau_s).at(series.ends_s[fold]) for profile, fold in folds]
+        )
+        ratio = _ratio(series.rates[tau, begin:], expected, tau_s)
         for power in POWERS:
             if power == 0 and tau != usable[0]:
                 continue
-            means = season * (scaled / season) ** power
+            means = season * ratio[:, None] ** power
             loss = float(np.nanmean(means - seen * np.log(np.maximum(means, 1e-9))))
             if best is None or loss < best[0]:
                 best = (loss, Model(full, tau, power), means)
     assert best is not None
     return best[1], best[2]
+
+
+def _season(profile: Profile, now_s: Floats, ahead: Floats, step_s: float) -> Floats:
+    """Arrivals in the steps that begin at now_s + (ahead - 1) * step_s: shape (len(now_s), len(ahead))."""
+    return np.asarray(profile.at(now_s[:, None] + (ahead[None, :] - 0.5) * step_s) * step_s)
+
+
+def _ratio(rate: Floats, expected: Floats, tau_s: float) -> Floats:
+    return np.asarray(np.clip((rate * tau_s + 1) / (expected * tau_s + 1), 1 / MAX_RATIO, MAX_RATIO))
 
 
 def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, float, float]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from math import exp
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autoscaling.traffic import Buckets, Traffic
 
+T = TypeVar("T")
 Floats = NDArray[Any]
 """Of float64, or of what numpy makes of it."""
 
@@ -58,6 +60,14 @@ class History:
     levels: tuple[Buckets, ...]
     """The cleaned buckets, finest first."""
     ignored: int = 0
+    _worked_out: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, worked out once for this history: forecasters share parts."""
+        if key not in self._worked_out:
+            self._worked_out[key] = make()
+        found: T = self._worked_out[key]
+        return found
 
     @property
     def arrivals(self) -> float:
@@ -65,8 +75,12 @@ class History:
 
     def before(self, until_s: float) -> History:
         """What was known at `until_s`: for backtests."""
+        return self.once(("before", until_s), lambda: self._before(until_s))
+
+    def _before(self, until_s: float) -> History:
         levels = tuple(_until(level, until_s) for level in self.levels)
-        return replace(self, now_s=until_s, events=self.events.between(-np.inf, until_s), levels=levels)
+        events = self.events.between(-np.inf, until_s)
+        return replace(self, now_s=until_s, events=events, levels=levels, _worked_out={})
 
     def level(self, step_s: float) -> Buckets | None:
         """The finest buckets that are at least `step_s` long."""
