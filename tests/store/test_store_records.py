@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from autoscaling.core.types import Reason, Rung, State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, UsageRow
@@ -271,3 +272,15 @@ def test_overrides_of_another_process_are_seen_at_the_next_commit(store: Store, 
     assert (
         [row.id for row in store.overrides(NOON)] == [row.id for row in other.overrides(NOON)] == ["o1", "o2"]
     )
+
+
+def test_a_state_that_cannot_be_read_any_more_is_forgotten(store: Store, open_store: Open, url: str) -> None:
+    store.put_states({"m": State("kpa"), "n": State("kpa", {"a": 1.0})})
+    store.flush()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE relight_states SET state = '{\"gone\": 1}' WHERE model = 'm'"))
+    engine.dispose()
+    other = open_store()
+    assert other.health()["ok"]
+    assert other.states() == {"n": State("kpa", {"a": 1.0})}

@@ -215,7 +215,9 @@ def _look_at(path: Path) -> None:
     """Reads a SQLite file without changing it: sqlite3.DatabaseError if it is damaged, NewerSchema if it is newer."""
     if not path.exists() or path.stat().st_size == 0:
         return
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=LOCK_WAIT_S)
+    # Without a write-ahead log the file is all there is, and SQLite needn't make one to read it.
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True, timeout=LOCK_WAIT_S)
     try:
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (meta.name,)).fetchone():
             row = connection.execute(f"SELECT value FROM {meta.name} WHERE key = 'schema_version'").fetchone()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from sqlalchemy import Connection, Table, delete, func, insert, or_, select
 from sqlalchemy.sql import ColumnElement
 
+from autoscaling.core import codec
 from autoscaling.core.types import State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, UsageRow
 from autoscaling.live.store import schema
@@ -18,13 +20,13 @@ from autoscaling.live.store.values import (
     from_decision,
     from_override,
     from_prewarm,
-    from_state,
     text,
     to_cold_start,
     to_override,
     to_prewarm,
-    to_state,
 )
+
+logger = logging.getLogger(__name__)
 
 DAY_S = 86400.0
 KEPT_DAYS = {
@@ -67,7 +69,7 @@ def write_usage(connection: Connection, batch: Batch) -> None:
 
 def write_states(connection: Connection, batch: Batch) -> None:
     rows = [
-        {"model": text(model), "state": from_state(state)} for model, state in sorted(batch.states.items())
+        {"model": text(model), "state": codec.to_json(state)} for model, state in sorted(batch.states.items())
     ]
     upsert(connection, schema.states, rows)
 
@@ -90,7 +92,14 @@ def read_meta(connection: Connection, key: str) -> str | None:
 
 
 def read_states(connection: Connection) -> dict[str, State]:
-    return {row.model: to_state(row.state) for row in connection.execute(select(schema.states))}
+    """Without those that can't be read any more: a policy that has changed begins with an empty memory."""
+    states = {}
+    for row in connection.execute(select(schema.states)):
+        try:
+            states[row.model] = codec.from_json(State, row.state)
+        except codec.CodecError as error:
+            logger.warning("the state of %s is forgotten: %s", row.model, error)
+    return states
 
 
 def read_overrides(connection: Connection) -> list[Override]:

@@ -118,12 +118,13 @@ class Series:
     def window(self, step_s: int, now_s: float) -> tuple[int, int]:
         """First and end index of what is known of a level; both are equal where nothing is."""
         end = int(now_s // step_s) + 1  # the present bucket, though it may have only just begun
-        # Without the coarse levels, no more is known of them than the seconds tell.
-        since = self.since.get(step_s) if self.loaded else self.since.get(1)
+        since = self.since.get(step_s if self.loaded else 1)
         if since is None:
             return end, end
-        kept_s = KEPT_S[step_s] if self.loaded else KEPT_S[1]
-        first = max(int(since // step_s), end - max(1, int(kept_s // step_s)))
+        if not self.loaded:
+            # No more is known of a coarse level than the seconds tell, and its first bucket only in part.
+            since = max(since, now_s - KEPT_S[1])
+        first = max(int(since // step_s), end - int(KEPT_S[step_s] // step_s))
         return min(first, end), end
 
     def arrays(self, step_s: int) -> LevelArrays:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast
 
-from autoscaling.core.types import Decision, Rung, State
+from autoscaling.core.types import Decision, Rung
 from autoscaling.live.records import ColdStartRow, Override, OverrideKind, PrewarmRow
 
 Row = Mapping[str, Any]
@@ -111,29 +111,6 @@ def from_override(row: Override) -> dict[str, Any]:
 
 def to_override(row: Row) -> Override:
     return Override(**{**row, "kind": cast(OverrideKind, row["kind"]), "value": json.loads(row["value"])})
-
-
-def from_state(state: State) -> str:
-    """Only the store reads this again, so NaN and Infinity stay what they are, as Python's JSON spells them."""
-    return json.dumps(
-        {
-            "policy": state.policy,
-            "values": dict(state.values),
-            "series": state.series,
-            "histogram": state.histogram,
-        },
-        separators=(",", ":"),
-    )
-
-
-def to_state(row: str) -> State:
-    value = json.loads(row)
-    return State(
-        policy=value["policy"],
-        values=value["values"],
-        series=tuple((time_s, number) for time_s, number in value["series"]),
-        histogram=tuple(value["histogram"]),
-    )
 
 
 def _plain(value: Any) -> Any:
