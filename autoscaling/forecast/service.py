@@ -148,6 +148,9 @@ class ForecastService:
 
     def _keep_workers(self) -> None:
         now_s = self._clock.monotonic_s()
+        for worker in [worker for worker in self._workers if worker.is_spent(now_s)]:
+            self._workers.remove(worker)
+            worker.end()
         while len(self._workers) < self._processes and now_s >= self._restart_s:
             try:
                 self._workers.append(Worker(now_s))
@@ -213,6 +216,8 @@ class ForecastService:
                 continue
             task, worker.task = worker.task, None
             assert task is not None
+            worker.free_since_s = self._clock.monotonic_s()
+            worker.heavy = worker.heavy or (self._given[task.id].effort == 0 and len(self._fitters) > 1)
             self._settle(task, answer)
 
     def _settle(self, task: Task, answer: Answer) -> None:

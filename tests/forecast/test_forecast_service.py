@@ -18,7 +18,7 @@ from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import fit_full, fit_simple, fit_standard
 from autoscaling.forecast.schedule import Schedule
 from autoscaling.forecast.service import ForecastService
-from autoscaling.forecast.worker import Fitter
+from autoscaling.forecast.worker import Fitter, Worker
 from autoscaling.traffic import Traffic
 
 NOW_S = START_S + 20 * 180 + 90
@@ -271,3 +271,15 @@ def test_a_fit_survives_its_way_between_processes() -> None:
     one, two = found.forecast(NOW_S).next_arrival, back.forecast(NOW_S).next_arrival
     assert one is not None and two is not None
     assert np.allclose(one.survival, two.survival, atol=1e-5)
+
+
+def test_a_process_gives_back_the_memory_of_the_thorough_fitter() -> None:
+    worker = Worker(0.0)
+    try:
+        worker.ready, worker.heavy, worker.free_since_s = True, True, 100.0
+        assert not worker.is_spent(130.0)
+        assert worker.is_spent(161.0)
+        worker.heavy = False
+        assert not worker.is_spent(1e6)
+    finally:
+        worker.end()
