@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,20 @@ EARLIEST_S = 300.0
 """Between two fits of one model."""
 
 Fitter = Callable[[Job], FittedModel | None]
+
+
+class Foresight(Protocol):
+    """A forecaster in virtual time, as the replay uses it."""
+
+    fits: int
+    failures: Mapping[str, str]
+
+    def watch(self, model: str, since_s: float, horizon_s: float) -> None: ...
+    def arrived(self, model: str, times: Floats, work: Floats) -> None: ...
+    def next_s(self, model: str) -> float: ...
+    def fit(self, model: str, now_s: float) -> None: ...
+    def pool(self) -> None: ...
+    def forecast(self, model: str, now_s: float) -> Forecast | None: ...
 
 
 class Recorder:
@@ -103,7 +118,7 @@ class SimForecasts:
         self._turns: dict[str, _Turn] = {}
         self._prior: Prior = NO_FLEET
         self.fits = 0
-        self.failures: dict[str, str] = {}
+        self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
         """Forecast this model; nothing is known of it before `since_s`."""
@@ -145,7 +160,7 @@ class SimForecasts:
         try:
             fitted = self._fitter(Job(turn.recorder.traffic(now_s), now_s, turn.horizon_s, self._prior))
         except Exception as error:  # noqa: BLE001 - as live: the model keeps its last fit, and it is told
-            self.failures[model] = f"{type(error).__name__}: {error}"
+            self.failures = {**self.failures, model: f"{type(error).__name__}: {error}"}
             return
         if fitted is not None:
             self._book.install(model, fitted)
@@ -167,9 +182,29 @@ class SimForecasts:
 class NoForecasts:
     """For policies that ask for none."""
 
+    def __init__(self) -> None:
+        self.fits = 0
+        self.failures: Mapping[str, str] = {}
+
+    def watch(self, model: str, since_s: float, horizon_s: float) -> None:
+        """Nothing."""
+
+    def arrived(self, model: str, times: Floats, work: Floats) -> None:
+        """Nothing."""
+
+    def next_s(self, model: str) -> float:
+        """Never."""
+        return math.inf
+
+    def fit(self, model: str, now_s: float) -> None:
+        """Nothing."""
+
+    def pool(self) -> None:
+        """Nothing."""
+
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """None."""
         return None
 
 
-__all__ = ["NoForecasts", "Recorder", "SimForecasts"]
+__all__ = ["Foresight", "NoForecasts", "Recorder", "SimForecasts"]

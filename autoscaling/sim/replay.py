@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from autoscaling.core.budget import Budget
 from autoscaling.core.types import Decision, Spec
 from autoscaling.loop import Loop
-from autoscaling.ports import ForecastSource
 from autoscaling.sim.adapters import SimCluster, SimSink, SimSpecs
 from autoscaling.sim.arrivals import Piece, pieces
 from autoscaling.sim.clock import VirtualClock
 from autoscaling.sim.cluster import Pool, VirtualModel
-from autoscaling.sim.forecasts import NoForecasts, SimForecasts
+from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.profile import Profile
 from autoscaling.sim.queueing import (
     COLD,
@@ -60,7 +59,7 @@ class Group:
     """Models that share GPUs or memory, under one loop; or a single one that shares nothing."""
 
     def __init__(
-        self, specs: Mapping[str, Spec], setup: Setup, forecasts: ForecastSource, begin_s: float
+        self, specs: Mapping[str, Spec], setup: Setup, forecasts: Foresight, begin_s: float
     ) -> None:
         profile = setup.profile
         self._pool = Pool(profile.gpus, profile.parked_engines)
@@ -68,7 +67,7 @@ class Group:
             name: VirtualModel(spec, profile, self._pool, seed=setup.seed) for name, spec in specs.items()
         }
         self._tick_s = setup.tick_s
-        self._forecasts = forecasts if isinstance(forecasts, SimForecasts) else None
+        self._forecasts = forecasts
         self._clock = VirtualClock(begin_s)
         self._taken = dict.fromkeys(specs, 0)
         cluster = SimCluster(self.models, self._pool, follow=setup.follow)
@@ -88,9 +87,7 @@ class Group:
         )
         for name, model in self.models.items():
             model.begin(begin_s)
-            if self._forecasts is not None:
-                delay_s = max(start.measured_s()[1] for start in profile.starts.values())
-                self._forecasts.watch(name, begin_s, delay_s)
+            forecasts.watch(name, begin_s, max(start.measured_s()[1] for start in profile.starts.values()))
         self._tick(begin_s)
 
     @property
@@ -141,9 +138,7 @@ class Group:
     def _next_s(self) -> float:
         next_s = self._loop.next_s()
         for name, model in self.models.items():
-            next_s = min(next_s, model.next_s())
-            if self._forecasts is not None:
-                next_s = min(next_s, self._forecasts.next_s(name))
+            next_s = min(next_s, model.next_s(), self._forecasts.next_s(name))
         return next_s
 
     def _grid(self, time_s: float) -> float:
@@ -153,15 +148,12 @@ class Group:
         return math.ceil(time_s / self._tick_s - GRID) * self._tick_s
 
     def _tick(self, now_s: float) -> None:
-        if self._forecasts is not None:
-            for name in self.models:
-                self._learn(name)
-                self._forecasts.fit(name, now_s)
+        for name in self.models:
+            self._learn(name)
+            self._forecasts.fit(name, now_s)
         self._loop.tick(now_s)
 
     def _learn(self, name: str) -> None:
-        if self._forecasts is None:
-            return
         queue = self.models[name].queue
         taken, until = self._taken[name], int(queue.n[TAIL])
         if until > taken:
@@ -214,6 +206,7 @@ def replay(
     setup: Setup | None = None,
     *,
     policy: str | None = None,
+    forecasts: Foresight | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Report:
     """One policy over a trace.
@@ -222,24 +215,26 @@ def replay(
         specs: of each model, or a function that gives one for a model's name. Of a mapping, models that are not in the
             trace are simulated too (they may cost without being asked), and such as are not in it are left out.
         policy: what goes instead of the specs' own.
+        forecasts: who forecasts; None: the forecasters that the cluster has.
         progress: called now and then with the virtual time, in Unix seconds.
 
     Raises:
         TraceError: for a bad row.
         ValueError: for a policy that there is not.
     """
-    return Replay(trace, specs, setup or Setup(), policy, progress).run()
+    return Replay(trace, specs, setup or Setup(), policy, forecasts, progress).run()
 
 
 class Replay:
     """One replay. Its groups are there to be looked at afterwards."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what `replay` was given
         self,
         trace: Trace | Iterable[Row],
         specs: Mapping[str, Spec] | SpecOf,
         setup: Setup,
         policy: str | None = None,
+        forecasts: Foresight | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> None:
         self._trace = trace
@@ -251,7 +246,7 @@ class Replay:
         self._specs: dict[str, Spec] = {}
         self._one = setup.profile.gpus is not None or setup.profile.parked_engines is not None
         self._left_out: set[str] = set()
-        self._forecasts = SimForecasts()
+        self._forecasts = forecasts or SimForecasts()
 
     def run(self) -> Report:
         began_s = time.perf_counter()

@@ -22,6 +22,7 @@ from autoscaling.live.setup import ModelSetup
 from autoscaling.loop import Loop
 from autoscaling.sim import replay as sim
 from autoscaling.sim.clock import VirtualClock
+from autoscaling.sim.forecasts import SimForecasts
 from autoscaling.sim.profile import Engine, Profile, Start
 from autoscaling.traces import Row
 
@@ -100,17 +101,17 @@ def record(policy: str, monkeypatch: pytest.MonkeyPatch, profile: Profile = PROF
             tape.decided(decisions)
             super().apply(now_s, specs, decisions)
 
-    class TapedForecasts(sim.SimForecasts):
+    class TapedForecasts(SimForecasts):
         def forecast(self, model: str, now_s: float) -> Forecast | None:
             made = super().forecast(model, now_s)
             tape.forecasts[model, now_s] = made
             return made
 
     monkeypatch.setattr(sim, "SimCluster", Taped)
-    monkeypatch.setattr(sim, "SimForecasts", TapedForecasts)
     # A budget that never binds puts the models under one loop.
     setup = sim.Setup(profile=replace(profile, gpus=100.0))
-    sim.replay(list(rows()), {model: spec(model, policy) for model in MODELS}, setup)
+    specs = {model: spec(model, policy) for model in MODELS}
+    sim.replay(list(rows()), specs, setup, forecasts=TapedForecasts())
     return tape
 
 
