@@ -254,6 +254,7 @@ def text(result: Mapping[str, Any]) -> str:
                 row["gpu_s"],
                 ratio(row["gpu_s"], base.get(row["pattern"])),
                 row["accounts_gpu_s"],
+                f"{row['prewarms_hit']}/{row['prewarms']}",
             ]
         )
     return (
