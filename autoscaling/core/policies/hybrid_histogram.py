@@ -77,7 +77,8 @@ class HybridHistogram:
         if now_s < to_s and (now_s >= begin_s or begun):
             # A model that was never lit since its last request has nothing to keep.
             if not kept or context.before > 0 or seen.present > 0:
-                values["begun_for_s"] = since_s
+                if not kept:
+                    values["begun_for_s"] = since_s
                 reason = Reason.KEEP_ALIVE if kept or now_s >= from_s else Reason.PREWARM
                 until_s = from_s if from_s > now_s else to_s
                 return Proposal(1, seen.rung, reason, until_s, numbers, values, (), histogram)

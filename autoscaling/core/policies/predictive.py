@@ -29,6 +29,8 @@ class _Need:
     series: Series
     safe: int
     until_s: float
+    foreseen_until_s: float
+    """When the forecast's part of it changes."""
 
 
 class Predictive:
@@ -61,7 +63,9 @@ class Predictive:
             # Nothing to weigh: the floor keeps it lit. What it adds is said by whoever applies it.
             replicas = self._between(context, max(context.floor, need.ahead), need)
             if replicas <= context.floor:
-                return Proposal(0, rest(context)[0], Reason.DARK, need.until_s, numbers, series=need.series)
+                return Proposal(
+                    0, rest(context)[0], Reason.DARK, need.foreseen_until_s, numbers, series=need.series
+                )
             return Proposal(
                 replicas, seen.rung, self._above(replicas, need), need.until_s, numbers, series=need.series
             )
@@ -123,6 +127,7 @@ class Predictive:
         series = push_peak(before, now_s, fitting, stable_s)
         until_s = peak_until_s(series, stable_s)
         ahead = 0
+        foreseen_s = math.inf
         safe = int(peak(series))
         demand = context.forecast.demand if context.forecast is not None else None
         quantile = context.param(QUANTILE)
@@ -131,8 +136,8 @@ class Predictive:
         if soon is not None and later is not None:
             ahead = ceil(soon.concurrency / full)
             safe = max(safe, ceil(later.concurrency / roomy))
-            until_s = min(until_s, soon.until_s, later.until_s)
-        return _Need(need, fitting, ahead, series, safe, until_s)
+            foreseen_s = min(soon.until_s, later.until_s)
+        return _Need(need, fitting, ahead, series, safe, min(until_s, foreseen_s), foreseen_s)
 
 
 __all__ = ["Predictive"]

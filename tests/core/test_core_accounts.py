@@ -1,0 +1,167 @@
+"""What is charged, and what prewarms are said to have been worth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from autoscaling.core.accounts import Account, Booking, Prewarm, book, day_of
+from autoscaling.core.types import Decision, Observation, Reason, Rung
+from tests.core.lab import T0, lit, seen, spec
+
+NOON = math.floor(T0 / 86400) * 86400 + 43200.0
+
+
+class Ledger:
+    """Books one step after another, and adds up."""
+
+    def __init__(self) -> None:
+        self.account = Account()
+        self.gpu_s: dict[str, float] = {}
+        self.requests = self.cold_requests = self.cold_starts = 0
+        self.waited_s = 0.0
+        self.days: dict[str, float] = {}
+        self.prewarms: dict[str, Prewarm] = {}
+
+    def book(self, observation: Observation, decision: Decision | None = None) -> Booking:
+        self.account, booking = book(self.account, spec(), observation, decision)
+        for row in booking.usage:
+            for rung, value in row.gpu_s.items():
+                self.gpu_s[rung] = self.gpu_s.get(rung, 0) + value
+                self.days[row.day] = self.days.get(row.day, 0) + value
+            self.requests += row.requests
+            self.cold_requests += row.cold_requests
+            self.cold_starts += row.cold_starts
+            self.waited_s += row.waited_s
+        self.prewarms |= {prewarm.id: prewarm for prewarm in booking.prewarms}
+        return booking
+
+    @property
+    def prewarm(self) -> Prewarm:
+        (prewarm,) = self.prewarms.values()
+        return prewarm
+
+
+def decided(now_s: float, replicas: int, reason: Reason, rung: Rung = Rung.TEMPLATE) -> Decision:
+    return Decision("m", now_s, replicas, rung, reason, now_s + 10, "predictive")
+
+
+def test_replicas_are_charged_from_their_start_and_rungs_while_they_are_held() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON, rung=Rung.PARKED))
+    ledger.book(seen(NOON + 10, rung=Rung.TEMPLATE, starting=1))
+    ledger.book(lit(NOON + 15, replicas=2))
+    ledger.book(lit(NOON + 25, replicas=2))
+    assert ledger.gpu_s == pytest.approx({"parked": 10 * 0.02, "serving": 5 * 1 + 10 * 2})
+
+
+def test_a_day_ends_at_midnight() -> None:
+    ledger = Ledger()
+    midnight = NOON + 43200
+    ledger.book(lit(midnight - 4))
+    ledger.book(lit(midnight + 6))
+    assert ledger.days == pytest.approx({day_of(midnight - 1): 4.0, day_of(midnight): 6.0})
+
+
+def test_what_nobody_saw_is_not_charged() -> None:
+    ledger = Ledger()
+    ledger.book(lit(NOON))
+    ledger.book(lit(NOON + 3600))
+    ledger.book(replace(lit(NOON + 3610), ready=None))
+    ledger.book(lit(NOON + 3590))
+    assert ledger.gpu_s == {}
+    ledger.book(lit(NOON + 3600))
+    assert ledger.gpu_s == pytest.approx({"serving": 10.0})
+
+
+def test_a_cold_start_is_counted_with_who_waited() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(seen(NOON + 1, queued=2, arrivals=2), decided(NOON + 1, 1, Reason.WAKE))
+    ledger.book(seen(NOON + 2, queued=3, arrivals=1, starting=1, target=1))
+    ledger.book(lit(NOON + 5, in_flight=3))
+    ledger.book(lit(NOON + 6, in_flight=4, arrivals=1))
+    assert (ledger.requests, ledger.cold_requests, ledger.cold_starts) == (4, 3, 1)
+    assert ledger.waited_s == pytest.approx(2 * 1 + 3 * 3)
+    assert ledger.prewarms == {}
+
+
+def prewarmed(ledger: Ledger) -> None:
+    """Begun at noon from TEMPLATE, whose start takes 4 s; ready after 5."""
+    ledger.book(seen(NOON), decided(NOON, 1, Reason.PREWARM))
+    ledger.book(seen(NOON + 1, starting=1, target=1), decided(NOON + 1, 1, Reason.PREWARM))
+    ledger.book(lit(NOON + 5), decided(NOON + 5, 1, Reason.KEEP_ALIVE))
+
+
+def test_a_prewarm_that_is_hit() -> None:
+    ledger = Ledger()
+    prewarmed(ledger)
+    assert ledger.prewarm.ready_s == NOON + 5
+    ledger.book(lit(NOON + 10), decided(NOON + 10, 1, Reason.KEEP_ALIVE))
+    ledger.book(lit(NOON + 11, in_flight=2, arrivals=2), decided(NOON + 11, 1, Reason.DEMAND))
+    ledger.book(lit(NOON + 14, in_flight=3, arrivals=1), decided(NOON + 14, 1, Reason.DEMAND))
+    ledger.book(lit(NOON + 16, in_flight=4, arrivals=1), decided(NOON + 16, 1, Reason.DEMAND))
+    prewarm = ledger.prewarm
+    assert (prewarm.hit_s, prewarm.ended_s, prewarm.reason) == (NOON + 11, NOON + 11, Reason.PREWARM)
+    assert prewarm.cost_gpu_s == pytest.approx(10.0)
+    # Two would have waited 4 s, one that came 3 s later 1 s, and one after the start nothing.
+    assert prewarm.spared_requests == 3
+    assert prewarm.spared_wait_s == pytest.approx(2 * 4 + 1)
+    assert ledger.cold_starts == 0
+
+
+def test_a_prewarm_that_is_met_half_way_spares_what_it_was_ahead() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON), decided(NOON, 1, Reason.PREWARM))
+    ledger.book(seen(NOON + 1, starting=1, target=1), decided(NOON + 1, 1, Reason.PREWARM))
+    ledger.book(seen(NOON + 3, starting=1, target=1, queued=1, arrivals=1), decided(NOON + 3, 1, Reason.WAKE))
+    assert ledger.prewarm.hit_s == NOON + 3
+    assert ledger.prewarm.spared_wait_s == pytest.approx(3.0)
+    assert ledger.cold_starts == 0
+
+
+def test_a_prewarm_that_is_given_up() -> None:
+    ledger = Ledger()
+    prewarmed(ledger)
+    ledger.book(lit(NOON + 20), decided(NOON + 20, 0, Reason.GO_DARK))
+    prewarm = ledger.prewarm
+    assert (prewarm.hit_s, prewarm.ended_s) == (None, NOON + 20)
+    assert prewarm.cost_gpu_s == pytest.approx(19.0)
+    assert (prewarm.spared_requests, prewarm.spared_wait_s) == (0, 0.0)
+    ledger.book(seen(NOON + 30), decided(NOON + 30, 1, Reason.PREWARM))
+    assert len(ledger.prewarms) == 2
+
+
+def test_a_prewarm_above_a_base_is_hit_by_what_the_base_cannot_carry() -> None:
+    ledger = Ledger()
+    ledger.book(lit(NOON, in_flight=5), decided(NOON, 3, Reason.FORECAST_DEMAND))
+    ledger.book(
+        lit(NOON + 5, replicas=3, in_flight=9, arrivals=9), decided(NOON + 5, 3, Reason.FORECAST_DEMAND)
+    )
+    assert (ledger.prewarm.base, ledger.prewarm.replicas, ledger.prewarm.hit_s) == (1, 2, None)
+    ledger.book(lit(NOON + 9, replicas=3, in_flight=25, arrivals=9), decided(NOON + 9, 3, Reason.DEMAND))
+    prewarm = ledger.prewarm
+    assert prewarm.hit_s == NOON + 9
+    assert (prewarm.spared_requests, prewarm.spared_wait_s) == (15, 60.0)
+    assert prewarm.cost_gpu_s == pytest.approx(2 * 4)
+
+
+def test_a_prewarm_of_a_rung() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON), decided(NOON, 0, Reason.MANUAL, Rung.PARKED))
+    ledger.book(seen(NOON + 4, rung=Rung.PARKED), decided(NOON + 4, 0, Reason.MANUAL, Rung.PARKED))
+    ledger.book(seen(NOON + 54, rung=Rung.PARKED), decided(NOON + 54, 0, Reason.MANUAL, Rung.PARKED))
+    prewarm = ledger.prewarm
+    assert (prewarm.rung, prewarm.replicas, prewarm.ready_s) == (Rung.PARKED, 0, NOON + 4)
+    assert prewarm.cost_gpu_s == pytest.approx(50 * 0.02)
+    ledger.book(seen(NOON + 55, rung=Rung.PARKED), decided(NOON + 55, 0, Reason.GO_DARK))
+    assert ledger.prewarm.ended_s == NOON + 55
+
+
+def test_a_request_that_waits_is_no_prewarm() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(seen(NOON + 1, queued=1, arrivals=1), decided(NOON + 1, 2, Reason.SCHEDULE))
+    assert ledger.prewarms == {}

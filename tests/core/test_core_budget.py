@@ -1,0 +1,134 @@
+"""All models together within a budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoscaling.core.budget import Budget, clamp
+from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
+from tests.core.lab import T0, lit, seen, spec
+
+Fleet = tuple[dict[str, Spec], dict[str, Observation], dict[str, Decision]]
+
+
+def decided(replicas: int | None, reason: Reason = Reason.DEMAND) -> Decision:
+    return Decision("m", T0, replicas, Rung.TEMPLATE, reason, T0 + 10, "predictive")
+
+
+def fleet(*models: tuple[str, Spec, Observation, int | None]) -> Fleet:
+    return (
+        {name: replace(asked, model=name) for name, asked, _, _ in models},
+        {name: observation for name, _, observation, _ in models},
+        {name: replace(decided(replicas), model=name) for name, _, _, replicas in models},
+    )
+
+
+def counts(decisions: dict[str, Decision]) -> dict[str, int | None]:
+    return {name: decision.replicas for name, decision in decisions.items()}
+
+
+def test_within_the_budget_nothing_changes() -> None:
+    specs, observations, decisions = fleet(("a", spec(), lit(in_flight=15), 2), ("b", spec(), seen(), 2))
+    assert clamp(Budget(), specs, observations, decisions) == decisions
+    assert clamp(Budget(gpus=4), specs, observations, decisions) == decisions
+
+
+def test_what_requests_need_comes_before_what_is_prewarmed() -> None:
+    specs, observations, decisions = fleet(
+        ("a", spec(priority=9), seen(), 2), ("b", spec(), lit(in_flight=15), 2)
+    )
+    result = clamp(Budget(gpus=2), specs, observations, decisions)
+    assert counts(result) == {"a": 0, "b": 2}
+    assert result["a"].clamps == (Reason.GPU_BUDGET,)
+    assert result["a"].numbers["wanted_replicas"] == 2
+    assert result["b"].clamps == ()
+
+
+def test_higher_priority_comes_first() -> None:
+    specs, observations, decisions = fleet(
+        ("a", spec(priority=0), lit(in_flight=30), 3), ("b", spec(priority=1), lit(in_flight=30), 3)
+    )
+    assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": 1, "b": 3}
+
+
+def test_equals_share_and_what_is_there_stays() -> None:
+    specs, observations, decisions = fleet(
+        ("a", spec(), seen(queued=30), 3), ("b", spec(), seen(queued=30), 3)
+    )
+    assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": 2, "b": 2}
+    specs, observations, decisions = fleet(
+        ("a", spec(), seen(queued=30), 3), ("b", spec(), lit(replicas=3, in_flight=30), 3)
+    )
+    assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": 1, "b": 3}
+
+
+def test_replicas_count_as_their_gpus() -> None:
+    specs, observations, decisions = fleet(
+        ("a", spec(gpus_per_replica=4), seen(queued=30), 3),
+        ("b", spec(gpus_per_replica=0), seen(queued=30), 3),
+    )
+    assert counts(clamp(Budget(gpus=8), specs, observations, decisions)) == {"a": 1, "b": 3}
+
+
+def test_what_is_held_keeps_what_it_has() -> None:
+    specs, observations, decisions = fleet(
+        ("a", spec(), lit(replicas=3), None), ("b", spec(priority=5), lit(in_flight=30), 3)
+    )
+    assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": None, "b": 1}
+
+
+def test_a_spent_day_ends_what_nobody_uses() -> None:
+    specs, observations, decisions = fleet(
+        ("idle", spec(), lit(), 1),
+        ("prewarm", spec(), seen(), 1),
+        ("busy", spec(), lit(replicas=2, in_flight=40), 4),
+        ("waking", spec(), seen(queued=40), 4),
+        ("held", spec(), lit(), None),
+    )
+    budget = Budget(gpu_s_per_day=1000)
+    assert clamp(budget, specs, observations, decisions, 999.0) == decisions
+    result = clamp(budget, specs, observations, decisions, 1000.0)
+    assert counts(result) == {"idle": 0, "prewarm": 0, "busy": 2, "waking": 1, "held": None}
+    assert result["busy"].clamps == (Reason.SPEND_LIMIT,)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.sampled_from([0.5, 1.0, 4.0]),
+            st.integers(0, 4),
+            st.integers(0, 60),
+            st.integers(0, 5),
+        ),
+        max_size=8,
+    ),
+    st.floats(0, 20),
+)
+def test_it_is_never_exceeded_nor_more_given_nor_the_order_of_models_of_any_matter(
+    models: list[tuple[int, float, int, int, int]], gpus: float
+) -> None:
+    rows = [
+        (
+            f"m{i}",
+            spec(priority=priority, gpus_per_replica=each),
+            lit(replicas=present, in_flight=load) if present else seen(queued=load),
+            wanted,
+        )
+        for i, (priority, each, present, load, wanted) in enumerate(models)
+    ]
+    specs, observations, decisions = fleet(*rows)
+    result = clamp(Budget(gpus=gpus), specs, observations, decisions)
+    used = sum(specs[name].gpus_per_replica * (decision.replicas or 0) for name, decision in result.items())
+    assert used <= gpus + 1e-6 or result == decisions
+    assert used <= gpus + 1e-6 or not decisions
+    for name, decision in result.items():
+        assert (decision.replicas or 0) <= (decisions[name].replicas or 0)
+        assert (decision.replicas == decisions[name].replicas) == (decision.clamps == ())
+    assert clamp(Budget(gpus=gpus), *fleet(*rows[::-1])) == result
+    # Applied to its own result, it has nothing to do.
+    assert counts(clamp(Budget(gpus=gpus), specs, observations, result)) == counts(result)
