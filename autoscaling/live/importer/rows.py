@@ -21,6 +21,7 @@ class Arrival:
     name: str
     """The model, or the path of the request, as the file says it."""
     count: int = 1
+    """0 for a window in which nothing came: that is known, too."""
     input_tokens: int = 0
     output_tokens: int = 0
     duration_s: float | None = None

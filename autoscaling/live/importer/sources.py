@@ -55,7 +55,7 @@ class Log:
             except LineError as error:
                 broken.add(f"line {number}: {error}")
                 continue
-            if arrival is not None and arrival.count > 0:
+            if arrival is not None:
                 yield arrival
 
 
@@ -95,8 +95,7 @@ class Traced:
             self.window_s = max(self.window_s, row.window_s)
             if report is not None and self.lines % _EVERY == 0:
                 report(Progress(stage, 0, 0, self.lines))
-            if row.requests > 0:
-                yield _arrival(row)
+            yield _arrival(row)
         broken.count = self._trace.bad
         self.lines += broken.count
 

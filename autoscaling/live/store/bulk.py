@@ -131,14 +131,19 @@ def _add(buckets: dict[tuple[str, int, int], list[float]], row: Row, staged: Sta
     model, time_s, arrivals, input_tokens, output_tokens, busy_s = row
     staged.taken += 1
     staged.first_s[model] = min(time_s, staged.first_s.get(model, time_s))
+    if not (arrivals or input_tokens or output_tokens or busy_s):
+        return
     for step_s, parts in staged.levels.items():
         if time_s < staged.now_s - KEPT_S[step_s]:
             continue
         for part in range(parts):
-            bucket = buckets.setdefault((model, step_s, int(time_s // step_s) + part), [0, 0, 0, 0.0, 0.0])
-            for i, count in enumerate((arrivals, input_tokens, output_tokens)):
-                bucket[i] += count * (part + 1) // parts - count * part // parts
-            bucket[3] += busy_s / parts
+            counts = (arrivals, input_tokens, output_tokens)
+            shares = [count * (part + 1) // parts - count * part // parts for count in counts]
+            if any(shares) or busy_s:
+                key = (model, step_s, int(time_s // step_s) + part)
+                bucket = buckets.setdefault(key, [0, 0, 0, 0.0, 0.0])
+                for i, share in enumerate((*shares, busy_s / parts)):
+                    bucket[i] += share
 
 
 def _put(connection: Connection, buckets: dict[tuple[str, int, int], list[float]]) -> None:

@@ -191,7 +191,7 @@ class Store:
 
         Args:
             rows: (model, time_s, arrivals, input_tokens, output_tokens, busy_s), each for what came in the `bucket_s`
-                seconds from `time_s`. Read once, in bounded memory.
+                seconds from `time_s`. Read once, in bounded memory. A row of zeros says that the model was watched.
             bucket_s: levels with shorter buckets than this stay unknown for that time, except that a bucket may be
                 spread evenly over two of the level below it.
             source: a name for what is imported. The same name is never imported twice.
