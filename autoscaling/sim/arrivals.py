@@ -45,11 +45,12 @@ def pieces(  # noqa: PLR0917 - a reading's own settings
 
     Args:
         scale: share of the requests that come; each is kept or left out by itself. Above 1, windows hold more.
+        most: requests in a piece; None: all in one.
         origin_s: where second 0 is put; None: ORIGIN_S, and 0 for Unix times.
     """
     reading = _Reading(work, seed, scale, origin_s)
     for row in rows:
-        if row.time_s > reading.last_s and reading.count >= most:
+        if most is not None and reading.count >= most and row.time_s > reading.last_s:
             yield reading.cut(row.time_s)
         reading.take(row)
     yield reading.cut(None)

@@ -31,8 +31,12 @@ class Foresight(Protocol):
 
     fits: int
     failures: Mapping[str, str]
+    pools: bool
+    """Whether it learns from the fleet at once, so that all models must get to the same moments; else it is told the
+    whole trace before anything happens."""
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None: ...
+    def coming(self, model: str, times: Floats, work: Floats) -> None: ...
     def arrived(self, model: str, times: Floats, work: Floats) -> None: ...
     def next_s(self, model: str) -> float: ...
     def fit(self, model: str, now_s: float) -> None: ...
@@ -118,11 +122,15 @@ class SimForecasts:
         self._turns: dict[str, _Turn] = {}
         self._prior: Prior = NO_FLEET
         self.fits = 0
+        self.pools = True
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
         """Forecast this model; nothing is known of it before `since_s`."""
         self._turns.setdefault(model, _Turn(Recorder(model, since_s), horizon_s))
+
+    def coming(self, model: str, times: Floats, work: Floats) -> None:
+        """Nothing: what is to come is not known."""
 
     def arrived(self, model: str, times: Floats, work: Floats) -> None:
         """Requests came, shape (n,) each."""
@@ -184,9 +192,13 @@ class NoForecasts:
 
     def __init__(self) -> None:
         self.fits = 0
+        self.pools = True
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
+        """Nothing."""
+
+    def coming(self, model: str, times: Floats, work: Floats) -> None:
         """Nothing."""
 
     def arrived(self, model: str, times: Floats, work: Floats) -> None:

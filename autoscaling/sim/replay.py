@@ -11,15 +11,18 @@ from autoscaling.core.budget import Budget
 from autoscaling.core.types import Decision, Spec
 from autoscaling.loop import Loop
 from autoscaling.sim.adapters import SimCluster, SimSink, SimSpecs
-from autoscaling.sim.arrivals import Piece, pieces
+from autoscaling.sim.arrivals import PIECE, Piece, pieces
 from autoscaling.sim.clock import VirtualClock
 from autoscaling.sim.cluster import Pool, VirtualModel
 from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.profile import Profile
 from autoscaling.sim.queueing import (
+    ARRIVED,
     COLD,
     COLD_WAITED_S,
     EPISODES,
+    HELD_S,
+    IN_FLIGHT_S,
     IN_TIME,
     LONGEST_S,
     REJECTED,
@@ -53,14 +56,28 @@ class Setup:
     """Serve's policy raises above a decision what requests in progress need, as it does live."""
     origin_s: float | None = None
     keep_decisions: bool = False
+    sample_s: float | None = None
+    """How long the steps of the reports' timelines are; None: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Sums of one model up to `now_s`, since it is measured."""
+
+    now_s: float
+    held_s: float
+    """Replica-seconds, ready or draining."""
+    in_flight_s: float
+    """Request-seconds."""
+    cold_starts: int
+    arrivals: int
+    """Since the beginning."""
 
 
 class Group:
     """Models that share GPUs or memory, under one loop; or a single one that shares nothing."""
 
-    def __init__(
-        self, specs: Mapping[str, Spec], setup: Setup, forecasts: Foresight, begin_s: float
-    ) -> None:
+    def __init__(self, specs: Mapping[str, Spec], setup: Setup, forecasts: Foresight, begin_s: float) -> None:
         profile = setup.profile
         self._pool = Pool(profile.gpus, profile.parked_engines)
         self.models = {
@@ -74,6 +91,9 @@ class Group:
         self.sink = SimSink(keep=setup.keep_decisions)
         self._measured = False
         self._measure_s = begin_s + setup.measure_from_s
+        self._sample_s = setup.sample_s
+        self._sampled_s = math.inf if setup.sample_s is None else begin_s
+        self.samples: dict[str, list[Sample]] = {name: [] for name in specs}
         self._loop = Loop(
             SimSpecs(specs),
             cluster,
@@ -101,6 +121,7 @@ class Group:
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""
         self._learn(name)
+        self._forecasts.coming(name, times, work)
         self.models[name].feed(times, work)
         self._taken[name] = int(self.models[name].queue.n[TAIL])
 
@@ -113,6 +134,9 @@ class Group:
                 if self._measure_s > until_s:
                     return
                 self._measure()
+                continue
+            if self._sampled_s < min(tick_s, until_s):
+                self._sample(self._sampled_s)
                 continue
             if tick_s > until_s or (tick_s == until_s and not inclusive):
                 return
@@ -128,12 +152,23 @@ class Group:
         for model in self.models.values():
             model.advance(end_s)
             model.close(end_s)
+        if self._sample_s is not None:
+            self._sample(end_s)
 
     def _measure(self) -> None:
         self._measured = True
         for model in self.models.values():
             model.advance(self._measure_s)
             model.measure(self._measure_s)
+
+    def _sample(self, now_s: float) -> None:
+        for name, model in self.models.items():
+            if now_s > model.now_s:
+                model.advance(now_s)
+            f, n = model.queue.f, model.queue.n
+            counted = (float(f[HELD_S]), float(f[IN_FLIGHT_S]), int(n[EPISODES]), int(n[ARRIVED]))
+            self.samples[name].append(Sample(now_s, *counted))
+        self._sampled_s = now_s + (self._sample_s or math.inf)
 
     def _next_s(self) -> float:
         next_s = self._loop.next_s()
@@ -255,7 +290,9 @@ class Replay:
         begin_s: float | None = None
         last_s = -math.inf
         engine = setup.profile.engine
-        for piece in self._epochs(pieces(rows, engine.work_s, setup.seed, setup.scale, setup.origin_s)):
+        most = PIECE if self._forecasts.pools else None
+        whole = pieces(rows, engine.work_s, setup.seed, setup.scale, setup.origin_s, most)
+        for piece in self._epochs(whole):
             if begin_s is None:
                 firsts = [float(times[0]) for times, _ in piece.requests.values()]
                 begin_s = math.floor(min(firsts, default=0.0))
@@ -303,7 +340,7 @@ class Replay:
 
     @property
     def _foresees(self) -> bool:
-        return self._policy is None or self._policy in FORESEES
+        return self._forecasts.pools and (self._policy is None or self._policy in FORESEES)
 
     def _begin(self, begin_s: float) -> None:
         if not callable(self._given):
@@ -369,6 +406,11 @@ class Replay:
             until_s=end_s,
             total=together(models),
             models=models,
+            timeline={
+                name: tuple(samples)
+                for group in self.groups.values()
+                for name, samples in group.samples.items()
+            },
             took_s=took_s,
             fits=self._forecasts.fits,
             skipped_rows=self._trace.bad if isinstance(self._trace, Trace) else 0,

@@ -90,7 +90,7 @@ class Report:
     notes: tuple[str, ...] = ()
     """What the reader should know: models that failed, how the trace was scaled."""
     timeline: Mapping[str, Any] = field(default_factory=dict)
-    """For plots, if asked for: see `autoscaling.sim.timeline`."""
+    """Model -> `replay.Sample`s, if asked for: for plots."""
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON has it; its schema is `json_schema()`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from sqlalchemy import create_engine, text
 from autoscaling.core.types import Reason, Rung, State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, UsageRow
 from autoscaling.live.store import Store
-from tests.store.lab import NOON, FakeClock, Open, decision
+from tests.store.lab import NOON, FakeClock, Open, decision, second, totals
 
 DAY = 86400.0
 COLD = ColdStartRow(
@@ -102,6 +103,32 @@ def test_nothing_is_known_of_a_new_store(store: Store) -> None:
         [],
         [],
     )
+
+
+def test_what_is_put_together_is_committed_together(open_store: Open, clock: FakeClock) -> None:
+    store = open_store(commit_every_s=0.0)
+    store.start()
+    done = threading.Event()
+
+    def work() -> None:
+        given = 0
+        while not done.is_set():
+            given += 1
+            with store.together():
+                store.put_states({"mark": State(values={"given": given})})
+                store.add_traffic([second("m", NOON)])
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    seen = []
+    for _ in range(20):
+        at = open_store()
+        counted = totals(at, "m", NOON)[0]
+        seen.append((at.states().get("mark", State(values={"given": 0})).values["given"], counted))
+    done.set()
+    worker.join()
+    assert all(marked == counted for marked, counted in seen)
+    assert len(set(seen)) > 2
 
 
 def test_cold_starts_said_again_replace_what_was_said(store: Store, open_store: Open) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from threading import Event
@@ -111,6 +111,15 @@ class Store:
             Event().wait(min(_RETRY_S, left_s))
             left_s -= _RETRY_S
         return True
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What one thread adds and puts within the block is committed in one transaction: a kill leaves all or none.
+
+        Other threads wait meanwhile, so do nothing else in it.
+        """
+        with self._memory.lock:
+            yield
 
     def health(self) -> dict[str, Any]:
         """How the store is.
