@@ -89,11 +89,13 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction that sees one state of the database and holds up nobody."""
-        with (
-            self._engine.connect() as connection,
-            connection.execution_options(relight_begin="BEGIN").begin(),
-        ):
-            yield connection
+        with self._engine.connect() as connection:
+            if self.path is None:
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            else:
+                connection.execution_options(relight_begin="BEGIN")
+            with connection.begin():
+                yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
