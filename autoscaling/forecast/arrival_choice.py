@@ -26,7 +26,10 @@ FORECASTERS: tuple[Forecaster, ...] = (
 LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
-MARGIN = 0.5
+MARGIN = 3.0
+"""In summed log-likelihood: what another forecaster must be better by, so that chance does not choose."""
+EARLY_MARGIN = 0.75
+"""For each silence that was scored, while that is less: a rhythm must be learned in a few beats."""
 MIN_CALIBRATION = 8
 SHARP = 0.1
 MIN_SHARP = 12
@@ -110,7 +113,7 @@ def choose(
 ) -> ArrivalChoice:
     """Fit each on what was known, score it on the silences that came after, several times over; then fit the best anew.
 
-    The first of `forecasters` must always apply; another is chosen only if it is better by more than MARGIN in sum.
+    The first of `forecasters` must always apply; another is chosen only if it is better by the margin in sum.
     """
     silences = silences_of(history)
     scores: dict[str, ArrivalScore] = {}
@@ -145,8 +148,10 @@ def choose(
         )
     order = sorted(totals, key=lambda name: -totals[name])
     default = forecasters[0].name
-    if default in totals and order and totals[order[0]] < totals[default] + MARGIN:
-        order.insert(0, default)
+    if default in totals:
+        margin = min(MARGIN, EARLY_MARGIN * len(rolled[default]))
+        if totals[order[0]] < totals[default] + margin:
+            order.insert(0, default)
     by_name = {forecaster.name: forecaster for forecaster in forecasters}
     for name in [*order, *(forecaster.name for forecaster in forecasters)]:
         try:

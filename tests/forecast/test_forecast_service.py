@@ -80,7 +80,7 @@ def forecast(service: ForecastService, model: str) -> Forecast:
 def test_what_is_watched_gets_a_forecast_with_its_scores(start: Start) -> None:
     service = start(["a", "b", "new"], processes=2)
     found = forecast(service, "a")
-    assert found.forecaster.startswith("timer")
+    assert "effort" not in found.details  # not the simple one
     assert found.next_arrival is not None
     shown = found.next_arrival
     assert np.interp(65, shown.times_s, shown.survival) > 0.8
@@ -110,7 +110,7 @@ def test_a_fitter_that_fails_is_replaced_by_a_simpler_one_which_says_so(
     assert said in service.health()["failing"]["bad"]
     good = forecast(service, "good")
     assert "fallback" not in good.details
-    assert good.forecaster.startswith("timer")
+    assert "effort" not in good.details
     assert service.health()["ok"]
 
 
