@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -283,3 +285,32 @@ def test_a_process_gives_back_the_memory_of_the_thorough_fitter() -> None:
         assert not worker.is_spent(1e6)
     finally:
         worker.end()
+
+
+ORPHAN = """
+import sys, time
+sys.path[:] = {path!r}
+import bad_fitters
+from autoscaling.forecast.worker import Task, Worker
+from made_traffic import START_S, traffic
+from autoscaling.forecast.fit import Job
+from autoscaling.forecast.prior import NO_FLEET
+worker = Worker(time.monotonic())
+assert worker.connection.recv().id == -1
+job = Job(traffic([START_S], START_S + 60, model="bad"), START_S + 60, 1.0, NO_FLEET)
+worker.give(Task(1, bad_fitters.hanging, job, 1.0), time.monotonic())
+print(worker.process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_does_not_outlive_a_parent_that_was_killed() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN.format(path=sys.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    orphan = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.communicate()
+    until(lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE)
