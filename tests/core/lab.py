@@ -112,8 +112,13 @@ class Cluster:
     last_busy_s: float | None = None
     last_arrival_s: float | None = None
     decision: Decision | None = None
+    lag_s: float = 0.0
+    """How much later a decision reaches the cluster."""
+    on_the_way: list[tuple[float, Decision]] = field(default_factory=list)
 
     def observe(self, load: int = 0, arrivals: int = 0) -> Observation:
+        while self.on_the_way and self.on_the_way[0][0] <= self.now_s:
+            self._carry_out(self.on_the_way.pop(0)[1])
         done = [time_s for time_s in self.starts if time_s <= self.now_s]
         self.ready += len(done)
         self.starts = tuple(time_s for time_s in self.starts if time_s > self.now_s)
@@ -138,6 +143,12 @@ class Cluster:
 
     def act(self, decision: Decision) -> None:
         self.decision = decision
+        if self.lag_s:
+            self.on_the_way.append((self.now_s + self.lag_s, decision))
+        else:
+            self._carry_out(decision)
+
+    def _carry_out(self, decision: Decision) -> None:
         if decision.replicas is None:
             return
         self.target = decision.replicas

@@ -28,7 +28,7 @@ from autoscaling.core.types import (
 )
 from tests.core.lab import RUNGS, T0, Cluster, demand, later, never, poisson, said, seen, spec, timer
 
-quickly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 names = st.sampled_from(sorted(POLICIES))
 
 
@@ -172,9 +172,17 @@ def test_a_decision_stands_until_it_says(
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(specs(floors=False), st.integers(1, 70), st.sampled_from([1.0, 5.0, 20.0]), forecasts())
-def test_constant_load_settles(asked: Spec, load: int, start_s: float, forecast: Forecast | None) -> None:
-    cluster = Cluster(asked, start_s=start_s)
+@given(
+    specs(floors=False),
+    st.integers(1, 70),
+    st.sampled_from([1.0, 5.0, 20.0]),
+    st.sampled_from([0.0, 1.0, 3.0]),
+    forecasts(),
+)
+def test_constant_load_settles(
+    asked: Spec, load: int, start_s: float, lag_s: float, forecast: Forecast | None
+) -> None:
+    cluster = Cluster(asked, start_s=start_s, lag_s=lag_s)
     # The forecast of how much ends before the load does; a forecast that moves is no constant load.
     decisions = cluster.run(1600, load, replace(forecast, demand=None) if forecast else None)
     counts = [decision.replicas for decision in decisions]
@@ -197,6 +205,37 @@ def test_no_traffic_ends_at_zero(asked: Spec, load: int, kind: str) -> None:
     assert decision.replicas == 0
     assert decision.until_s == math.inf or decision.until_s > ended_s + 90_000
     assert decision.reason in {Reason.DARK, Reason.PARK, Reason.GO_DARK}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    specs(floors=False),
+    st.integers(1, 30),
+    st.sampled_from([1.0, 5.0, 20.0]),
+    st.sampled_from([0.0, 1.0, 3.0]),
+    st.sampled_from(["none", "never", "poisson", "timer"]),
+)
+def test_between_decision_and_effect_nothing_flaps(
+    asked: Spec, load: int, start_s: float, lag_s: float, kind: str
+) -> None:
+    """Traffic ends; what is decided reaches the cluster late, and is seen later still. It goes down, and a timer brings
+    it up once."""
+    assume(asked.policy != "fixed")
+    cluster = Cluster(asked, start_s=start_s, lag_s=lag_s)
+    cluster.run(120, load)
+    ended_s = cluster.now_s
+    forecast = {
+        "none": None,
+        "never": never(ended_s, 4000),
+        "poisson": poisson(1 / 1000, ended_s),
+        "timer": timer(ended_s + 400, ended_s, width_s=30.0),
+    }[kind]
+    decisions = cluster.run(900, 0, forecast)
+    counts = [decision.replicas for decision in decisions if decision.replicas is not None]
+    assert len(counts) == len(decisions)
+    assert _turns(counts) <= (2 if kind == "timer" else 0), counts
+    rungs = [decision.rung for decision in decisions if decision.replicas == 0]
+    assert kind == "timer" or _turns([int(rung) for rung in rungs]) == 0, rungs
 
 
 def test_the_fixed_one_is_the_only_one_that_stays() -> None:
