@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -47,7 +46,6 @@ def main() -> None:
         begun = time.perf_counter()
         store = Store.open(url, clock=clock)
         timed("open", 1, begun)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begun = time.perf_counter()
         for i in range(FILLED):
             store.traffic(f"model-{i}", now_s)
@@ -58,8 +56,6 @@ def main() -> None:
         timed("further read, from memory", FILLED, begun)
         megabytes = store.memory_bytes / FILLED * MODELS / 1e6
         print(f"{'history in memory of ' + str(MODELS) + ' models':<60} {megabytes:9.0f} MB")
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / FILLED * MODELS / 1e6
-        print(f"{'growth of the process for it':<60} {grown:9.0f} MB")
 
         models = [f"model-{i}" for i in range(MODELS)]
         add = commit = 0.0

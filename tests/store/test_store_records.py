@@ -112,7 +112,7 @@ def test_what_is_put_together_is_committed_together(open_store: Open, clock: Fak
 
     def work() -> None:
         given = 0
-        while not done.is_set():
+        while not done.wait(0.002):
             given += 1
             with store.together():
                 store.put_states({"mark": State(values={"given": given})})
@@ -121,7 +121,7 @@ def test_what_is_put_together_is_committed_together(open_store: Open, clock: Fak
     worker = threading.Thread(target=work)
     worker.start()
     seen = []
-    for _ in range(20):
+    for _ in range(10):
         at = open_store()
         counted = totals(at, "m", NOON)[0]
         seen.append((at.states().get("mark", State(values={"given": 0})).values["given"], counted))
