@@ -1,6 +1,7 @@
 """The controller: the one deployment that knows the whole fleet, forecasts, decides and records.
 
-It may be killed at any moment. Gateways report again within seconds, policies inside Serve act on the last plan until
+Of two that run at once, while the application is redeployed, the one that came last decides. It may be killed at any
+moment. Gateways report again within seconds, policies inside Serve act on the last plan until
 that expires and then reactively, and a successor goes on from the store.
 
 It starts and tells the fleet's status even where nothing that decides can: what failed is in the status.
@@ -9,7 +10,9 @@ It starts and tells the fleet's status even where nothing that decides can: what
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,7 @@ from autoscaling.live.clock import SystemClock
 from autoscaling.live.metrics import LiveMetrics, ServeView, serve_view
 from autoscaling.live.nodes import Warming, alive_nodes, has_autoscaler
 from autoscaling.live.observer import fleet_status
+from autoscaling.live.owner import Ownership
 from autoscaling.live.plan_store import policies_health, publish
 from autoscaling.live.rungs import RungBook
 from autoscaling.live.setup import ControllerSetup
@@ -34,6 +38,7 @@ SERVE_EVERY_S = 1.0
 NODES_EVERY_S = 5.0
 AUTOSCALER_EVERY_S = 60.0
 SERVE_TIMEOUT_S = 3.0
+LET_GO_S = 3.0
 UNAVAILABLE = 503
 
 
@@ -54,6 +59,8 @@ class Controller:
             self._setup.models, RungBook(), CapacityBook(), self._clock, park_budget_bytes=park_budget_bytes
         )
         self._warm = Warming(warm, ray.get_runtime_context().get_node_id())
+        self._owner = Ownership(secrets.token_hex(8), self._clock, renew_s=self._setup.tick_s)
+        self._decides = True
         self._planner: Planner | None = None
         self._control: Any = None
         self._error: str | None = "it is starting"
@@ -71,6 +78,10 @@ class Controller:
     # Its threads
 
     def _tick_for_ever(self) -> None:
+        try:
+            self._owner.claim(self._stop.wait)
+        except Exception as error:  # noqa: BLE001 - without the GCS nobody else has come either
+            log.warning("the cluster could not be claimed: %r", error)
         try:
             # Here, not at the top: should one of the libraries behind it be missing or broken, the status still works.
             from autoscaling.live.planner import Planner
@@ -99,7 +110,16 @@ class Controller:
         next_s = self._clock.monotonic_s()
         while not self._stop.wait(max(0.0, next_s - self._clock.monotonic_s())):
             next_s = max(next_s + self._setup.tick_s, self._clock.monotonic_s())
-            planner.tick()
+            self._decides = self._owner.holds(self._let_go)
+            if self._decides:
+                planner.tick()
+
+    def _let_go(self) -> None:
+        """Another controller has come: from here on gateways are not heard, and what they told is written."""
+        self._decides = False
+        log.info("another controller has come; this one decides no more")
+        if self._planner is not None:
+            self._planner.store.flush(LET_GO_S)
 
     def _follow_cluster(self) -> None:
         """What Serve and Ray say, over and over: asking may take as long as they are being restarted."""
@@ -130,7 +150,7 @@ class Controller:
             if start and start["ready_s"] >= self._last_starts.get(model, {"ready_s": 0})["ready_s"]:
                 self._last_starts[model] = start
         planner = self._planner
-        if planner is None:
+        if planner is None or not self._decides:
             self._metrics.take_report(gateway, report, ())
             return {"sequence": 0}
         return {"sequence": await asyncio.to_thread(planner.take_report, gateway, report)}
@@ -203,8 +223,12 @@ class Controller:
     def __del__(self) -> None:
         """Serve calls this before it ends the process: what waits is written."""
         self._stop.set()
+        for thread in self._threads:
+            thread.join(LET_GO_S)
         if self._planner is not None:
             self._planner.close()
+        with contextlib.suppress(Exception):
+            self._owner.release()
 
 
 def _ask_serve() -> dict[str, ServeView]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ class TrafficStore(Protocol):
 
     def add_traffic(self, rows: Sequence[TrafficRow]) -> None: ...
     def put_states(self, states: Mapping[str, State]) -> None: ...
+    def together(self) -> AbstractContextManager[None]: ...
     def health(self) -> Mapping[str, Any]: ...
 
 
@@ -72,10 +74,11 @@ class Intake:
                     known.waiting.append((sequence, now_s))
                     rows += [TrafficRow(str(row[0]), int(row[1]), *row[2:]) for row in batch]
             if rows:
-                # In this order: a crash between the two loses a batch, which is less harm than counting it twice.
                 marks = {name: float(each.taken) for name, each in self._sources.items()}
-                self._store.put_states({STATE_KEY: State(values=marks)})
-                self._store.add_traffic(rows)
+                # In one transaction: a kill between the two would lose a batch, or count it twice.
+                with self._store.together():
+                    self._store.put_states({STATE_KEY: State(values=marks)})
+                    self._store.add_traffic(rows)
             if known.waiting:
                 self._settle(known, now_s)
             return Taken(rows, known.durable)
