@@ -16,8 +16,8 @@ from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, St
 
 VERSION = 1
 HOLD_S = 3.0
-"""What demand raised above the plan stays for so long: by then the controller has seen the demand too. A gateway reports
-within a second, the controller decides within another, and the plan is read within half of one."""
+"""What demand raised above the plan stays for so long: by then the controller has seen the demand too. A gateway
+reports within a second, the controller decides within another, and the plan is read within half of one."""
 
 _FOLLOWER = "reactive"
 
