@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from autoscaling.core import warmth
 from autoscaling.core.decide import decide
 from autoscaling.core.survival import build, curve_of
-from autoscaling.core.types import Forecast, Reason, Rung, RungProfile, State
+from autoscaling.core.types import Forecast, NextArrival, Reason, Rung, RungProfile, State
 from tests.core.lab import RUNGS, T0, TWO, demand, later, lit, poisson, seen, spec, timer
 
 STEP_S = 2.0
@@ -299,3 +300,66 @@ def test_demand_alone_says_when_to_light() -> None:
             break
     assert decision.reason is Reason.PREWARM
     assert T0 + 114 <= now_s <= T0 + 116
+
+
+def test_what_is_left_of_a_start_decides_whether_it_goes_on() -> None:
+    """From WEIGHTS a start takes 50 s. Somebody may come within 20 s: worth 5 s of a GPU, not worth 50."""
+    rungs = (RUNGS[0], RUNGS[3])
+    prices = warmth.Prices({profile.rung: profile for profile in rungs}, 0.5)
+    curve = build((T0, T0 + 20, T0 + 3600), (1.0, 0.6, 0.6))
+    begun = warmth.choose(T0, curve, prices, Rung.WEIGHTS, starting_left_s=5.0)
+    fresh = warmth.choose(T0, curve, prices, Rung.WEIGHTS)
+    assert (begun.lit, fresh.lit) == (True, False)
+    assert begun.numbers["keep_cost_gpu_s"] < begun.numbers["dark_cost_gpu_s"]
+
+
+def test_a_start_counts_from_its_decision_though_it_is_seen_later() -> None:
+    asked = spec(park=False, wait_cost=0.5)
+    rungs = (RUNGS[0], RUNGS[3])
+    sure = timer(T0 + 50, width_s=20.0)
+    state, decision = decide(asked, State(), seen(T0, rung=Rung.WEIGHTS, rungs=rungs), sure)
+    while decision.replicas == 0:
+        now_s = decision.until_s
+        state, decision = decide(
+            asked, state, seen(now_s, rung=Rung.WEIGHTS, rungs=rungs, last_busy_s=T0), sure
+        )
+    begun_s = decision.made_s
+    unseen = seen(begun_s + 3, rung=Rung.WEIGHTS, rungs=rungs, last_busy_s=T0)
+    state, _ = decide(asked, state, unseen, sure)
+    # By now it is 45 s on its way, and the forecast is not what it was.
+    doubtful = Forecast(begun_s + 45, "x", NextArrival(begun_s + 45, (0.0, 20.0, 3600.0), (1.0, 0.6, 0.6)))
+    on_its_way = seen(begun_s + 45, starting=1, target=1, rung=Rung.WEIGHTS, rungs=rungs, last_busy_s=T0)
+    _, decision = decide(asked, state, on_its_way, doubtful)
+    assert (decision.replicas, decision.reason) == (1, Reason.PREWARM)
+    # One of which nothing is remembered may have begun just now.
+    _, decision = decide(asked, State(), on_its_way, doubtful)
+    assert decision.replicas == 0
+
+
+def test_a_question_is_answered_once_for_as_long_as_the_answer_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked_for: list[float] = []
+    real = warmth.choose
+
+    def counting(now_s: float, *rest: object) -> warmth.Choice:
+        asked_for.append(now_s)
+        return real(now_s, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(warmth, "choose", counting)
+    asked = spec(park=False)
+    observation = seen(T0, rungs=TWO)
+    state = State()
+    for second in range(40):
+        # The same fit, said from later: it is the same question.
+        now_s = T0 + second
+        forecast = replace(timer(T0 + 60, now_s), fitted_s=T0)
+        state, decision = decide(asked, state, later(observation, now_s), forecast)
+    assert len(asked_for) == 1
+    refitted = replace(timer(T0 + 43, T0 + 40), fitted_s=T0 + 40)
+    state, decision = decide(asked, state, later(observation, T0 + 40), refitted)
+    assert len(asked_for) == 2
+    assert decision.reason is Reason.PREWARM
+    _, decision = decide(replace(asked, wait_cost=0.0), state, later(observation, T0 + 40), refitted)
+    assert len(asked_for) == 3
+    assert decision.replicas == 0
