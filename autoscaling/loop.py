@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -43,10 +43,12 @@ class Loop:
         *,
         accounts: AccountSink | None = None,
         spent: tuple[str, float] = ("", 0.0),
+        prewarms: Iterable[Prewarm] = (),
         jump_s: float = JUMP_S,
         reforecast_s: float = REFORECAST_S,
     ) -> None:
-        """`states` and `spent` (the UTC day, and the GPU-seconds spent in it) are what a restarted loop goes on from.
+        """`states`, `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
+        met nor given up) are what a restarted loop goes on from.
 
         `jump_s` is infinite for a simulation that skips the time in which nothing happens.
         """
@@ -68,7 +70,7 @@ class Loop:
         self._clamped: dict[str, Decision] = {}
         self._fits: dict[str, float | None] = {}
         self._ask_s: dict[str, float] = {}
-        self._accounts: dict[str, Account] = {}
+        self._accounts = {prewarm.model: Account(prewarm=prewarm) for prewarm in prewarms}
         self._errors: dict[str, str] = {}
 
     @property

@@ -12,13 +12,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from autoscaling.core.accounts import Prewarm, Usage, day_of
 from autoscaling.core.budget import Budget
 from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
-from autoscaling.core.types import Decision, Forecast, Observation, Rung, Spec, State
+from autoscaling.core.types import Decision, Forecast, Observation, Reason, Rung, Spec, State
 from autoscaling.live import overrides
 from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
 from autoscaling.live.intake import Intake
@@ -42,6 +43,7 @@ CAPACITY_EVERY_S = 60.0
 UNCLAIMED_AFTER_S = 5.0
 """How long a gateway has to tell of a start before it is taken for one that nobody waited for."""
 STARTS_BACK_S = 90 * 86400.0
+OPEN_PREWARM_S = 32 * 86400.0
 CAPACITY_PREFIX = "capacity:"
 LEAST_HORIZON_S = 60.0
 
@@ -166,6 +168,7 @@ class Planner:
             {model: state for model, state in states.items() if model in self._base},
             accounts=self,
             spent=self._spent(),
+            prewarms=self._open_prewarms(),
         )
         self._restore_plan()
 
@@ -193,6 +196,37 @@ class Planner:
             self._errors["restore"] = str(error)
             return day, 0.0
         return day, math.fsum(gpu_s for row in rows for gpu_s in row.gpu_s.values())
+
+    def _open_prewarms(self) -> list[Prewarm]:
+        """Prewarms from zero that go on. Of others it is not known any more what they came on top of: they end here."""
+        now_s = self._clock.now_s()
+        found: dict[str, Prewarm] = {}
+        try:
+            rows = self.store.prewarms(None, now_s - OPEN_PREWARM_S)
+        except StoreUnavailable as error:
+            self._errors["restore"] = str(error)
+            return []
+        for row in rows:
+            if row.ended_s is not None or row.model not in self._base:
+                continue
+            if row.reason == Reason.FORECAST_DEMAND:
+                self.store.put_prewarm(replace(row, ended_s=now_s))
+                continue
+            profiles = {p.rung: p for p in self._metrics.rungs.profiles(row.model, {Rung.TEMPLATE: 0.0})}
+            found[row.model] = Prewarm(
+                id=row.id,
+                model=row.model,
+                begun_s=row.begun_s,
+                reason=Reason(row.reason),
+                replicas=row.replicas,
+                rung=row.rung,
+                base=0,
+                delay_s=profiles[Rung.TEMPLATE].delay_s,
+                ready_s=row.ready_s,
+                cost_gpu_s=row.cost_gpu_s,
+            )
+        self._prewarms.update(found)
+        return list(found.values())
 
     def _restore_plan(self) -> None:
         """Have policies act on the last plan again, if it still holds, before the first tick has seen anything."""

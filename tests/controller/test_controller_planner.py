@@ -202,7 +202,13 @@ def test_a_successor_goes_on_from_the_store(world: World) -> None:
         world.tick(planner)
         assert world.planned() == 1
         assert planner.models()["m"].wait_cost == 77.0
-        assert len(planner.store.prewarms("m", 0)) == 1
+        world.came(planner, 1)
+        world.seen(in_flight=1)
+        world.tick(planner)
+        (row,) = planner.store.prewarms("m", 0)
+        assert row.hit_s is not None
+        assert row.spared_requests == 1
+        assert row.cost_gpu_s > 0
 
 
 def test_a_plan_that_expired_meanwhile_is_not_published_again(world: World) -> None:

@@ -24,7 +24,6 @@ VICTIMS = {
     "engine host": "relight-host",
     "model replica": "ray::ServeReplica:default:model-chat",
     "gateway": "ray::ServeReplica:default:gateway",
-    "controller": "ray::ServeController",
 }
 # Where the client's own connection ends: nobody can answer for a process that was killed with it.
 FRONT = ("gateway",)
