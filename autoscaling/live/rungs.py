@@ -93,6 +93,8 @@ class RungBook:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._starts: dict[tuple[str, Rung], deque[_Start]] = {}
+        # Asked for every model at every tick; a new start or another price is rare.
+        self._answers: dict[str, tuple[Mapping[Rung, float], tuple[RungProfile, ...]]] = {}
 
     def add(self, row: ColdStartRow) -> None:
         """A start, or more of one that is known."""
@@ -106,6 +108,7 @@ class RungBook:
                 starts.append(start)
             else:
                 starts[known] = start
+            self._answers.pop(row.model, None)
 
     def profiles(self, model: str, costs_per_s: Mapping[Rung, float]) -> tuple[RungProfile, ...]:
         """A profile for each rung of `costs_per_s` (GPU-seconds a second), lowest first.
@@ -113,6 +116,13 @@ class RungBook:
         A start from a lower rung takes no less than one from a higher: where few starts say otherwise, the lower takes
         as long as the higher, and what is assumed gives way to what was measured.
         """
+        with self._lock:
+            answer = self._answers.get(model)
+            if answer is None or answer[0] != costs_per_s:
+                answer = self._answers[model] = dict(costs_per_s), self._profiles(model, costs_per_s)
+            return answer[1]
+
+    def _profiles(self, model: str, costs_per_s: Mapping[Rung, float]) -> tuple[RungProfile, ...]:
         lower_s: list[float] = [math.inf, math.inf]
         found: list[RungProfile] = []
         measured = {rung: self._measured(model, rung) for rung in ASSUMED_DELAY_S}
@@ -132,8 +142,7 @@ class RungBook:
 
     def _measured(self, model: str, rung: Rung) -> tuple[float, float, int]:
         """(median of what who waited waited, upper quantile of what a prewarm takes, number of starts)."""
-        with self._lock:
-            starts = list(self._starts.get((model, rung), ()))
+        starts = self._starts.get((model, rung))
         if not starts:
             assumed = ASSUMED_DELAY_S[rung]
             return assumed, assumed * _ASSUMED_SPREAD, 0
