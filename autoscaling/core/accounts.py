@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 
 from autoscaling.core.seen import begins, known, per_replica, priced
 from autoscaling.core.types import Decision, Observation, Reason, Rung, RungProfile, Spec
@@ -273,7 +274,12 @@ def _count(value: int | None) -> int:
 
 def day_of(time_s: float) -> str:
     """The UTC day of a Unix time, YYYY-MM-DD."""
-    return datetime.fromtimestamp(math.floor(time_s / DAY_S) * DAY_S, UTC).strftime("%Y-%m-%d")
+    return _day(math.floor(time_s / DAY_S))
+
+
+@lru_cache(maxsize=64)
+def _day(number: int) -> str:
+    return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
 __all__ = ["AHEAD", "Account", "Booking", "Prewarm", "Usage", "book", "day_of"]
