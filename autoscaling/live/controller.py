@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from autoscaling.core.codec import from_plain
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.clock import SystemClock
-from autoscaling.live.metrics import LiveMetrics, ServeView, serve_view
+from autoscaling.live.metrics import SERVE_STALE_S, LiveMetrics, ServeView, serve_view
 from autoscaling.live.nodes import Warming, alive_nodes, has_autoscaler
 from autoscaling.live.observer import fleet_status
 from autoscaling.live.owner import Ownership
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("ray.serve")
 
 SERVE_EVERY_S = 1.0
+SERVE_SHARE = 20.0
+"""Serve is asked no more often than this many times as long as it takes to answer."""
 NODES_EVERY_S = 5.0
 AUTOSCALER_EVERY_S = 60.0
 SERVE_TIMEOUT_S = 3.0
@@ -125,10 +127,14 @@ class Controller:
         """What Serve and Ray say, over and over: asking may take as long as they are being restarted."""
         nodes_s = autoscaler_s = float("-inf")
         autoscaler = False
-        while not self._stop.wait(SERVE_EVERY_S):
+        pause_s = SERVE_EVERY_S
+        while not self._stop.wait(pause_s):
             now_s = self._clock.monotonic_s()
             try:
-                self._metrics.take_serve(_ask_serve())
+                deployments = _ask_serve()
+                # With a thousand models its answer is large: asking must not be what keeps Serve's controller busy.
+                pause_s = max(SERVE_EVERY_S, SERVE_SHARE * (self._clock.monotonic_s() - now_s))
+                self._metrics.take_serve(deployments, SERVE_STALE_S + 2 * pause_s)
                 if now_s - nodes_s >= NODES_EVERY_S:
                     nodes = alive_nodes()
                     if now_s - autoscaler_s >= AUTOSCALER_EVERY_S:

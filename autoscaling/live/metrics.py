@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from autoscaling.core.types import Observation, Rung, Spec
@@ -68,6 +68,27 @@ class _Since:
     last_busy_s: float | None = None
 
 
+class _View:
+    """One gateway's report, looked into once: fleets have a thousand models, and every tick asks for each."""
+
+    def __init__(self, at_s: float, report: Mapping[str, Any]) -> None:
+        self.at_s = at_s  # monotonic
+        self.report = report
+        self.node: str = report["node"]
+        self.memory: Mapping[str, float] | None = report.get("memory")
+        self.rungs: dict[str, Rung] = {}
+        for entry in report["host_models"]:
+            rung = Rung[entry["rung"].upper()]
+            self.rungs[entry["model"]] = max(rung, self.rungs.get(entry["model"], Rung.NODE))
+        self.weights_bytes: dict[str, float] = {}
+        for engine in report["engines"]:
+            model = engine["model"]
+            weight = max(engine["memory_bytes"], self.weights_bytes.get(model, 0))
+            self.weights_bytes[model] = weight
+            if engine["state"] in ("parked", "ready") and not engine["held"]:
+                self.rungs[model] = Rung.PARKED
+
+
 @dataclass(slots=True)
 class _Nodes:
     alive: Sequence[Node] = ()
@@ -80,33 +101,7 @@ class Warmed:
     """What a host without a gateway said last of a model."""
 
     rung: Rung
-    at_s: float  # monotonic
     reason: str | None = None
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Here:
-    """A model on the node of a report: looked up for every model at every tick, in fleets of a thousand."""
-
-    rung: Rung = Rung.NODE
-    engine_bytes: float = 0.0
-
-
-_HERE = "by_model"
-
-
-def _by_model(report: Mapping[str, Any]) -> dict[str, _Here]:
-    found: dict[str, _Here] = {}
-    for known in report["host_models"]:
-        here = found.setdefault(known["model"], _Here())
-        here.rung = max(here.rung, Rung[known["rung"].upper()])
-    for engine in report["engines"]:
-        here = found.setdefault(engine["model"], _Here())
-        here.engine_bytes = max(here.engine_bytes, engine["memory_bytes"])
-        if engine["state"] in ("parked", "ready") and not engine["held"]:
-            here.rung = Rung.PARKED
-    return found
 
 
 class LiveMetrics:
@@ -129,10 +124,11 @@ class LiveMetrics:
         self._clock = clock
         self._park_budget_bytes = park_budget_bytes
         self._lock = threading.Lock()
-        self._reports: dict[str, tuple[float, Mapping[str, Any]]] = {}
+        self._views: dict[str, _View] = {}
         self._since = {model: _Since() for model in self.models}
-        self._serve: tuple[float, Mapping[str, ServeView]] | None = None
+        self._serve: tuple[float, Mapping[str, ServeView]] | None = None  # until when it holds
         self._nodes = _Nodes()
+        self._eligible: dict[str, list[Node]] = {}
         self._warmed: dict[tuple[str, str], Warmed] = {}
 
     # What comes in
@@ -147,7 +143,7 @@ class LiveMetrics:
     def take_report(self, gateway: str, report: Mapping[str, Any], rows: Sequence[TrafficRow]) -> None:
         """A gateway's view, replacing its last; `rows` are the counts in it that are new."""
         with self._lock:
-            self._reports[gateway] = (self._clock.monotonic_s(), {**report, _HERE: _by_model(report)})
+            self._views[gateway] = _View(self._clock.monotonic_s(), report)
             for row in rows:
                 if (since := self._since.get(row.model)) is not None:
                     since.arrivals += row.arrivals
@@ -158,27 +154,32 @@ class LiveMetrics:
                     since.last_arrival_s = _later(since.last_arrival_s, seen.get("last_arrival_s"))
                     since.last_busy_s = _later(since.last_busy_s, seen.get("last_busy_s"))
 
-    def take_serve(self, deployments: Mapping[str, ServeView]) -> None:
-        """Serve's answer."""
+    def take_serve(self, deployments: Mapping[str, ServeView], holds_s: float = SERVE_STALE_S) -> None:
+        """Serve's answer, and for how long it will do without the next."""
         with self._lock:
-            self._serve = (self._clock.monotonic_s(), deployments)
+            self._serve = (self._clock.monotonic_s() + holds_s, deployments)
 
     def take_nodes(self, nodes: Sequence[Node], *, autoscaler: bool) -> None:
         """The nodes that are alive, and whether others can be had."""
         with self._lock:
+            if list(nodes) != list(self._nodes.alive) or not self._eligible:
+                self._eligible = {
+                    model: [node for node in nodes if fits(node, setup)]
+                    for model, setup in self.models.items()
+                }
             self._nodes = _Nodes(nodes, autoscaler, self._clock.monotonic_s())
 
     def take_warmed(self, model: str, node_id: str, rung: Rung, reason: str | None) -> None:
         """An engine host's answer to being asked to warm."""
         with self._lock:
-            self._warmed[model, node_id] = Warmed(rung, self._clock.monotonic_s(), reason)
+            self._warmed[model, node_id] = Warmed(rung, reason)
 
     # What is known
 
     def reports(self) -> dict[str, Mapping[str, Any]]:
         """Gateway -> its last report, of those that still report."""
         with self._lock:
-            return self._fresh_reports()
+            return {gateway: view.report for gateway, view in self._fresh_views().items()}
 
     def serve(self) -> Mapping[str, ServeView] | None:
         """None if Serve has not answered lately."""
@@ -193,46 +194,37 @@ class LiveMetrics:
     def eligible(self, model: str) -> list[Node]:
         """Nodes that could run the model's replica, the warmest first, then in a stable order."""
         with self._lock:
-            known = self._fresh_nodes()
-            if known is None:
+            if self._fresh_nodes() is None:
                 return []
-            found = [node for node in known[0] if fits(node, self.models[model])]
-            reports = self._fresh_reports().values()
-            rungs = {node.id: self._rung_on(model, node.id, reports) for node in found}
+            found = self._eligible[model]
+            views = self._by_node()
+            rungs = {node.id: self._rung_on(model, node.id, views) for node in found}
             return sorted(found, key=lambda node: (-rungs[node.id], node.id))
 
     def rung_on(self, model: str, node_id: str) -> Rung:
         """How warm the model is on a node besides its replicas, as far as is known."""
         with self._lock:
-            return self._rung_on(model, node_id, self._fresh_reports().values())
+            return self._rung_on(model, node_id, self._by_node())
 
     def observe(self, now_s: float) -> dict[str, Observation]:
         """Every model. Arrivals are those since the call before."""
         with self._lock:
-            reports = list(self._fresh_reports().values())
-            serve, nodes = self._fresh_serve(), self._fresh_nodes()
-            return {
-                model: self._observe(model, setup, now_s, reports, serve, nodes)
-                for model, setup in self.models.items()
-            }
+            seen = _Seen(
+                list(self._fresh_views().values()), self._by_node(), self._fresh_serve(), self._fresh_nodes()
+            )
+            return {model: self._observe(setup, now_s, seen) for model, setup in self.models.items()}
 
-    def _observe(  # noqa: PLR0917 - everything that one observation is made of
-        self,
-        model: str,
-        setup: ModelSetup,
-        now_s: float,
-        reports: Sequence[Mapping[str, Any]],
-        serve: Mapping[str, ServeView] | None,
-        nodes: tuple[Sequence[Node], bool] | None,
-    ) -> Observation:
+    def _observe(self, setup: ModelSetup, now_s: float, cluster: _Seen) -> Observation:
+        model = setup.id
         since = self._since[model]
         arrivals, since.arrivals = since.arrivals, 0
-        seen = [report["models"][model] for report in reports if model in report["models"]]
-        replicas = serve.get(setup.deployment) if serve is not None else None
-        eligible = [node for node in nodes[0] if fits(node, setup)] if nodes is not None else []
+        seen = [v.report["models"][model] for v in cluster.views if model in v.report["models"]]
+        replicas = cluster.serve.get(setup.deployment) if cluster.serve is not None else None
+        eligible = self._eligible[model] if cluster.nodes is not None else []
         rung: Rung | None = None
-        if nodes is not None:
-            rung = max((self._rung_on(model, node.id, reports) for node in eligible), default=Rung.COLD)
+        if cluster.nodes is not None:
+            rungs = (self._rung_on(model, node.id, cluster.by_node) for node in eligible)
+            rung = max(rungs, default=Rung.COLD)
         return Observation(
             now_s=now_s,
             ready=replicas.running if replicas else None,
@@ -244,7 +236,7 @@ class LiveMetrics:
             last_arrival_s=_past(since.last_arrival_s, now_s),
             last_busy_s=_past(since.last_busy_s, now_s),
             rung=rung,
-            rungs=self.rungs.profiles(model, self._costs(setup, eligible, nodes, reports)),
+            rungs=self.rungs.profiles(model, self._costs(setup, eligible, cluster)),
             capacity=self.capacity.capacity(
                 model,
                 target=self._spec(model).target_ongoing_requests,
@@ -252,20 +244,16 @@ class LiveMetrics:
             ),
         )
 
-    def _costs(
-        self,
-        setup: ModelSetup,
-        eligible: Sequence[Node],
-        nodes: tuple[Sequence[Node], bool] | None,
-        reports: Iterable[Mapping[str, Any]],
-    ) -> dict[Rung, float]:
+    def _costs(self, setup: ModelSetup, eligible: Sequence[Node], cluster: _Seen) -> dict[Rung, float]:
         """GPU-seconds a second of each rung on which the model can be held here."""
-        autoscaler = nodes is not None and nodes[1]
+        autoscaler = cluster.nodes is not None and cluster.nodes[1]
         spec = self._spec(setup.id)
         serving = spec.gpus_per_replica
         costs = {Rung.NODE: 0.0, Rung.WEIGHTS: 0.0, Rung.TEMPLATE: 0.0, Rung.SERVING: serving}
-        memory = _memory(reports, {node.id for node in eligible})
-        held = memory_cost_per_s(self._weight(setup.id, reports), *memory)
+        total_bytes, available = _memory(cluster.by_node, eligible)
+        weighed = (view.weights_bytes.get(setup.id, 0) for view in cluster.views)
+        engine_bytes = max(weighed, default=0) or ASSUMED_ENGINE_BYTES
+        held = memory_cost_per_s(engine_bytes, total_bytes, available)
         if autoscaler:
             # A node that nothing else needs is kept for this model alone, with all of its GPUs.
             node = max([serving, *(node.gpus for node in eligible)])
@@ -279,17 +267,10 @@ class LiveMetrics:
     def _spec(self, model: str) -> Spec:
         return self.in_force.get(model) or self.models[model].spec
 
-    @staticmethod
-    def _weight(model: str, reports: Iterable[Mapping[str, Any]]) -> float:
-        """Bytes of the heaviest engine of the model that was weighed."""
-        weighed = [r[_HERE][model].engine_bytes for r in reports if model in r[_HERE]]
-        return max(weighed, default=0) or ASSUMED_ENGINE_BYTES
-
-    def _rung_on(self, model: str, node_id: str, reports: Iterable[Mapping[str, Any]]) -> Rung:
-        for report in reports:
-            if report["node"] == node_id:
-                here = report[_HERE].get(model)
-                return Rung.NODE if here is None else here.rung
+    def _rung_on(self, model: str, node_id: str, views: Mapping[str, _View]) -> Rung:
+        view = views.get(node_id)
+        if view is not None:
+            return view.rungs.get(model, Rung.NODE)
         warmed = self._warmed.get((model, node_id))
         return Rung.NODE if warmed is None else warmed.rung
 
@@ -301,13 +282,17 @@ class LiveMetrics:
         """Where a start began."""
         return rung_of_start(kind, phases, own_template=self.models[model].own_template)
 
-    def _fresh_reports(self) -> dict[str, Mapping[str, Any]]:
+    def _fresh_views(self) -> dict[str, _View]:
         oldest_s = self._clock.monotonic_s() - REPORT_STALE_S
-        self._reports = {g: (at_s, r) for g, (at_s, r) in self._reports.items() if at_s >= oldest_s}
-        return {gateway: report for gateway, (_, report) in self._reports.items()}
+        self._views = {gateway: view for gateway, view in self._views.items() if view.at_s >= oldest_s}
+        return self._views
+
+    def _by_node(self) -> dict[str, _View]:
+        """Of each node that has a gateway, one of its views."""
+        return {view.node: view for view in self._fresh_views().values()}
 
     def _fresh_serve(self) -> Mapping[str, ServeView] | None:
-        if self._serve is None or self._clock.monotonic_s() - self._serve[0] > SERVE_STALE_S:
+        if self._serve is None or self._clock.monotonic_s() > self._serve[0]:
             return None
         return self._serve[1]
 
@@ -318,9 +303,19 @@ class LiveMetrics:
         return self._nodes.alive, self._nodes.autoscaler
 
 
-def _memory(reports: Iterable[Mapping[str, Any]], node_ids: set[str]) -> tuple[float | None, float | None]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """The cluster at one tick."""
+
+    views: Sequence[_View]
+    by_node: Mapping[str, _View]
+    serve: Mapping[str, ServeView] | None
+    nodes: tuple[Sequence[Node], bool] | None
+
+
+def _memory(by_node: Mapping[str, _View], eligible: Sequence[Node]) -> tuple[float | None, float | None]:
     """(bytes, available share) of the eligible node that has the most left."""
-    known = [r["memory"] for r in reports if r["node"] in node_ids and r.get("memory")]
+    known = [view.memory for node in eligible if (view := by_node.get(node.id)) and view.memory]
     if not known:
         return None, None
     best = max(known, key=lambda memory: float(memory["available_share"]))
