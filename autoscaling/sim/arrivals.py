@@ -39,7 +39,7 @@ def pieces(  # noqa: PLR0917 - a reading's own settings
     seed: int = 0,
     scale: float = 1.0,
     origin_s: float | None = None,
-    most: int = PIECE,
+    most: int | None = PIECE,
 ) -> Iterator[Piece]:
     """Pieces in the order of time. The same rows and seed give the same requests, whoever asks.
 

@@ -106,6 +106,8 @@ class VirtualModel:
         )
         self.rungs = profile.rungs(self.gpus, park=spec.park)
         self.used = Used()
+        self.moved = False
+        """Whether the last decision changed what is seen: it is looked at again at the next tick."""
         self._random = np.random.default_rng([seed, zlib.crc32(spec.model.encode()), 1])
         self._starts: list[tuple[float, float, Rung]] = []  # (ready, begun, from), a heap
         self._pending = 0
@@ -204,6 +206,7 @@ class VirtualModel:
     def apply(self, now_s: float, spec: Spec, decision: Decision, observation: Observation | None) -> None:
         """As the plan and Serve's policy that follows it do: never below what requests in progress need."""
         self.spec = spec
+        self.moved = False
         if decision.replicas is None:
             return
         wanted = decision.replicas
@@ -215,8 +218,10 @@ class VirtualModel:
             else:
                 self.used.scale_downs += 1
             self._target = wanted
+            self.moved = True
         self._then = self._rests(min(decision.rung, Rung.PARKED))
         there = self.queue.ready + len(self._starts) + self._pending
+        self.moved |= wanted != there
         for _ in range(wanted - there):
             self._begin(now_s)
         for _ in range(there - wanted):
@@ -328,6 +333,7 @@ class VirtualModel:
         if self._warming is not None and self._warming[2] != rung:
             self._unwarm(now_s)
         if rung < self._rung:
+            self.moved = True
             self._book(now_s)
             self.pool.unpark(self)
             self._rung = rung

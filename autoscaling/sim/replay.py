@@ -173,6 +173,8 @@ class Group:
     def _next_s(self) -> float:
         next_s = self._loop.next_s()
         for name, model in self.models.items():
+            if model.moved:
+                return self._clock.now_s()
             next_s = min(next_s, model.next_s(), self._forecasts.next_s(name))
         return next_s
 
