@@ -68,6 +68,7 @@ class FittedModel:
             demand=shown,
             batch_size=self.batch_size,
             details=self.details,
+            fitted_s=self.made_s,
         )
 
 
