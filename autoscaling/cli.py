@@ -21,7 +21,9 @@ from autoscaling.commands import (
     prewarm,
     record,
     schedule,
+    simulate,
     status,
+    trace,
 )
 from autoscaling.commands.failures import EXIT_CODES, Commands
 
@@ -39,7 +41,7 @@ fleet_app = typer.Typer(help="Check and describe fleet files.", no_args_is_help=
 status.register(app)
 cluster.register(app)
 app.add_typer(fleet_app, name="fleet")
-for command in (policy, prewarm, schedule, forecast, history, record, accounts, mode):
+for command in (policy, prewarm, schedule, forecast, history, record, accounts, mode, simulate, trace):
     command.register(app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]

@@ -1,4 +1,4 @@
-"""Traffic of one model as forecasters read it: counts in buckets, fine for what is recent and coarse for what is old."""
+"""Traffic of one model as forecasters read it: counts in buckets, fine where recent, coarse where old."""
 
 from __future__ import annotations
 

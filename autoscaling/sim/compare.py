@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from autoscaling.core.policies import POLICIES, validate_params
@@ -13,7 +13,7 @@ from autoscaling.core.types import Spec
 from autoscaling.sim.oracle import Oracle
 from autoscaling.sim.replay import Setup, replay
 from autoscaling.sim.report import Report
-from autoscaling.traces import Trace
+from autoscaling.traces import Row, Trace
 
 ORACLE, BEST_FIXED = "oracle", "best-fixed"
 EXTRA = {
@@ -86,7 +86,7 @@ def check(variant: Variant) -> None:
 class Base:
     """What all variants have in common. Picklable."""
 
-    trace: Trace
+    trace: Trace | Sequence[Row]
     setup: Setup
     specs: Mapping[str, Spec] | None = None
     """By model; None: `spec` for every model of the trace."""
@@ -118,6 +118,27 @@ def simulate(base: Base, variant: Variant, progress: Callable[[float], None] | N
         specs = {model: variant.applied(spec) for model, spec in base.specs.items()}
         report = replay(base.trace, specs, setup, forecasts=oracle, progress=progress)
     return dataclasses.replace(report, policy=ORACLE) if oracle is not None else report
+
+
+def as_given(base: Base, settings: Mapping[str, float] | None = None) -> Report:
+    """Every model under its own spec's policy, with what is set for all. Raises TraceError, SettingError."""
+    assert base.specs is not None
+    specs = {}
+    for model, spec in base.specs.items():
+        variant = Variant(spec.policy, settings or {})
+        check(variant)
+        specs[model] = variant.applied(spec)
+    return replay(base.trace, specs, base.setup)
+
+
+def rows_of(trace: Trace | Sequence[Row]) -> Iterable[Row]:
+    """In the order of time."""
+    return trace.rows() if isinstance(trace, Trace) else trace
+
+
+def sampled(base: Base, step_s: float) -> Base:
+    """The same, with timelines in the reports."""
+    return replace(base, setup=replace(base.setup, sample_s=step_s))
 
 
 def fixed(variant: Variant) -> list[Variant]:

@@ -52,6 +52,8 @@ class Setup:
     scale: float = 1.0
     measure_from_s: float = 0.0
     """Seconds from the trace's beginning; what comes before is learned from only."""
+    until_s: float | None = None
+    """Seconds from the trace's beginning; what comes after is not read. None: all of it."""
     follow: bool = True
     """Serve's policy raises above a decision what requests in progress need, as it does live."""
     origin_s: float | None = None
@@ -289,6 +291,8 @@ class Replay:
         began_s = time.perf_counter()
         setup = self._setup
         rows = self._trace.rows() if isinstance(self._trace, Trace) else iter(self._trace)
+        if setup.until_s is not None:
+            rows = _until(rows, setup.until_s)
         begin_s: float | None = None
         last_s = -math.inf
         engine = setup.profile.engine
@@ -393,6 +397,7 @@ class Replay:
         )
         policies = {spec.policy for spec in self._specs.values()}
         costs = {spec.wait_cost for spec in self._specs.values()}
+        kept = {spec.keep_alive_s for spec in self._specs.values()}
         params = {tuple(sorted(spec.params.items())) for spec in self._specs.values()}
         notes = [f"{what}: {error}" for group in self.groups.values() for what, error in group.errors.items()]
         if self._left_out:
@@ -404,6 +409,7 @@ class Replay:
             trace=str(self._trace.path) if isinstance(self._trace, Trace) else "",
             seed=setup.seed,
             wait_cost=costs.pop() if len(costs) == 1 else math.nan,
+            keep_alive_s=kept.pop() if len(kept) == 1 else math.nan,
             measured_from_s=begin_s + setup.measure_from_s,
             until_s=end_s,
             total=together(models),
@@ -423,6 +429,17 @@ class Replay:
     def decisions(self) -> list[Decision]:
         """All that were made, if they were kept."""
         return [decision for group in self.groups.values() for decision in group.sink.decisions]
+
+
+def _until(rows: Iterable[Row], until_s: float) -> Iterator[Row]:
+    """Those that begin within so many seconds of the first."""
+    first_s: float | None = None
+    for row in rows:
+        if first_s is None:
+            first_s = row.time_s
+        if row.time_s >= first_s + until_s:
+            return
+        yield row
 
 
 __all__ = ["Group", "Replay", "Setup", "replay"]

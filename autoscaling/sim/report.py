@@ -78,6 +78,8 @@ class Report:
     trace: str
     seed: int
     wait_cost: float
+    """NaN where models differ; as is keep_alive_s. null in JSON."""
+    keep_alive_s: float
     measured_from_s: float
     """Unix seconds."""
     until_s: float
@@ -100,7 +102,8 @@ class Report:
             "params": dict(self.params),
             "trace": self.trace,
             "seed": self.seed,
-            "wait_cost": self.wait_cost,
+            "wait_cost": None if math.isnan(self.wait_cost) else self.wait_cost,
+            "keep_alive_s": None if math.isnan(self.keep_alive_s) else self.keep_alive_s,
             "measured_from_s": self.measured_from_s,
             "until_s": self.until_s,
             "took_s": self.took_s,
@@ -179,7 +182,8 @@ def json_schema() -> dict[str, Any]:
         "params": {"type": "object", "additionalProperties": number},
         "trace": string,
         "seed": integer,
-        "wait_cost": number,
+        "wait_cost": {"type": ["number", "null"]},
+        "keep_alive_s": {"type": ["number", "null"]},
         "measured_from_s": number,
         "until_s": number,
         "took_s": number,

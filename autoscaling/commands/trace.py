@@ -1,0 +1,218 @@
+"""`relight trace`: what a trace is like, traces in other formats, and synthetic ones."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from autoscaling.commands import options, output, replaying, times
+from autoscaling.commands.failures import WRONG, CommandError
+
+trace_app = typer.Typer(help="Look at, convert and make traces of requests.", no_args_is_help=True)
+MOST_MODELS = 30
+
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; - is the standard output.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(trace_app, name="trace")
+
+
+@trace_app.command("describe")
+def describe(
+    *,
+    trace: replaying.TraceFile = None,
+    as_json: options.Json = False,
+    seed: replaying.Seed = 0,
+    scale: replaying.Scale = 1.0,
+    window: replaying.WindowLength = None,
+    model: replaying.ModelName = None,
+    skip_bad: replaying.SkipBad = False,
+    from_store: replaying.FromStore = None,
+) -> None:
+    """Its shape: how bursty, how seasonal, how long models are idle, and how often they would have to wake."""
+    from autoscaling.sim.compare import rows_of
+    from autoscaling.sim.shape import WAKES_AFTER_S
+    from autoscaling.sim.shape import describe as shape_of
+
+    rows = replaying.trace_of(trace, from_store, window=window, model=model, skip_bad=skip_bad)
+    with replaying.wrong():
+        shape = shape_of(rows_of(rows), seed, scale)
+    if as_json:
+        options.print_json(shape.to_plain())
+        return
+    ranked = sorted(shape.models, key=lambda each: -each.requests)
+    wakes = [f"wakes {output.lasting(after_s)}" for after_s in WAKES_AFTER_S]
+    columns = ("requests", "a day", "gap cv", "median gap", "daily", "active hours", *wakes)
+    output.table(
+        ("model", *columns),
+        [
+            (
+                each.model,
+                f"{each.requests:,}",
+                f"{each.per_day:,.1f}",
+                f"{each.gap_cv:.1f}",
+                output.lasting(each.median_gap_s),
+                f"{each.daily:.2f}",
+                f"{100 * each.active_hours:.0f} %",
+                *(f"{count:,}" for count in each.wakes),
+            )
+            for each in ranked[:MOST_MODELS]
+        ],
+        numbers=columns,
+    )
+    output.say(
+        f"{shape.requests:,} requests of {len(shape.models)} models over "
+        f"{output.lasting(shape.ends_s - shape.begins_s)}. "
+        f"daily: share of the hourly variance that the hour of the day "
+        "explains; wakes: requests after so long a silence.",
+        style="dim",
+    )
+    if len(ranked) > MOST_MODELS:
+        output.say(f"The {MOST_MODELS} busiest of them are shown; --json has all.", style="dim")
+
+
+@trace_app.command("convert")
+def convert(
+    trace: Annotated[Path, typer.Argument(help="A trace or an access log; .gz is unpacked.")],
+    out: Target,
+    *,
+    sort: Annotated[
+        bool, typer.Option("--sort", help="Put rows in the order of time; needs memory for all.")
+    ] = False,
+    per_window: Annotated[
+        str | None,
+        typer.Option(
+            "--per-window", help=f"Counts in windows so long instead of requests: {times.DURATIONS}."
+        ),
+    ] = None,
+    window: replaying.WindowLength = None,
+    model: replaying.ModelName = None,
+    skip_bad: replaying.SkipBad = False,
+) -> None:
+    """Write any known format as CSV: timestamp_s,model,… or, of windows, minute,model,count,…"""
+    from autoscaling.traces import Trace
+
+    opened = replaying.trace_of(trace, None, window=window, model=model, skip_bad=skip_bad)
+    assert isinstance(opened, Trace)
+    length_s = options.duration(per_window, "--per-window")
+    with replaying.wrong(), _written(out) as file:
+        rows: Iterable[Any] = sorted(opened.unordered()) if sort else opened.rows()
+        count = _write(rows if length_s is None else _windows(rows, length_s), file)
+    _told(f"{count:,} rows" + (f", {opened.bad:,} bad ones skipped" if opened.bad else ""))
+
+
+@trace_app.command("generate")
+def generate(
+    streams: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL=PATTERN,name=value,…", help="Models and their traffic; see --patterns."
+        ),
+    ],
+    *,
+    lasts: Annotated[str, typer.Option("--for", help=f"How long the trace is: {times.DURATIONS}.")] = "1d",
+    out: Annotated[Path, typer.Option("--out", help="The file to write; - is the standard output.")] = Path(
+        "-"
+    ),
+    seed: replaying.Seed = 0,
+) -> None:
+    """Synthetic traffic, the same for the same seed. Patterns and their parameters:
+
+    poisson: rate_per_h. gamma: rate_per_h, cv. diurnal: rate_per_h, swing, peak_hour, weekend. flash: rate_per_h,
+    at_h, crowd, lasts_s. timer: every_s, offset_s, jitter_s, missed, burst. on-off: on_s, off_s, rate_per_s.
+    All: input_tokens, output_tokens.
+
+    Example: relight trace generate chat=diurnal,rate_per_h=120 report=timer,every_s=3600 --for 7d --out week.csv.gz
+    """
+    from autoscaling.sim import generate as synthetic
+
+    with replaying.wrong():
+        made = [synthetic.stream(text) for text in streams]
+        names = [each.model for each in made]
+        if len(set(names)) < len(names):
+            raise CommandError("every model can be named once only", WRONG)
+        duration_s = options.duration(lasts, "--for")
+        assert duration_s is not None
+        with _written(out) as file:
+            count = _write(synthetic.generate(made, duration_s, seed), file)
+    _told(f"{count:,} requests")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[TextIO]:
+    if str(path) == "-":
+        yield sys.stdout
+    elif path.suffix == ".gz":
+        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+            yield file
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            yield file
+
+
+def _write(rows: Iterable[Any], file: TextIO) -> int:
+    writer = csv.writer(file, lineterminator="\n")
+    count, windows = 0, False
+    for row in rows:
+        if count == 0:
+            windows = row.window_s > 0
+            head = ["minute", "model", "count"] if windows else ["timestamp_s", "model"]
+            tail = ["cv", "window_s"] if windows else []
+            writer.writerow([*head, "input_tokens", "output_tokens", "exec_s", *tail])
+        count += 1
+        tokens = (row.input_tokens, row.output_tokens, _short(row.exec_s))
+        if windows:
+            at = _short(row.time_s / 60)
+            writer.writerow([at, row.model, row.requests, *tokens, _short(row.cv), _short(row.window_s)])
+        else:
+            writer.writerow([_short(row.time_s), row.model, *tokens])
+    return count
+
+
+def _told(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _short(value: float) -> str:
+    return repr(int(value)) if value == int(value) else repr(round(value, 6))
+
+
+def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
+    """Rows added up by window and model; of what they tell, the means. Rows come in the order of time."""
+    from autoscaling.traces import Row
+
+    begins_s, sums = float("-inf"), dict[str, list[float]]()
+
+    def closed() -> Iterator[Any]:
+        for name, (count, tokens_in, tokens_out, exec_s) in sorted(sums.items()):
+            yield Row(
+                begins_s,
+                name,
+                int(count),
+                length_s,
+                round(tokens_in / count),
+                round(tokens_out / count),
+                exec_s / count,
+            )
+        sums.clear()
+
+    for row in rows:
+        at_s = row.time_s // length_s * length_s
+        if at_s != begins_s:
+            yield from closed()
+            begins_s = at_s
+        amounts = sums.setdefault(row.model, [0.0, 0.0, 0.0, 0.0])
+        for column, each in enumerate((1, row.input_tokens, row.output_tokens, row.exec_s)):
+            amounts[column] += row.requests * each
+    yield from closed()
+
+
+__all__ = ["register"]
