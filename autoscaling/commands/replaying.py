@@ -242,24 +242,37 @@ TABLE = {
     "idle_gpu_s": "idle",
     "cost": "cost",
     "total_cost_gpu_s": "total",
-    "prewarms": "prewarms",
-    "prewarm_hits": "hits",
-    "scale_ups": "ups",
+    "prewarms": "prewarm",
+    "prewarm_hits": "hit",
 }
 
 
 def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
     """A row for each (label, Figures)."""
-    from autoscaling.commands import output
-
-    output.table(
+    wide_table(
         (first, "requests", *TABLE.values()),
         [
             (label, f"{each.requests:,}", *(cell(getattr(each, name)) for name in TABLE))
             for label, each in reports
         ],
-        numbers=("requests", *TABLE.values()),
     )
+
+
+def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A name and numbers; as wide as it is where nobody's terminal is to be fitted."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        shown.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
 
 
 def cell(value: float) -> str:

@@ -51,7 +51,7 @@ def describe(
     ranked = sorted(shape.models, key=lambda each: -each.requests)
     wakes = [f"wakes {output.lasting(after_s)}" for after_s in WAKES_AFTER_S]
     columns = ("requests", "a day", "gap cv", "median gap", "daily", "active hours", *wakes)
-    output.table(
+    replaying.wide_table(
         ("model", *columns),
         [
             (
@@ -66,13 +66,12 @@ def describe(
             )
             for each in ranked[:MOST_MODELS]
         ],
-        numbers=columns,
     )
     output.say(
         f"{shape.requests:,} requests of {len(shape.models)} models over "
         f"{output.lasting(shape.ends_s - shape.begins_s)}. "
-        f"daily: share of the hourly variance that the hour of the day "
-        "explains; wakes: requests after so long a silence.",
+        f"daily: share of the hourly variance that the hour "
+        "of the day explains; wakes: requests after so long a silence.",
         style="dim",
     )
     if len(ranked) > MOST_MODELS:
