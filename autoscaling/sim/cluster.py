@@ -172,8 +172,10 @@ class VirtualModel:
                 if queue.queued and not queue.ready and not self._starts and not self._pending:
                     self._wake()
                 continue
-            while self._starts and self._starts[0][0] <= to_s:
+            if self._starts and self._starts[0][0] <= to_s:
+                # Who waits for it begins at the same moment.
                 self._started()
+                continue
             if self._warming is not None and self._warming[0] <= to_s:
                 self._warmed()
             if to_s >= until_s:

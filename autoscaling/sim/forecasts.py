@@ -127,7 +127,8 @@ class SimForecasts:
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
         """Forecast this model; nothing is known of it before `since_s`."""
-        self._turns.setdefault(model, _Turn(Recorder(model, since_s), horizon_s))
+        # From the full hour, so that every level of buckets begins with a whole one.
+        self._turns.setdefault(model, _Turn(Recorder(model, since_s // 3600 * 3600), horizon_s))
 
     def coming(self, model: str, times: Floats, work: Floats) -> None:
         """Nothing: what is to come is not known."""

@@ -118,7 +118,13 @@ class Group:
 
     @property
     def unanswered(self) -> bool:
+        """A request waits or is in progress."""
         return any(model.unanswered for model in self.models.values())
+
+    @property
+    def answers(self) -> bool:
+        """The same, and something is still to happen."""
+        return self.unanswered and math.isfinite(self._next_s())
 
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""
@@ -159,8 +165,11 @@ class Group:
 
     def _measure(self) -> None:
         self._measured = True
+        # A request at the very moment counts.
+        before_s = math.nextafter(self._measure_s, -math.inf)
         for model in self.models.values():
-            model.advance(self._measure_s)
+            if before_s > model.now_s:
+                model.advance(before_s)
             model.measure(self._measure_s)
 
     def _sample(self, now_s: float) -> None:
@@ -314,7 +323,7 @@ class Replay:
         while True:
             for group in self.groups.values():
                 group.run(end_s, inclusive=True)
-            if not any(group.unanswered for group in self.groups.values()):
+            if not any(group.answers for group in self.groups.values()):
                 break
             end_s += 60
         for group in self.groups.values():
@@ -400,6 +409,11 @@ class Replay:
         kept = {spec.keep_alive_s for spec in self._specs.values()}
         params = {tuple(sorted(spec.params.items())) for spec in self._specs.values()}
         notes = [f"{what}: {error}" for group in self.groups.values() for what, error in group.errors.items()]
+        stuck = [name for name, group in self.groups.items() if group.unanswered]
+        if stuck:
+            notes.append(
+                f"requests were never answered, for nothing was going to start: {', '.join(stuck[:5])}"
+            )
         if self._left_out:
             notes.append(f"{len(self._left_out)} models of the trace are not in the fleet and were left out")
         notes += [f"no forecast for {model}: {e}" for model, e in self._forecasts.failures.items()]
