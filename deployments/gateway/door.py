@@ -38,7 +38,7 @@ class Door:
         self._address = address
         self._path = run_dir / "doors.sock"
         self._socket: socket.socket | None = None
-        self._host_inode = 0
+        self._host_file = (0, 0)
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -67,9 +67,9 @@ class Door:
         await self._server.serve(sockets=[self._socket.dup()])
 
     async def _ask(self) -> None:
-        inode = self._path.stat().st_ino
+        file = _identity(self._path)
         door = await asyncio.to_thread(ask_for_door, self._path, self._address, self._socket)
-        self._host_inode = inode
+        self._host_file = file
         if self._socket is None:
             self._socket = door
         else:
@@ -80,7 +80,7 @@ class Door:
         while True:
             await asyncio.sleep(RENEW_S)
             with contextlib.suppress(OSError, DoorError):
-                if self._socket is not None and self._path.stat().st_ino != self._host_inode:
+                if self._socket is not None and _identity(self._path) != self._host_file:
                     await self._ask()
 
     async def close(self) -> None:
@@ -92,3 +92,9 @@ class Door:
         await asyncio.wait({self._tasks[0]})
         if self._socket is not None:
             self._socket.close()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Tells a file from the next one of its name. The inode alone does not: file systems give a freed one out again."""
+    found = path.stat()
+    return found.st_ino, found.st_ctime_ns

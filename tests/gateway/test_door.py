@@ -124,3 +124,29 @@ async def test_a_restarted_host_is_offered_the_socket(tmp_path: Path) -> None:
     with kept:
         assert f"127.0.0.1:{kept.getsockname()[1]}" == address
     keeper.close()
+
+
+async def test_a_gateway_offers_its_socket_to_a_restarted_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself, and also where the new host's file has the inode that the old one's had, as on ext4."""
+    monkeypatch.setattr("deployments.gateway.door.RENEW_S", 0.01)
+    address, path = free_address(), tmp_path / "doors.sock"
+    keeper = DoorKeeper(path)
+    door = Door(app("first"), address, tmp_path, drain_s=1)
+    while not door._server.started:  # noqa: ASYNC110 - uvicorn tells nobody
+        await asyncio.sleep(0.01)
+    keeper.close()
+    keeper = DoorKeeper(path)
+    try:
+        async with asyncio.timeout(5):
+            while True:
+                # A host that was not offered it can't bind the address that the gateway still holds.
+                try:
+                    (await asyncio.to_thread(ask_for_door, path, address)).close()
+                    break
+                except DoorError:
+                    await asyncio.sleep(0.01)
+    finally:
+        await door.close()
+        keeper.close()
