@@ -154,6 +154,14 @@ def test_accounts_add_up_by_model_and_day(lab: Lab) -> None:
     assert lab.ok("GET", "accounts", model=ORG)["total"]["gpu_s"] == 20.0
 
 
+def test_a_dedicated_gpu_is_charged_from_when_the_model_was_first_seen(lab: Lab) -> None:
+    """Not from the midnight before: an installation of an hour would seem to have saved a day."""
+    lab.store.add_usage([UsageRow(SMALL, TODAY, gpu_s={"serving": 60.0}, requests=1)])
+    lab.store.add_traffic([TrafficRow(SMALL, int(NOW_S) - 3600)])
+    (small,) = lab.ok("GET", "accounts")["models"]
+    assert 3600 <= small["dedicated_gpu_s"] <= 3660
+
+
 def test_a_sparse_forecast_tells_when_the_next_request_comes(lab: Lab) -> None:
     lab.idle()
     lab.sparse()
