@@ -6,6 +6,7 @@ import getpass
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -92,13 +93,23 @@ class Client:
         return self._answer(response)
 
     def _headers(self) -> dict[str, str]:
-        from autoscaling.live.tokens import TokenError, client_token, data_dir
+        from autoscaling.live.tokens import TokenError, client_token
 
         try:
-            token = client_token(data_dir())
+            token = client_token(self._data_dir())
         except TokenError as error:
             raise CommandError(str(error), UNAUTHORISED) from None
         return {"authorization": f"Bearer {token}"} if token else {}
+
+    def _data_dir(self) -> Path:
+        """Where the controller of this address keeps its token, if that is on this machine."""
+        from autoscaling.live.tokens import data_dir
+        from deployments.local.state import Checkout
+
+        checkout = Checkout.here()
+        cluster = checkout.load()
+        ours = cluster is not None and cluster.endpoint == self.base
+        return checkout.data_dir if ours and "RELIGHT_DATA" not in os.environ else data_dir()
 
     def _answer(self, response: Any) -> dict[str, Any]:
         try:
@@ -121,12 +132,12 @@ class Client:
         raise CommandError(message, WRONG if response.status_code in _WRONG else FAILED)
 
     def _unauthorised(self, response: Any) -> str:
-        from autoscaling.live.tokens import FILE_NAME, data_dir
+        from autoscaling.live.tokens import FILE_NAME
 
         sent = "authorization" in response.request.headers
         what = "does not take this token" if sent else "needs a token"
         return (
-            f"{self.base} {what}. The controller keeps its token in {data_dir() / FILE_NAME} on its node (RELIGHT_DATA "
+            f"{self.base} {what}. The controller keeps its token in {self._data_dir() / FILE_NAME} on its node (RELIGHT_DATA "
             "names another folder); on other machines set RELIGHT_TOKEN to it."
         )
 

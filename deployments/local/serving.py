@@ -33,6 +33,7 @@ def head_env(checkout: Checkout) -> dict[str, str]:
     # Whatever points Ray at another cluster, or at its token, is not ours to inherit.
     foreign = {"RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK"}
     inherited = {name: value for name, value in os.environ.items() if name not in foreign}
+    inherited.setdefault("RELIGHT_DATA", str(checkout.data_dir))
     marks = {MARK: str(checkout.run_dir), "RELIGHT_RUN_DIR": str(checkout.run_dir)}
     return inherited | ray_env() | client_env(checkout) | marks
 

@@ -79,6 +79,11 @@ class Checkout:
         return self.state_dir / "ray-token"
 
     @property
+    def data_dir(self) -> Path:
+        """What outlives the cluster: the controller's store and its token. Each checkout's traffic is its own."""
+        return self.state_dir / "data"
+
+    @property
     def lock_file(self) -> Path:
         return self.state_dir / "cluster.lock"
 

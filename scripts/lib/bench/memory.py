@@ -21,7 +21,7 @@ REQUESTS = 100
 PROMPT = "What is the capital of France?"
 OURS = (
     "gateway",
-    "observer",
+    "controller",
     "model replica",
     "engine host",
     "node template",

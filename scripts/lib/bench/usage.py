@@ -21,7 +21,7 @@ _KINDS = (
     (r"^relight-host", "engine host"),
     (r"deployments\.engine\.host", "engine host"),
     (r"^ray::ServeReplica:[^:]+:gateway", "gateway"),
-    (r"^ray::ServeReplica:[^:]+:observer", "observer"),
+    (r"^ray::ServeReplica:[^:]+:controller", "controller"),
     (r"^ray::ServeReplica:[^:]+:model-", "model replica"),
     (r"^ray::ServeReplica:[^:]+:(Bare|Trivial)", "bare deployment"),
     (r"^ray::ServeReplica:[^:]+:LLMServer", "LLMServer replica"),
