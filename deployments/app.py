@@ -18,12 +18,12 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.handle import DeploymentHandle
 
 from autoscaling.core.codec import to_json, to_plain
-from autoscaling.core.types import Spec
 from autoscaling.live.controller import Controller
 from autoscaling.live.setup import ControllerSetup, ModelSetup
 from deployments.engine.protocol import EngineSpec, default_run_dir
 from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
 from deployments.model import ModelReplica
+from deployments.scaling import scaling_spec
 
 if TYPE_CHECKING:
     from deployments.gateway.door import Door
@@ -71,24 +71,6 @@ def engine_spec(
         park=model.scaling.park,
         start_deadline_s=model.limits.start_deadline_s,
         drain_deadline_s=model.limits.drain_deadline_s,
-    )
-
-
-def scaling_spec(model: Model) -> Spec:
-    """How the model is to be scaled, as the fleet file says, without its schedules."""
-    scaling, gpus = model.scaling, model.resources.gpus
-    return Spec(
-        model=model.id,
-        policy=scaling.policy,
-        params=dict(scaling.params),
-        wait_cost=scaling.wait_cost,
-        min_replicas=scaling.min_replicas,
-        max_replicas=scaling.max_replicas,
-        target_ongoing_requests=scaling.target_ongoing_requests,
-        keep_alive_s=scaling.keep_alive_s,
-        gpus_per_replica=float(gpus or 1),
-        priority=scaling.priority,
-        park=scaling.park,
     )
 
 

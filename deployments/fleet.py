@@ -12,10 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
+from zoneinfo import available_timezones
 
 import yaml
 from pydantic import (
@@ -160,37 +159,44 @@ class Schedule(_Config):
     @field_validator("cron")
     @classmethod
     def _cron_is_valid(cls, cron: str) -> str:
-        from cronsim import CronSim, CronSimError
+        from autoscaling.live.cron import check_expression
 
-        # With six fields cronsim reads seconds, which no other cron does.
-        if len(cron.split()) != 5:
-            text = f"{cron!r} has not five fields: minute, hour, day of month, month, day of week"
-            raise _Problems(((), text))
         try:
-            CronSim(cron, datetime(2024, 1, 1, tzinfo=UTC))
-        except CronSimError as error:
-            raise _Problems(
-                ((), f"{cron!r} is not a cron expression ({error}): '0 9 * * MON-FRI' is one")
-            ) from None
+            check_expression(cron)
+        except ValueError as error:
+            text = f"{cron!r} is not a cron expression ({error}): '0 9 * * MON-FRI' is one"
+            raise _Problems(((), text)) from None
         return cron
 
     @field_validator("timezone")
     @classmethod
     def _zone_is_known(cls, timezone: str) -> str:
-        _check_zone(timezone)
+        from autoscaling.live.cron import check_timezone
+
+        try:
+            check_timezone(timezone)
+        except ValueError:
+            near = difflib.get_close_matches(timezone, sorted(available_timezones()), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "Europe/Berlin and UTC are some"
+            raise _Problems(((), f"{timezone!r} is not a time zone; {hint}")) from None
         return timezone
 
-
-def _check_zone(name: str) -> None:
-    try:
-        ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        near = difflib.get_close_matches(name, sorted(available_timezones()), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "Europe/Berlin and UTC are some"
-        raise _Problems(((), f"{name!r} is not a time zone; {hint}")) from None
+    @model_validator(mode="after")
+    def _serving_takes_a_replica(self) -> Self:
+        if self.rung == "serving" and not self.replicas:
+            raise _Problems((("replicas",), "0 is not at least 1, which the rung serving takes"))
+        return self
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _check_policy(policy: str, params: Mapping[str, float]) -> None:
+    from autoscaling.core.policies import wrong_choice
+
+    if wrong := wrong_choice(policy, params):
+        place = tuple(wrong.field.split("."))
+        raise _Problems((place, f"{wrong.value!r} is not right; expected {wrong.expected}"))
 
 
 class Scaling(_Config):
@@ -237,6 +243,7 @@ class Scaling(_Config):
                 problems.append((("schedules", index, "replicas"), text))
         if problems:
             raise _Problems(*problems)
+        _check_policy(self.policy, self.params)
         return self
 
 
@@ -425,6 +432,11 @@ class ShadowConfig(_Config):
     params: dict[str, Number] = {}
     wait_cost: float | None = Field(default=None, ge=0)
     """null takes each model's own."""
+
+    @model_validator(mode="after")
+    def _params_are_the_policys(self) -> Self:
+        _check_policy(self.policy, self.params)
+        return self
 
 
 class ControllerConfig(_Config):

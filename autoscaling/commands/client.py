@@ -136,9 +136,10 @@ class Client:
 
         sent = "authorization" in response.request.headers
         what = "does not take this token" if sent else "needs a token"
+        file = self._data_dir() / FILE_NAME
         return (
-            f"{self.base} {what}. The controller keeps its token in {self._data_dir() / FILE_NAME} on its node (RELIGHT_DATA "
-            "names another folder); on other machines set RELIGHT_TOKEN to it."
+            f"{self.base} {what}. The controller keeps its token in {file} on its node (RELIGHT_DATA names another "
+            "folder); on other machines set RELIGHT_TOKEN to it."
         )
 
 

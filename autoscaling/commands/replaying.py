@@ -181,8 +181,8 @@ def _rows(trace: Trace | list[Any]) -> Iterator[Any]:
 def _fleet(file: Path | None) -> dict[str, Spec] | None:
     if file is None:
         return None
-    from deployments.app import scaling_spec
     from deployments.fleet import load_fleet
+    from deployments.scaling import scaling_spec
 
     return {model.id: scaling_spec(model) for model in load_fleet(file).models}
 

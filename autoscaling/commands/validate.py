@@ -58,27 +58,13 @@ def validate(
 
 
 def _file(path: Path, body: dict[str, Any]) -> dict[str, Any]:
-    from autoscaling.core.types import Spec
     from autoscaling.live.api.policies import spec_fields
     from deployments.fleet import load_fleet
+    from deployments.scaling import scaling_spec
 
     models = {}
     for model in load_fleet(path).models:
-        scaling = model.scaling
-        spec = Spec(
-            model.id,
-            policy=scaling.policy,
-            params=scaling.params,
-            wait_cost=scaling.wait_cost,
-            min_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
-            target_ongoing_requests=scaling.target_ongoing_requests,
-            keep_alive_s=scaling.keep_alive_s,
-            gpus_per_replica=float(model.resources.gpus) or 1.0,
-            priority=scaling.priority,
-            park=scaling.park,
-        )
-        models[model.id] = spec_fields(_checked(spec, body, f"{path}: {model.id}: "))
+        models[model.id] = spec_fields(_checked(scaling_spec(model), body, f"{path}: {model.id}: "))
     return {"models": models, "checked": f"Checked for the models of {path}."}
 
 

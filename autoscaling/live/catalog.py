@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from autoscaling.core.policies import DEFAULT, POLICIES, Param
+from autoscaling.core.policies import DEFAULT, POLICIES, Param, wrong_choice
 from autoscaling.live.invalid import InvalidValue
 
 _SUMMARIES = {
@@ -43,21 +41,5 @@ def policies() -> Mapping[str, PolicyInfo]:
 
 def check(policy: str, params: Mapping[str, float]) -> None:
     """Raises InvalidValue where there is no such policy, or it has no such parameter, or it is out of its bounds."""
-    found = policies().get(policy)
-    if found is None:
-        raise InvalidValue("policy", policy, _one_of(policy, policies()))
-    known = {param.name: param for param in found.params}
-    for name, value in params.items():
-        param = known.get(name)
-        if param is None:
-            place = f"params.{name}"
-            raise InvalidValue(place, value, f"a parameter of {policy}: {_one_of(name, known)}")
-        if not (math.isfinite(value) and param.low <= value <= param.high):
-            bounds = f"a number from {param.low:g} to {param.high:g} ({param.unit})"
-            raise InvalidValue(f"params.{name}", value, bounds)
-
-
-def _one_of(wanted: str, known: Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(wanted, known, n=1)
-    listed = f"one of {', '.join(sorted(known))}" if known else "none (it has none)"
-    return f"{close[0]}? There are {', '.join(sorted(known))}" if close else listed
+    if wrong := wrong_choice(policy, params):
+        raise InvalidValue(*wrong)

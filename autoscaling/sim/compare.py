@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from autoscaling.core.policies import POLICIES, validate_params
+from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
 from autoscaling.sim.oracle import Oracle
 from autoscaling.sim.replay import Setup, replay
@@ -72,7 +72,7 @@ def check(variant: Variant) -> None:
         names = sorted([*POLICIES, *EXTRA])
         raise SettingError(f"policy {variant.policy!r} is unknown; there are {', '.join(names)}")
     own = {name: value for name, value in variant.settings.items() if name not in SPEC_FIELDS}
-    wrong = validate_params(policy, own)
+    wrong = wrong_choice(policy, own)
     if wrong is not None:
         raise SettingError(f"{wrong}; of every policy can be set {', '.join(SPEC_FIELDS)}")
     for name in SPEC_FIELDS:

@@ -166,7 +166,7 @@ NAMES += [
 ]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     method=st.sampled_from(["GET", "PUT", "POST", "DELETE"]),
     path=st.one_of(st.sampled_from(NAMES), st.text(max_size=12)),

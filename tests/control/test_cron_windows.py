@@ -42,7 +42,7 @@ def wall_clock_says(  # noqa: PLR0917 - those of a schedule
     return False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     zone=st.sampled_from(ZONES),
     change=st.sampled_from(CHANGES),

@@ -214,7 +214,7 @@ def test_numbers_in_words() -> None:
     assert moment(NOW_S + 86400, NOW_S) == "Wed 2026-11-25 06:00 UTC"
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     policy=st.sampled_from(sorted(POLICIES)),
     ready=st.one_of(st.none(), st.integers(0, 3)),

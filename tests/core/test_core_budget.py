@@ -95,7 +95,7 @@ def test_a_spent_day_ends_what_nobody_uses() -> None:
     assert result["busy"].clamps == (Reason.SPEND_LIMIT,)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(

@@ -71,7 +71,7 @@ def test_what_is_not_finite_survives() -> None:
     assert back.now_s == -math.inf
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(st.text(max_size=5), st.floats()),
     st.lists(st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)), max_size=4),

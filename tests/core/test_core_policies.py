@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from autoscaling.core.decide import decide
-from autoscaling.core.policies import POLICIES, validate_params
+from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Capacity, Forecast, Observation, Reason, Rung, Spec, State, Window
 from tests.core.lab import RUNGS, T0, Cluster, demand, later, lit, seen, spec, timer
 
@@ -322,7 +322,7 @@ def test_every_policy_says_where_it_is_from_and_what_it_takes() -> None:
         assert policy.name == name
         assert len(policy.source) > 20
         assert (
-            validate_params(
+            wrong_choice(
                 name, {param.name: param.default for param in policy.params if param.default is not None}
             )
             is None
@@ -337,7 +337,7 @@ def test_every_policy_says_where_it_is_from_and_what_it_takes() -> None:
     ("policy", "params", "words"),
     [
         ("nope", {}, ["'nope'", "predictive", "fixed"]),
-        ("predictive", {"stable": 3}, ["predictive", "'stable'", "stable_s"]),
+        ("predictive", {"stable": 3}, ["predictive", "params.stable", "stable_s"]),
         ("predictive", {"headroom": 2}, ["headroom", "2", "0.1", "1"]),
         ("kpa", {"panic_threshold": "two"}, ["panic_threshold", "'two'", "1.1"]),
         ("kpa", {"panic_threshold": math.nan}, ["panic_threshold", "nan"]),
@@ -345,9 +345,9 @@ def test_every_policy_says_where_it_is_from_and_what_it_takes() -> None:
     ],
 )
 def test_wrong_parameters_are_named(policy: str, params: dict[str, object], words: list[str]) -> None:
-    message = validate_params(policy, params)
-    assert message is not None
-    assert all(word in message for word in words), message
+    wrong = wrong_choice(policy, params)
+    assert wrong is not None
+    assert all(word in str(wrong) for word in words), wrong
 
 
 def test_parameters_out_of_bounds_count_as_their_bounds() -> None:

@@ -28,7 +28,7 @@ from autoscaling.core.types import (
 )
 from tests.core.lab import RUNGS, T0, Cluster, demand, later, never, poisson, said, seen, spec, timer
 
-quickly = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
 names = st.sampled_from(sorted(POLICIES))
 
 
@@ -171,7 +171,7 @@ def test_a_decision_stands_until_it_says(
         assert then.until_s == pytest.approx(decision.until_s, abs=0.02) or then.until_s >= decision.until_s
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     specs(floors=False),
     st.integers(1, 70),
@@ -193,7 +193,7 @@ def test_constant_load_settles(
     assert turns <= 1, counts
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(specs(floors=False), st.integers(1, 70), st.sampled_from(["none", "never", "poisson"]))
 def test_no_traffic_ends_at_zero(asked: Spec, load: int, kind: str) -> None:
     assume(asked.policy != "fixed")
@@ -207,7 +207,7 @@ def test_no_traffic_ends_at_zero(asked: Spec, load: int, kind: str) -> None:
     assert decision.reason in {Reason.DARK, Reason.PARK, Reason.GO_DARK}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     specs(floors=False),
     st.integers(1, 30),

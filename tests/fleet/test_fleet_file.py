@@ -524,8 +524,8 @@ def test_a_schedule_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"cron": "0 9 * *"}, "schedules[0].cron: '0 9 * *' has not five fields"),
-        ({"cron": "0 0 9 * * *"}, "schedules[0].cron: '0 0 9 * * *' has not five fields"),
+        ({"cron": "0 9 * *"}, "schedules[0].cron: '0 9 * *' is not a cron expression (it needs five"),
+        ({"cron": "0 0 9 * * *"}, "schedules[0].cron: '0 0 9 * * *' is not a cron expression (it needs five"),
         ({"cron": "61 9 * * *"}, "schedules[0].cron: '61 9 * * *' is not a cron expression"),
         (
             {"timezone": "Europe/Berln"},
@@ -535,6 +535,7 @@ def test_a_schedule_is_read() -> None:
         ({"duration_s": 0}, "schedules[0].duration_s: 0 is not greater than 0"),
         ({"rung": "hot"}, "schedules[0].rung: 'hot' is not one of"),
         ({"replicas": 3}, "schedules[0].replicas: 3 is not at most max_replicas (1)"),
+        ({"replicas": 0}, "schedules[0].replicas: 0 is not at least 1"),
     ],
 )
 def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None:
@@ -551,6 +552,10 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
         ({"gpu_budget": 0}, "controller.gpu_budget: 0 is not greater than 0"),
         ({"shadow": {"policy": "guess"}}, "controller.shadow.policy: 'guess' is not one of"),
         ({"shadow": {}}, "controller.shadow.policy: is missing"),
+        (
+            {"shadow": {"policy": "kpa", "params": {"stable_s": 1}}},
+            "controller.shadow.params.stable_s: 1.0 is not right; expected a parameter of kpa",
+        ),
         ({"tick": 1}, "controller.tick: unknown key; did you mean 'tick_s'?"),
     ],
 )
@@ -558,3 +563,22 @@ def test_a_wrong_controller_is_refused(controller: dict[str, Any], text: str) ->
     """The same for the controller's section."""
     models = [{"id": "m", "source": "org/name"}]
     assert text in refusal({"models": models, "controller": controller})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "text"),
+    [
+        (
+            {"params": {"headroon": 0.5}},
+            "params.headroon: 0.5 is not right; expected a parameter of predictive: headroom?",
+        ),
+        ({"params": {"headroom": 3}}, "params.headroom: 3.0 is not right; expected a number from 0.1 to 1"),
+        (
+            {"policy": "kpa", "params": {"headroom": 0.5}},
+            "params.headroom: 0.5 is not right; expected a parameter of kpa",
+        ),
+    ],
+)
+def test_a_parameter_that_the_policy_does_not_have_is_refused(scaling: dict[str, Any], text: str) -> None:
+    """Before anything starts: a policy would ignore it."""
+    assert f"models[0].scaling.{text}" in refusal_of_model(scaling=scaling)

@@ -52,7 +52,7 @@ def histories(draw: st.DrawFn) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return times[(times >= START_S) & (times < START_S + MAX_S)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(histories(), st.floats(0, 10 * DAY_S))
 def test_forecasts_are_distributions(
     times: np.ndarray[tuple[int], np.dtype[np.float64]], after_s: float
@@ -66,7 +66,7 @@ def test_forecasts_are_distributions(
     check(found.forecast(START_S))  # a clock that jumped back
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(histories(), st.floats(1.0, 3600.0))
 def test_waiting_is_conditioning(times: np.ndarray[tuple[int], np.dtype[np.float64]], wait_s: float) -> None:
     """P(nothing until t | nothing until s) from the forecast at s is what the forecast before said."""
@@ -80,7 +80,7 @@ def test_waiting_is_conditioning(times: np.ndarray[tuple[int], np.dtype[np.float
         assert after[0] == pytest.approx(before[1] - before[0], abs=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.floats(0, 1e6), st.floats(0.5, 1e5), st.floats(0, 10)), max_size=60),
     st.one_of(st.none(), st.floats(0, 1e8)),

@@ -15,7 +15,6 @@ from tests.gateway.lab import CHAT, Lab
 
 BOUNDED = settings(
     max_examples=25,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.explicit, Phase.generate],

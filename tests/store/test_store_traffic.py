@@ -256,7 +256,7 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(operations=st.lists(OPERATIONS, min_size=3, max_size=40))
 def test_whatever_happens_committed_rows_count_exactly_once(
     operations: list[tuple], tmp_path_factory: pytest.TempPathFactory

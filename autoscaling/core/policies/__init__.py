@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 from autoscaling.core.policies.base import Context, Param, Policy, Proposal
 from autoscaling.core.policies.fixed import Fixed
@@ -30,24 +32,39 @@ POLICIES: Mapping[str, Policy] = MappingProxyType({policy.name: policy for polic
 DEFAULT = "predictive"
 
 
-def validate_params(policy: str, params: Mapping[str, object]) -> str | None:
-    """One message that names what is wrong, its value and what would be right; None if nothing is."""
+class Wrong(NamedTuple):
+    """What can't be: where, its value, and what would be right."""
+
+    field: str
+    value: object
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value!r} is not right; expected {self.expected}"
+
+
+def wrong_choice(policy: str, params: Mapping[str, object]) -> Wrong | None:
+    """The first thing that is wrong with a policy and its parameters; None if nothing is."""
     if policy not in POLICIES:
-        return f"policy {policy!r} is unknown; there are {', '.join(sorted(POLICIES))}"
+        return Wrong("policy", policy, _one_of(policy, POLICIES))
     known = {param.name: param for param in POLICIES[policy].params}
     for name, value in params.items():
         param = known.get(name)
         if param is None:
-            return f"policy {policy} has no parameter {name!r}; it has {', '.join(sorted(known))}"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            return f"{name}: {value!r} is not a number; it must be {_bounds(param)}"
-        if not param.low <= value <= param.high:
-            return f"{name}: {value:g} is out of bounds; it must be {_bounds(param)}"
+            return Wrong(f"params.{name}", value, f"a parameter of {policy}: {_one_of(name, known)}")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not param.low <= value <= param.high:  # type: ignore[operator]
+            return Wrong(
+                f"params.{name}", value, f"a number from {param.low:g} to {param.high:g} ({param.unit})"
+            )
     return None
 
 
-def _bounds(param: Param) -> str:
-    return f"from {param.low:g} to {param.high:g} ({param.unit})"
+def _one_of(wanted: str, known: Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(wanted, known, n=1)
+    if close:
+        return f"{close[0]}? There are {', '.join(sorted(known))}"
+    return f"one of {', '.join(sorted(known))}" if known else "none (it has none)"
 
 
-__all__ = ["DEFAULT", "POLICIES", "Context", "Param", "Policy", "Proposal", "validate_params"]
+__all__ = ["DEFAULT", "POLICIES", "Context", "Param", "Policy", "Proposal", "Wrong", "wrong_choice"]

@@ -1,0 +1,7 @@
+"""For all tests."""
+
+from hypothesis import settings
+
+# A deadline is a timed assertion: on a busy machine it fails for nothing.
+settings.register_profile("relight")
+settings.load_profile("relight")
