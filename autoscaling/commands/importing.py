@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,17 +12,15 @@ import typer
 from autoscaling.commands import options, output, times
 from autoscaling.commands.client import Client
 from autoscaling.commands.failures import WRONG, CommandError
+from deployments.errors import ConfigError
 
 if TYPE_CHECKING:
-    from autoscaling.traces import Trace
+    from autoscaling.live.importer import Import
+    from autoscaling.live.importer.importer import Align
 
 CHUNK_ROWS = 20_000
 """Rows of one request: some two megabytes."""
-DATES_FROM_S = 1e9
-"""A trace whose times are below this (2001) counts from its own beginning, not from 1970."""
 NAMED = 5
-
-Bucket = tuple[str, float, int, int, int, float]
 
 
 def register(history_app: typer.Typer) -> None:
@@ -40,7 +36,10 @@ def import_file(
     ] = None,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--map", help="NAME=MODEL: the file's name for a model of the fleet. May be repeated."),
+        typer.Option(
+            "--map",
+            help="NAME=MODEL: what a name or path of the file (* and ? match) stands for. May be repeated.",
+        ),
     ] = None,
     skip_unknown: Annotated[
         bool, typer.Option("--skip-unknown", help="Leave out rows of models that the fleet has not.")
@@ -56,160 +55,100 @@ def import_file(
     """Add the traffic of a file to the history that forecasts are made from.
 
     Formats: CSV with timestamp_s,model or minute,model,count (and tokens); Azure's LLM and Functions traces; Mooncake's
-    JSON lines; access logs. The same file is added once.
+    JSON lines; access logs in Common, Combined or Envoy's format or as JSON lines. The same file is added once. Times
+    that count from 0 are moved by whole weeks, so that the file ends now and hours stay hours.
     """
-    from autoscaling.traces import TraceError, open_trace
-
     if model is not None and mapping:
         raise CommandError("--model and --map: give one of them", WRONG)
     ends_s = options.moment(ends, "--ends")
     client = Client(address)
     fleet = {row["model"] for row in client.get("policies")["models"]}
-    names = _names(mapping)
+    patterns = _patterns(mapping)
+    _in_fleet([model] if model is not None else [meant for _, meant in patterns], fleet)
+    found = _read(file, fleet, patterns, model, ends_s)
+    report = found.report
+    if report.broken and not skip_bad:
+        raise CommandError(
+            f"{file}: {output.count(report.broken, 'line')} can't be read; --skip-bad leaves them out. The first: "
+            f"{' '.join(report.broken_shown)}",
+            WRONG,
+        )
+    if report.left_out and not skip_unknown:
+        listed = ", ".join(name for name, _ in report.left_out.most_common(NAMED))
+        raise CommandError(
+            f"The fleet has no model {listed}; it has {', '.join(sorted(fleet))}. --model counts all as one, --map "
+            "NAME=MODEL names them, --skip-unknown leaves them out.",
+            WRONG,
+        )
+    # By what is in it, so that an import that was interrupted goes on where it was.
+    source = f"file:{found.identity[:24]}" + (f":{secrets.token_hex(4)}" if again else "")
+    added = rows = 0
     try:
-        trace = open_trace(file, model=model, skip_bad=skip_bad)
-        found = _survey(trace)
-        known = _known(found.models, fleet, model, names, skip_unknown=skip_unknown)
-        shift_s = _shift_s(file, found, ends_s)
-        bucket_s = found.bucket_s
-        source = _source(file, model, names, again=again)
-        added = rows = 0
-        buckets = _buckets(trace, known, shift_s, bucket_s)
+        buckets = iter(found)
         while chunk := list(islice(buckets, CHUNK_ROWS)):
-            body = {"bucket_s": bucket_s, "rows": chunk, "source": f"{source}:{rows}"}
+            body = {"bucket_s": report.bucket_s, "rows": chunk, "source": f"{source}:{rows}"}
             added += client.post("import", body)["rows"]
             rows += len(chunk)
-    except TraceError as error:
-        raise CommandError(str(error), WRONG) from None
+    except ConfigError as error:
+        raise CommandError(error.message, WRONG) from None
     answer = {
         "file": str(file),
-        "format": trace.format,
-        "requests": found.requests,
-        "models": {name: known[name] for name in sorted(known)},
-        "from_s": found.first_s + shift_s,
-        "until_s": found.last_s + shift_s,
-        "bucket_s": bucket_s,
+        "format": report.format,
+        "requests": report.requests.total(),
+        "models": dict(sorted(report.requests.items())),
+        "left_out": dict(report.left_out.most_common()),
+        "from_s": report.first_s,
+        "until_s": report.last_s,
+        "bucket_s": report.bucket_s,
         "rows": rows,
         "added": added,
-        "bad": trace.bad,
+        "bad": report.broken,
     }
     if as_json:
         options.print_json(answer)
         return
-    span = f"{output.when(found.first_s + shift_s)} to {output.when(found.last_s + shift_s)}"
-    output.say(f"{file}: {found.requests} requests of {output.count(len(known), 'model')}, {span}")
-    if trace.bad:
-        output.say(f"{output.count(trace.bad, 'line')} could not be read and left out.")
+    span = f"{output.when(report.first_s)} to {output.when(report.last_s)}"
+    models = output.count(len(report.requests), "model")
+    output.say(f"{file}: {report.requests.total()} requests of {models}, {span}")
+    if report.broken:
+        output.say(f"{output.count(report.broken, 'line')} could not be read and left out.")
     if added:
-        output.say(f"Added {output.count(added, 'row')} of {output.duration(bucket_s)}.")
+        output.say(f"Added {output.count(added, 'row')} of {output.duration(report.bucket_s)}.")
     elif rows:
         output.say("Nothing was added: this file was imported before (--again adds it once more).")
     if 0 < added < rows:
         output.say(f"{rows - added} rows were in before, or are older than what is kept.")
 
 
-class _Survey:
-    """What a first reading tells of a trace."""
+def _read(
+    file: Path, fleet: set[str], patterns: list[tuple[str, str]], model: str | None, ends_s: float | None
+) -> Import:
+    from autoscaling.live.importer import Import, Names, Options
 
-    def __init__(self) -> None:
-        self.models: dict[str, int] = {}
-        self.first_s = float("inf")
-        self.last_s = float("-inf")
-        self.requests = 0
-        self.bucket_s = 1.0
-
-
-def _survey(trace: Trace) -> _Survey:
-    found = _Survey()
-    for row in trace.rows():
-        found.models[row.model] = found.models.get(row.model, 0) + row.requests
-        found.first_s = min(found.first_s, row.time_s)
-        found.last_s = max(found.last_s, row.time_s + row.window_s)
-        found.requests += row.requests
-        found.bucket_s = max(found.bucket_s, row.window_s)
-    if not found.models:
-        raise CommandError(f"{trace.path}: there is no request in it", WRONG)
-    return found
+    # A name of the fleet stands for itself, unless it is said to stand for another.
+    names = Names([*patterns, *((name, name) for name in sorted(fleet) if model is None)], model)
+    align: Align = "auto" if ends_s is None else "end"
+    try:
+        now_s = times.now().timestamp() if ends_s is None else ends_s
+        return Import(file, Options(names=names, align=align), now_s)
+    except ConfigError as error:
+        raise CommandError(error.message, WRONG) from None
 
 
-def _names(mapping: list[str] | None) -> dict[str, str]:
-    found = {}
+def _patterns(mapping: list[str] | None) -> list[tuple[str, str]]:
+    found = []
     for text in mapping or ():
         name, sign, model = text.rpartition("=")
         if not sign or not name or not model:
             raise CommandError(f"--map: {text!r} is not NAME=MODEL", WRONG)
-        found[name] = model
+        found.append((name, model))
     return found
 
 
-def _known(
-    seen: Mapping[str, int],
-    fleet: set[str],
-    model: str | None,
-    names: Mapping[str, str],
-    *,
-    skip_unknown: bool,
-) -> dict[str, str]:
-    """The file's names that are counted -> the fleet's."""
-    wanted = {name: model or names.get(name, name) for name in seen}
-    unknown = sorted(name for name, target in wanted.items() if target not in fleet)
-    if unknown and not skip_unknown:
-        listed = ", ".join(wanted[name] for name in unknown[:NAMED]) + (
-            " ..." if len(unknown) > NAMED else ""
-        )
-        raise CommandError(
-            f"The fleet has no model {listed}; it has {', '.join(sorted(fleet))}. --model counts all as one, --map "
-            "NAME=MODEL names them, --skip-unknown leaves them out.",
-            WRONG,
-        )
-    known = {name: target for name, target in wanted.items() if target in fleet}
-    if not known:
-        raise CommandError("Nothing is left: the fleet has none of the file's models", WRONG)
-    return known
-
-
-def _shift_s(file: Path, found: _Survey, ends_s: float | None) -> float:
-    if ends_s is not None:
-        # By whole buckets, so that the file's own stay apart.
-        return (ends_s - found.last_s) // found.bucket_s * found.bucket_s
-    if found.first_s < DATES_FROM_S:
-        raise CommandError(
-            f"{file}: its times are no dates (they begin at {found.first_s:g} s); --ends now moves them so that it "
-            "ends now, --ends with another time elsewhere",
-            WRONG,
-        )
-    return 0.0
-
-
-def _buckets(trace: Trace, known: Mapping[str, str], shift_s: float, bucket_s: float) -> Iterator[Bucket]:
-    """The rows added up by model and bucket. Rows come in the order of time, so that few are open at once."""
-    open_: dict[str, list[float]] = {}
-    at_s = float("-inf")
-
-    def closed() -> Iterator[Bucket]:
-        for name, (arrivals, inputs, outputs, busy_s) in sorted(open_.items()):
-            yield name, at_s, int(arrivals), int(inputs), int(outputs), busy_s
-        open_.clear()
-
-    for row in trace.rows():
-        if (target := known.get(row.model)) is None:
-            continue
-        bucket = (row.time_s + shift_s) // bucket_s * bucket_s
-        if bucket != at_s:
-            yield from closed()
-            at_s = bucket
-        amounts = open_.setdefault(target, [0.0, 0.0, 0.0, 0.0])
-        for column, each in enumerate((1, row.input_tokens, row.output_tokens, row.exec_s)):
-            amounts[column] += row.requests * each
-    yield from closed()
-
-
-def _source(file: Path, model: str | None, names: Mapping[str, str], *, again: bool) -> str:
-    """A name for the file by what is in it, so that an import that was interrupted goes on where it was."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256")
-    digest.update(repr((model, sorted(names.items()))).encode())
-    return f"file:{digest.hexdigest()[:24]}" + (f":{secrets.token_hex(4)}" if again else "")
+def _in_fleet(models: list[str], fleet: set[str]) -> None:
+    unknown = sorted(set(models) - fleet)
+    if unknown:
+        raise CommandError(f"The fleet has no model {unknown[0]}; it has {', '.join(sorted(fleet))}.", WRONG)
 
 
 __all__ = ["import_file", "register"]
