@@ -467,7 +467,12 @@ class Planner:
 
     def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
         """Keep what was used; prewarms only where they were really made."""
-        self.store.add_usage([usage_row(row, "active") for row in usage])
+        rows = [usage_row(row, "active") for row in usage]
+        # Once more for every shadow, from its beginning on and of its models: what it is compared with.
+        for name in self._shadows:
+            shadowed = self._shadow_specs.get(name, {})
+            rows += [usage_row(row, f"beside:{name}") for row in usage if row.model in shadowed]
+        self.store.add_usage(rows)
         if self._mode != "active":
             return
         for prewarm in prewarms:

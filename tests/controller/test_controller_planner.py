@@ -151,6 +151,22 @@ def test_a_shadow_policy_decides_beside_the_active_one(world: World, planner: Pl
     assert decided[-1]["replicas"] == 1
 
 
+def test_a_shadow_is_compared_with_what_the_active_policy_used_since_it_began(
+    world: World, planner: Planner
+) -> None:
+    """What was used before it began, even on the same day, is not held against the active policy."""
+    said(planner, "policy", {"policy": "fixed", "params": {"replicas": 1}})
+    world.running = {setup.deployment: serve_view(1) for setup in world.models}
+    for _ in range(30):
+        world.tick(planner)
+    said(planner, "shadow", {"name": "late", "policy": "fixed", "params": {"replicas": 0}}, model=None)
+    for _ in range(10):
+        world.tick(planner)
+    usage = {row.source: row for row in planner.store.usage("2000-01-01", "2100-01-01")}
+    assert usage["active"].gpu_s["serving"] == pytest.approx(38, abs=3)
+    assert usage["beside:late"].gpu_s["serving"] == pytest.approx(9, abs=2)
+
+
 def test_a_shadow_of_the_fleet_file_is_there_from_the_start(tmp_path: Path) -> None:
     """As if somebody had said it."""
     world = World(tmp_path, shadow={"name": "s", "policy": "fixed", "params": {}, "wait_cost": None})
