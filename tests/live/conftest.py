@@ -22,6 +22,13 @@ EMBED: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """These share a cluster, and so a process; where there are several, the others take the rest of the suite."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.xdist_group("live"))
+
+
 def scaling(**changes: Any) -> dict[str, Any]:
     """Dark again soon, and not parked."""
     return {"policy": "keep-alive", "keep_alive_s": KEEP_ALIVE_S, "park": False, **changes}
