@@ -246,6 +246,14 @@ class Relight:
                     connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
 
+    @staticmethod
+    def first_event(response: http.client.HTTPResponse) -> bytes:
+        """The first line of data: comments tell of the wait before it, for as long as there is one."""
+        for line in response:
+            if line.strip() and not line.startswith(b":"):
+                return line
+        raise AssertionError("the stream ended without data")
+
     # Its state
 
     def status(self) -> Any:

@@ -180,7 +180,7 @@ def test_hanging_up_ends_the_generation(lit: Relight) -> None:
     """When a streaming client leaves, the engine stops generating long before the asked length."""
     generated = lit.engine_metric("chat", "vllm:generation_tokens_total")
     with lit.stream({**PARIS, "max_tokens": 2000, "ignore_eos": True}) as response:
-        assert response.readline().startswith(b"data: ")
+        assert lit.first_event(response).startswith(b"data: ")
         assert lit.engine_metric("chat", "vllm:num_requests_running") == 1
     until("no generation to be left", lambda: lit.engine_metric("chat", "vllm:num_requests_running") == 0)
     assert lit.engine_metric("chat", "vllm:generation_tokens_total") - generated < 1000

@@ -61,7 +61,7 @@ def test_requests_are_served_through_the_tunnel(relight: Relight, second: str) -
 def test_hanging_up_reaches_the_other_node(relight: Relight, second: str) -> None:
     """The generation is aborted there."""
     with relight.stream({**BODY, "max_tokens": 2000, "ignore_eos": True}) as response:
-        assert response.readline().startswith(b"data: ")
+        assert relight.first_event(response).startswith(b"data: ")
         engine = relight.engine("far")
         connection = lambda: UnixConnection(engine["http"], 60)  # noqa: E731
         assert b"vllm:num_requests_running{" in ask(connection(), "GET", "/metrics").body
