@@ -46,11 +46,13 @@ class Loop:
         prewarms: Iterable[Prewarm] = (),
         jump_s: float = JUMP_S,
         reforecast_s: float = REFORECAST_S,
+        usage: bool = True,
     ) -> None:
         """`states`, `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
         met nor given up) are what a restarted loop goes on from.
 
-        `jump_s` is infinite for a simulation that skips the time in which nothing happens.
+        `jump_s` is infinite for a simulation that skips the time in which nothing happens; `usage` is False for one
+        that counts itself what is used. What is spent is counted all the same where a day's spend is bounded.
         """
         self._spec_source = specs
         self._metrics = metrics
@@ -62,6 +64,7 @@ class Loop:
         self._states = dict(states or {})
         self._jump_s = jump_s
         self._reforecast_s = reforecast_s
+        self._usage = usage
         self._last_s: float | None = None
         self._day, self._spent = spent
         self._specs: dict[str, Spec] = {}
@@ -206,19 +209,22 @@ class Loop:
     def _book(self, now_s: float) -> None:
         usage: list[Usage] = []
         prewarms: list[Prewarm] = []
+        used = self._usage or self.budget.gpu_s_per_day is not None
         for model, observation in self._seen.items():
             account, booking = book(
                 self._accounts.get(model, Account()),
                 self._specs[model],
                 observation,
                 self._clamped.get(model),
+                used=used,
             )
             self._accounts[model] = account
             usage += booking.usage
             prewarms += booking.prewarms
-        self._spent += math.fsum(
-            gpu_s for row in usage if row.day == self._day for gpu_s in row.gpu_s.values()
-        )
+        if usage:
+            self._spent += math.fsum(
+                gpu_s for row in usage if row.day == self._day for gpu_s in row.gpu_s.values()
+            )
         sink = self._account_sink
         if sink is not None and (usage or prewarms):
             self._try("accounts", lambda: sink.account(now_s, usage, prewarms))

@@ -81,12 +81,12 @@ class Booking:
 
 
 def book(
-    account: Account, spec: Spec, observation: Observation, decision: Decision | None
+    account: Account, spec: Spec, observation: Observation, decision: Decision | None, *, used: bool = True
 ) -> tuple[Account, Booking]:
     """From the observation before to this one, and what was then decided.
 
     What was seen before is taken to have held until now. An observation without its replicas, or with a time that is
-    not later, is passed over.
+    not later, is passed over. `used`: whether anybody asks for the usage; without it only prewarms are followed.
     """
     before = account.observation
     if not (math.isfinite(observation.now_s) and known(observation.ready)):
@@ -96,7 +96,7 @@ def book(
         return Account(observation, None), Booking()
     usage: tuple[Usage, ...] = ()
     prewarm = account.prewarm
-    if before is not None and observation.now_s > before.now_s:
+    if used and before is not None and observation.now_s > before.now_s:
         usage = _usage(spec, before, observation, prewarm)
     after = prewarm
     if after is not None and before is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from autoscaling.core.accounts import Prewarm, Usage
 from autoscaling.core.types import Decision, Observation, Spec, State
-from autoscaling.sim.cluster import Pool, VirtualModel
+from autoscaling.sim.cluster import VirtualModel
+from autoscaling.sim.pool import Pool
 
 
 class SimSpecs:
@@ -52,9 +55,13 @@ class SimCluster:
 class SimSink:
     """`DecisionSink` and `AccountSink`: counts prewarms and, if asked to, keeps every decision."""
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, *, since_s: float = -math.inf, keep: bool = False) -> None:
+        """`since_s`: prewarms that were begun earlier don't count."""
         self.decisions: list[Decision] = []
-        self.prewarms: dict[str, Prewarm] = {}
+        self.prewarms: Counter[str] = Counter()
+        """By model."""
+        self.hits: Counter[str] = Counter()
+        self._since_s = since_s
         self._keep = keep
 
     def record(
@@ -69,9 +76,11 @@ class SimSink:
             self.decisions += decisions
 
     def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
-        """A prewarm replaces what was said of the same id. The cluster's own accounts are exact, the usage is not."""
+        """A prewarm is told of at each of its changes. The cluster's own accounts are exact, the usage is not."""
         for prewarm in prewarms:
-            self.prewarms[prewarm.id] = prewarm
+            if prewarm.begun_s >= self._since_s:
+                self.prewarms[prewarm.model] += prewarm.begun_s == now_s
+                self.hits[prewarm.model] += prewarm.hit_s == prewarm.ended_s == now_s
 
 
 __all__ = ["SimCluster", "SimSink", "SimSpecs"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import heapq
 import math
 import zlib
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from autoscaling.core.plan import Entry, follow
 from autoscaling.core.seen import charge, per_replica
-from autoscaling.core.types import Capacity, Decision, Observation, Rung, Spec, State
+from autoscaling.core.types import Capacity, Decision, Observation, Reason, Rung, Spec, State
+from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile
 from autoscaling.sim.queueing import (
     ARRIVED,
@@ -26,48 +26,6 @@ from autoscaling.sim.queueing import (
     Floats,
     Queue,
 )
-
-
-@dataclass(slots=True)
-class Pool:
-    """What the models of a cluster share. One writer at a time."""
-
-    gpus: float | None = None
-    parked_engines: int | None = None
-    used: float = 0.0
-    waiting: list[VirtualModel] = field(default_factory=list)
-    """Models with a start that has no GPUs yet, one entry for each start, oldest first."""
-    parked: OrderedDict[str, VirtualModel] = field(default_factory=OrderedDict)
-    """The one that was used longest ago first."""
-
-    def take(self, gpus: float) -> bool:
-        if self.gpus is not None and self.used + gpus > self.gpus + 1e-9:
-            return False
-        self.used += gpus
-        return True
-
-    def give(self, gpus: float) -> None:
-        self.used -= gpus
-
-    def grant(self, now_s: float) -> None:
-        """Starts that waited for GPUs begin where there are some now."""
-        left: list[VirtualModel] = []
-        for model in self.waiting:
-            if self.take(model.gpus):
-                model.granted(now_s)
-            else:
-                left.append(model)
-        self.waiting = left
-
-    def park(self, model: VirtualModel, now_s: float) -> None:
-        self.parked[model.name] = model
-        self.parked.move_to_end(model.name)
-        while self.parked_engines is not None and len(self.parked) > self.parked_engines:
-            _, oldest = self.parked.popitem(last=False)
-            oldest.evict(now_s)
-
-    def unpark(self, model: VirtualModel) -> None:
-        self.parked.pop(model.name, None)
 
 
 @dataclass(slots=True)
@@ -106,15 +64,17 @@ class VirtualModel:
         )
         self.rungs = profile.rungs(self.gpus, park=spec.park)
         self.used = Used()
-        self.moved = False
-        """Whether the last decision changed what is seen: it is looked at again at the next tick."""
+        self._moved = False
+        self._evicted = False
         self._random = np.random.default_rng([seed, zlib.crc32(spec.model.encode()), 1])
         self._starts: list[tuple[float, float, Rung]] = []  # (ready, begun, from), a heap
         self._pending = 0
         self._warming: tuple[float, float, Rung] | None = None  # (ready, begun, to)
         self._target = 0
+        self._ceiling: int | None = None
+        self._acts_s = math.inf
         self._rung = self._resting = self._rests(profile.base)
-        self._then = self._rung
+        self._then = self._reached = self._rung
         self._dark_s: float | None = -math.inf
         self._since_s = -math.inf
         self._arrived = 0
@@ -144,48 +104,56 @@ class VirtualModel:
             next_s = min(next_s, self._starts[0][0])
         if self._warming is not None:
             next_s = min(next_s, self._warming[0])
-        return next_s
+        return min(next_s, self._acts_s)
+
+    @property
+    def moved(self) -> bool:
+        """What is seen changed by other means than requests: it is looked at again at the next tick."""
+        return self._moved or self._evicted
 
     @property
     def unanswered(self) -> bool:
         """A request waits or is in progress, or is known to come."""
-        n = self.queue.n
-        return bool(n[0] < n[2] or n[3] > 0)
+        return self.queue.unanswered
 
     def advance(self, until_s: float) -> None:
         """All that happens up to and at `until_s`."""
         queue = self.queue
         while True:
-            to_s = until_s
+            to_s = min(until_s, self._acts_s)
             if self._starts:
                 to_s = min(to_s, self._starts[0][0])
             if self._warming is not None:
                 to_s = min(to_s, self._warming[0])
-            stop = (0 if self._starts or self._pending else 1) | (2 if queue.held > queue.ready else 0)
-            why = queue.advance(to_s, stop)
+            why = queue.advance(to_s, (0 if self._wakes_not else 1) | (2 if queue.held > queue.ready else 0))
             if why == DARK:
                 self._wake()
-                continue
-            if why == FREED:
+            elif why == FREED:
                 self.pool.give(self.gpus)
                 self._may_be_dark()
-                if queue.queued and not queue.ready and not self._starts and not self._pending:
+                if queue.queued and not queue.ready and not self._wakes_not:
                     self._wake()
-                continue
-            if self._starts and self._starts[0][0] <= to_s:
+            elif self._starts and self._starts[0][0] <= to_s:
                 # Who waits for it begins at the same moment.
                 self._started()
-                continue
-            if self._warming is not None and self._warming[0] <= to_s:
+            elif self._acts_s <= to_s:
+                self._act()
+            elif self._warming is not None and self._warming[0] <= to_s:
                 self._warmed()
-            if to_s >= until_s:
+            elif to_s >= until_s:
                 return
+
+    @property
+    def _wakes_not(self) -> bool:
+        """A replica is on its way, or a budget forbids it: a request that finds none starts none."""
+        return bool(self._starts or self._pending or self._ceiling == 0 or self._acts_s < math.inf)
 
     # What the controller sees and does
 
     def observe(self, now_s: float) -> Observation:
         """Arrivals are those since the call before."""
         queue = self.queue
+        self._evicted = False
         f, arrived = queue.f, int(queue.n[ARRIVED])
         came, self._arrived = arrived - self._arrived, arrived
         queued, in_flight = queue.queued, queue.in_flight
@@ -208,9 +176,11 @@ class VirtualModel:
     def apply(self, now_s: float, spec: Spec, decision: Decision, observation: Observation | None) -> None:
         """As the plan and Serve's policy that follows it do: never below what requests in progress need."""
         self.spec = spec
-        self.moved = False
+        self._moved = False
         if decision.replicas is None:
             return
+        cut = Reason.GPU_BUDGET in decision.clamps or Reason.SPEND_LIMIT in decision.clamps
+        self._ceiling = decision.replicas if cut else None
         wanted = decision.replicas
         if observation is not None:
             wanted = self._followed(now_s, spec, decision, observation)
@@ -220,15 +190,13 @@ class VirtualModel:
             else:
                 self.used.scale_downs += 1
             self._target = wanted
-            self.moved = True
+            self._moved = True
         self._then = self._rests(min(decision.rung, Rung.PARKED))
-        there = self.queue.ready + len(self._starts) + self._pending
-        self.moved |= wanted != there
-        for _ in range(wanted - there):
-            self._begin(now_s)
-        for _ in range(there - wanted):
-            self._end(now_s)
-        if self._dark_s is not None:
+        if wanted != self._there:
+            self._moved = True
+            self._acts(now_s)
+        # Whose engine just had to make room for another's is decided anew first.
+        if self._dark_s is not None and not self._evicted:
             self._hold(now_s, self._then)
 
     def _followed(self, now_s: float, spec: Spec, decision: Decision, observation: Observation) -> int:
@@ -237,11 +205,38 @@ class VirtualModel:
         raised = "raised" in self._follower.values
         if not raised and load <= decision.replicas * per_replica(spec, observation):
             return decision.replicas
-        entry = Entry(decision.replicas, decision.rung, decision.reason, decision.until_s, spec)
+        entry = Entry(
+            decision.replicas, decision.rung, decision.reason, decision.until_s, spec, self._ceiling
+        )
         self._follower, followed = follow(spec, self._follower, observation, entry, now_s)
         return followed.replicas or 0
 
     # Replicas
+
+    @property
+    def _there(self) -> int:
+        """Replicas that are ready or on their way."""
+        return self.queue.ready + len(self._starts) + self._pending
+
+    def _acts(self, now_s: float) -> None:
+        """Serve does what it was told at the next turn of its control loop."""
+        if self.profile.wake_s <= 0:
+            self._act()
+        else:
+            self._acts_s = min(self._acts_s, now_s + self.profile.wake_s)
+
+    def _act(self) -> None:
+        """From several replicas to none in two turns."""
+        now_s, there = self.now_s, self._there
+        self._acts_s = math.inf
+        last = self._target
+        if last == 0 and there > 1 and self.profile.wake_s > 0:
+            last = 1
+            self._acts_s = now_s + self.profile.wake_s
+        for _ in range(last - there):
+            self._begin(now_s)
+        for _ in range(there - last):
+            self._end(now_s)
 
     def _wake(self) -> None:
         """Serve's own way: a request and no replica, so one is started."""
@@ -249,14 +244,20 @@ class VirtualModel:
             if self._target == 0:
                 self._target = 1
                 self.used.scale_ups += 1
-            self._begin(self.now_s + self.profile.wake_s)
+            self._acts(self.now_s)
 
     def _begin(self, now_s: float) -> None:
+        left_s = math.inf
+        if self._warming is not None:
+            # What is on its way to a rung goes on from there to a replica.
+            ready_s, _, rung = self._warming
+            left_s = ready_s - now_s + self._delay_s(rung)
+            self._unwarm(now_s)
         if not self.pool.take(self.gpus):
             self._pending += 1
             self.pool.waiting.append(self)
             return
-        self._start(now_s)
+        self._start(now_s, left_s)
 
     def granted(self, now_s: float) -> None:
         """A start that waited for GPUs has them."""
@@ -266,16 +267,16 @@ class VirtualModel:
         self._pending -= 1
         self._start(max(now_s, self.now_s))
 
-    def _start(self, now_s: float) -> None:
+    def _start(self, now_s: float, left_s: float = math.inf) -> None:
+        if self._dark_s is not None:
+            self._reached = self._rung
         self._light(now_s)
-        if self._warming is not None:
-            self._warming = None
         rung = self._rung
         if rung == Rung.PARKED:
             self.pool.unpark(self)
             self._rung = self._resting
         self.used.starts[rung.name.lower()] = self.used.starts.get(rung.name.lower(), 0) + 1
-        heapq.heappush(self._starts, (now_s + self._delay_s(rung), now_s, rung))
+        heapq.heappush(self._starts, (now_s + min(left_s, self._delay_s(rung)), now_s, rung))
 
     def _delay_s(self, rung: Rung) -> float:
         delays = self.profile.starts[rung].delay_s
@@ -288,6 +289,7 @@ class VirtualModel:
             self.used.failed_starts += 1
             heapq.heappush(self._starts, (ready_s + self._delay_s(self._resting), ready_s, self._resting))
             return
+        self._reached = max(self._reached, Rung.PARKED)
         self.queue.add_replica()
 
     def _end(self, now_s: float) -> None:
@@ -310,9 +312,12 @@ class VirtualModel:
     def _may_be_dark(self) -> None:
         if self._dark_s is None and not self._starts and not self._pending and self.queue.held == 0:
             self._dark_s = self.now_s
-            self._rung = self._then
+            # Only an engine that was there can be parked: a start that is given up leaves what it began from.
+            self._rung = min(self._then, max(self._reached, self._resting))
             if self._rung == Rung.PARKED:
                 self.pool.park(self, self.now_s)
+            if not self._evicted:
+                self._hold(self.now_s, self._then)
 
     def _light(self, now_s: float) -> None:
         self._book(now_s)
@@ -335,7 +340,7 @@ class VirtualModel:
         if self._warming is not None and self._warming[2] != rung:
             self._unwarm(now_s)
         if rung < self._rung:
-            self.moved = True
+            self._moved = True
             self._book(now_s)
             self.pool.unpark(self)
             self._rung = rung
@@ -366,6 +371,7 @@ class VirtualModel:
         """Another model's parked engine takes the place of this one's."""
         self._book(max(now_s, self._dark_s or now_s))
         self._rung = self._resting
+        self._evicted = True
         self.used.evictions += 1
 
     def _rests(self, rung: Rung) -> Rung:

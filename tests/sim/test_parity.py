@@ -20,6 +20,7 @@ from autoscaling.live.records import ColdStartRow, TrafficRow
 from autoscaling.live.rungs import RungBook
 from autoscaling.live.setup import ModelSetup
 from autoscaling.loop import Loop
+from autoscaling.sim import group
 from autoscaling.sim import replay as sim
 from autoscaling.sim.clock import VirtualClock
 from autoscaling.sim.forecasts import SimForecasts
@@ -102,7 +103,7 @@ def record(policy: str, monkeypatch: pytest.MonkeyPatch, profile: Profile = PROF
     """The simulator's run, all three models under one loop."""
     tape = Tape()
 
-    class Taped(sim.SimCluster):
+    class Taped(group.SimCluster):
         def observe(self, now_s: float) -> Mapping[str, Observation]:
             seen = super().observe(now_s)
             tape.saw(now_s, seen)
@@ -118,7 +119,7 @@ def record(policy: str, monkeypatch: pytest.MonkeyPatch, profile: Profile = PROF
             tape.forecasts[model, now_s] = made
             return made
 
-    monkeypatch.setattr(sim, "SimCluster", Taped)
+    monkeypatch.setattr(group, "SimCluster", Taped)
     # A budget that never binds puts the models under one loop.
     setup = sim.Setup(profile=replace(profile, gpus=100.0))
     specs = {model: spec(model, policy) for model in MODELS}
