@@ -1,0 +1,244 @@
+"""Models under one loop on the virtual clock: nothing is done where nothing happens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from autoscaling.core.budget import Budget
+from autoscaling.core.types import Spec
+from autoscaling.loop import Loop
+from autoscaling.sim.adapters import SimCluster, SimSink, SimSpecs
+from autoscaling.sim.clock import VirtualClock
+from autoscaling.sim.cluster import VirtualModel
+from autoscaling.sim.forecasts import Foresight, NoForecasts
+from autoscaling.sim.pool import Pool
+from autoscaling.sim.profile import Profile
+from autoscaling.sim.queueing import (
+    ARRIVED,
+    COLD,
+    COLD_WAITED_S,
+    EPISODES,
+    HELD_S,
+    IN_FLIGHT_S,
+    IN_TIME,
+    LONGEST_S,
+    REJECTED,
+    REQUESTS,
+    TAIL,
+    WAITED_S,
+    Floats,
+)
+from autoscaling.sim.report import ModelReport, figures
+
+GRID = 1e-6
+"""Share of a tick within which a moment counts as the tick."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a trace is replayed."""
+
+    profile: Profile = field(default_factory=Profile)
+    seed: int = 0
+    tick_s: float = 1.0
+    scale: float = 1.0
+    measure_from_s: float = 0.0
+    """Seconds from the trace's beginning; what comes before is learned from only."""
+    until_s: float | None = None
+    """Seconds from the trace's beginning; what comes after is not read. None: all of it."""
+    follow: bool = True
+    """Serve's policy raises above a decision what requests in progress need, as it does live."""
+    origin_s: float | None = None
+    keep_decisions: bool = False
+    sample_s: float | None = None
+    """How long the steps of the reports' timelines are; None: there are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Sums of one model up to `now_s`, since it is measured."""
+
+    now_s: float
+    held_s: float
+    """Replica-seconds, ready or draining."""
+    in_flight_s: float
+    """Request-seconds."""
+    cold_starts: int
+    arrivals: int
+    """Since the beginning."""
+
+
+class Group:
+    """Models that share GPUs or memory, under one loop; or a single one that shares nothing."""
+
+    def __init__(self, specs: Mapping[str, Spec], setup: Setup, forecasts: Foresight, begin_s: float) -> None:
+        profile = setup.profile
+        self._pool = Pool(profile.gpus, profile.parked_engines)
+        self.models = {
+            name: VirtualModel(spec, profile, self._pool, seed=setup.seed) for name, spec in specs.items()
+        }
+        self._tick_s = setup.tick_s
+        self._forecasts = forecasts
+        self._clock = VirtualClock(begin_s)
+        self._taken = dict.fromkeys(specs, 0)
+        self._foresees = not isinstance(forecasts, NoForecasts)
+        cluster = SimCluster(self.models, self._pool, follow=setup.follow)
+        self._measured = False
+        self._measure_s = begin_s + setup.measure_from_s
+        self.sink = SimSink(since_s=self._measure_s, keep=setup.keep_decisions)
+        self._sample_s = setup.sample_s
+        self._sampled_s = math.inf if setup.sample_s is None else begin_s
+        self.samples: dict[str, list[Sample]] = {name: [] for name in specs}
+        self._loop = Loop(
+            SimSpecs(specs),
+            cluster,
+            forecasts,
+            cluster,
+            self.sink,
+            Budget(gpus=profile.gpus),
+            accounts=self.sink,
+            jump_s=math.inf,
+            reforecast_s=0.0,
+            usage=False,
+        )
+        for name, model in self.models.items():
+            model.begin(begin_s)
+            forecasts.watch(name, begin_s, max(start.measured_s()[1] for start in profile.starts.values()))
+        self._tick(begin_s)
+
+    @property
+    def errors(self) -> Mapping[str, str]:
+        return self._loop.errors
+
+    @property
+    def unanswered(self) -> bool:
+        """A request waits or is in progress."""
+        return any(model.unanswered for model in self.models.values())
+
+    @property
+    def answers(self) -> bool:
+        """The same, and something is still to happen."""
+        return self.unanswered and math.isfinite(self._next_s())
+
+    def feed(self, name: str, times: Floats, work: Floats) -> None:
+        """More requests of one model."""
+        self._learn(name)
+        self._forecasts.coming(name, times, work)
+        self.models[name].feed(times, work)
+        self._taken[name] = int(self.models[name].queue.n[TAIL])
+
+    def run(self, until_s: float, *, inclusive: bool = False) -> None:
+        """Tick by tick, where something happens, up to that moment."""
+        while True:
+            next_s = self._next_s()
+            tick_s = max(self._grid(next_s), self._clock.now_s() + self._tick_s)
+            if not self._measured and tick_s > self._measure_s:
+                if self._measure_s > until_s:
+                    return
+                self._measure()
+                continue
+            if self._sampled_s < min(tick_s, until_s):
+                self._sample(self._sampled_s)
+                continue
+            if tick_s > until_s or (tick_s == until_s and not inclusive):
+                return
+            for model in self.models.values():
+                model.advance(tick_s)
+            self._clock.advance(tick_s)
+            self._tick(tick_s)
+
+    def close(self, end_s: float) -> None:
+        """Whatever is open is charged until then."""
+        if not self._measured:
+            self._measure()
+        for model in self.models.values():
+            model.advance(end_s)
+            model.close(end_s)
+        if self._sample_s is not None:
+            self._sample(end_s)
+
+    def _measure(self) -> None:
+        self._measured = True
+        # A request at the very moment counts.
+        before_s = math.nextafter(self._measure_s, -math.inf)
+        for model in self.models.values():
+            if before_s > model.now_s:
+                model.advance(before_s)
+            model.measure(self._measure_s)
+
+    def _sample(self, now_s: float) -> None:
+        for name, model in self.models.items():
+            if now_s > model.now_s:
+                model.advance(now_s)
+            f, n = model.queue.f, model.queue.n
+            counted = (float(f[HELD_S]), float(f[IN_FLIGHT_S]), int(n[EPISODES]), int(n[ARRIVED]))
+            self.samples[name].append(Sample(now_s, *counted))
+        self._sampled_s = now_s + (self._sample_s or math.inf)
+
+    def _next_s(self) -> float:
+        next_s = self._loop.next_s()
+        for name, model in self.models.items():
+            if model.moved:
+                return self._clock.now_s()
+            next_s = min(next_s, model.next_s(), self._forecasts.next_s(name))
+        return next_s
+
+    def _grid(self, time_s: float) -> float:
+        """The first tick at or after that moment."""
+        if not math.isfinite(time_s):
+            return time_s
+        return math.ceil(time_s / self._tick_s - GRID) * self._tick_s
+
+    def _tick(self, now_s: float) -> None:
+        if self._foresees:
+            for name in self.models:
+                self._learn(name)
+                self._forecasts.fit(name, now_s)
+        self._loop.tick(now_s)
+
+    def _learn(self, name: str) -> None:
+        if not self._foresees:
+            return
+        queue = self.models[name].queue
+        taken, until = self._taken[name], int(queue.n[TAIL])
+        if until > taken:
+            self._taken[name] = until
+            self._forecasts.arrived(name, queue.times[taken:until], abs(queue.work[taken:until]))
+
+    def report(self, name: str, wait_cost: float, price_per_gpu_h: float) -> ModelReport:
+        """Of one model."""
+        model = self.models[name]
+        queue, used = model.queue, model.used
+        busy, idle = model.busy_gpu_s, model.idle_gpu_s
+        gpu_s = used.starting_s + busy + idle + used.parked_s + used.node_s
+        waited_s = float(queue.f[WAITED_S])
+        sums = {
+            "requests": int(queue.n[REQUESTS]),
+            "cold_requests": int(queue.n[COLD]),
+            "cold_starts": int(queue.n[EPISODES]),
+            "rejected": int(queue.n[REJECTED]),
+            "waited_s": waited_s,
+            "cold_waited_s": float(queue.f[COLD_WAITED_S]),
+            "gpu_s": gpu_s,
+            "starting_gpu_s": used.starting_s,
+            "busy_gpu_s": busy,
+            "idle_gpu_s": idle,
+            "parked_gpu_s": used.parked_s,
+            "node_gpu_s": used.node_s,
+            "cost": gpu_s / 3600 * price_per_gpu_h,
+            "total_cost_gpu_s": gpu_s + wait_cost * waited_s,
+            "starts": sum(used.starts.values()),
+            "failed_starts": used.failed_starts,
+            "cancelled_starts": used.cancelled_starts,
+            "prewarms": self.sink.prewarms[name],
+            "prewarm_hits": self.sink.hits[name],
+            "scale_ups": used.scale_ups,
+            "scale_downs": used.scale_downs,
+        }
+        made = figures(sums, queue.histogram, float(queue.f[LONGEST_S]), int(queue.n[IN_TIME]))
+        return ModelReport(name, made, dict(used.starts), queue.histogram.copy())
+
+
+__all__ = ["Group", "Sample", "Setup"]
