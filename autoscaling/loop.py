@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TypeVar
 
 from autoscaling.core.accounts import Account, Prewarm, Usage, book, day_of
@@ -137,7 +136,11 @@ class Loop:
         self._specs, self._seen = specs, {m: observations[m] for m in specs if m in observed}
         before = self._clamped
         self._clamped = clamp(self.budget, specs, observations, self._made, self._spent_on(now_s))
-        fresh = [decision for model, decision in self._clamped.items() if decision != before.get(model)]
+        fresh = [
+            decision
+            for model, decision in self._clamped.items()
+            if decision is not (then := before.get(model)) and decision != then
+        ]
         self._try("actuator", lambda: self._actuator.apply(now_s, specs, list(self._clamped.values())))
         self._try("sink", lambda: self._sink.record(now_s, self._seen, fresh, states))
         self._book(now_s)
@@ -188,12 +191,14 @@ class Loop:
         self._errors.pop(f"model {model}", None)
         made = self._made.get(model)
         # The same again is not made anew: neither recorded nor published as news.
-        same = made is not None and replace(decision, made_s=made.made_s, numbers=made.numbers) == made
-        self._made[model] = made if made is not None and same else decision
+        if made is None or not _says(decision, made):
+            self._made[model] = decision
         self._states[model] = state
         return state if state != before else None
 
     def _drop(self, specs: Mapping[str, Spec]) -> None:
+        if self._made.keys() <= specs.keys():
+            return
         for model in self._made.keys() - specs.keys():
             for kept in (self._made, self._states, self._fits, self._ask_s, self._accounts):
                 kept.pop(model, None)
@@ -255,6 +260,19 @@ def _same(before: Observation | None, now: Observation) -> bool:
         and (before.last_busy_s == now.last_busy_s or bool(now.queued or now.in_flight))
         and before.rungs == now.rungs
         and before.capacity == now.capacity
+    )
+
+
+def _says(decision: Decision, made: Decision) -> bool:
+    """The same as that one, but for when and from which numbers."""
+    return (
+        decision.replicas == made.replicas
+        and decision.rung == made.rung
+        and decision.reason == made.reason
+        and decision.until_s == made.until_s
+        and decision.policy == made.policy
+        and decision.clamps == made.clamps
+        and decision.model == made.model
     )
 
 

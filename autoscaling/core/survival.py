@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from operator import ge, lt, neg
 
 from autoscaling.core.types import Demand, Forecast, NextArrival
 
@@ -14,7 +16,7 @@ LEAST = 1e-9
 """A smaller chance of no arrival counts as none, so that hazards stay finite."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Curve:
     """P(no request until t), not conditioned on the present. Beyond the last time it stays what it was.
 
@@ -24,10 +26,34 @@ class Curve:
     times: tuple[float, ...]
     """Unix seconds, ascending."""
     survival: tuple[float, ...]
-    hazards: tuple[float, ...]
-    """Per second; the last one is 0."""
-    areas: tuple[float, ...]
-    """The integral of the survival from times[0] to times[i], in seconds."""
+    """Not ascending, above 0."""
+
+    @cached_property
+    def hazards(self) -> tuple[float, ...]:
+        """Per second; the last one is 0."""
+        log = math.log
+        return (
+            *(
+                log(a / b) / (end_s - begin_s) if b < a else 0.0
+                for (begin_s, end_s), (a, b) in zip(
+                    pairwise(self.times), pairwise(self.survival), strict=True
+                )
+            ),
+            0.0,
+        )
+
+    @cached_property
+    def areas(self) -> tuple[float, ...]:
+        """The integral of the survival from times[0] to times[i], in seconds."""
+        found = [0.0]
+        area = 0.0
+        for rate, (begin_s, end_s), (a, b) in zip(
+            self.hazards, pairwise(self.times), pairwise(self.survival), strict=False
+        ):
+            step_s = end_s - begin_s
+            area += (a - b) / rate if rate * step_s > 1e-12 else a * step_s
+            found.append(area)
+        return tuple(found)
 
     @property
     def end_s(self) -> float:
@@ -39,28 +65,7 @@ class Curve:
         if time_s <= times[0]:
             return self.survival[0]
         i = bisect.bisect_right(times, time_s) - 1
-        return self.survival[i] * math.exp(-self.hazards[i] * (time_s - times[i]))
-
-    def along(self, times_s: Iterable[float]) -> tuple[list[float], list[float]]:
-        """Survival and its integral from times[0] at ascending times, none before times[0]."""
-        times, survival, hazards, areas = self.times, self.survival, self.hazards, self.areas
-        last = len(times) - 1
-        i = 0
-        alive: list[float] = []
-        area: list[float] = []
-        for time_s in times_s:
-            while i < last and times[i + 1] <= time_s:
-                i += 1
-            since_s = time_s - times[i]
-            rate, held = hazards[i], survival[i]
-            if rate * since_s > 1e-12:
-                here = held * math.exp(-rate * since_s)
-                area.append(areas[i] + (held - here) / rate)
-            else:
-                here = held
-                area.append(areas[i] + held * since_s)
-            alive.append(here)
-        return alive, area
+        return self.survival[i] * math.exp(-self._hazard(i) * (time_s - times[i]))
 
     def quantile_s(self, share: float, now_s: float) -> float | None:
         """When that share of the chance left at `now_s` (0 to 1) has come; None if that is beyond the end."""
@@ -72,17 +77,22 @@ class Curve:
     def when_s(self, survival: float) -> float:
         """When the survival has fallen to that value; the last time if it never does."""
         held = self.survival
-        low, high = 0, len(held) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if held[middle] > survival:
-                low = middle + 1
-            else:
-                high = middle
-        if low == 0 or held[low] > survival:
-            return self.times[low]
-        i = low - 1
-        return min(self.times[i] + math.log(held[i] / survival) / self.hazards[i], self.times[low])
+        i = bisect.bisect_left(held, -survival, key=neg)
+        if i >= len(held):
+            return self.times[-1]
+        if i == 0:
+            return self.times[0]
+        before = i - 1
+        return min(
+            self.times[before] + math.log(held[before] / survival) / self._hazard(before), self.times[i]
+        )
+
+    def _hazard(self, i: int) -> float:
+        """One of `hazards`, without working all of them out."""
+        if i + 1 >= len(self.times):
+            return 0.0
+        a, b = self.survival[i], self.survival[i + 1]
+        return math.log(a / b) / (self.times[i + 1] - self.times[i]) if b < a else 0.0
 
 
 def curve_of(forecast: Forecast | None, now_s: float) -> Curve | None:
@@ -103,16 +113,7 @@ def curve_of(forecast: Forecast | None, now_s: float) -> Curve | None:
 
 def build(times: Sequence[float], survival: Sequence[float]) -> Curve:
     """A curve through those points. Times ascend, survival does not, and stays above 0."""
-    hazards: list[float] = []
-    areas = [0.0]
-    for i in range(len(times) - 1):
-        step_s = times[i + 1] - times[i]
-        a, b = survival[i], survival[i + 1]
-        rate = math.log(a / b) / step_s if b < a else 0.0
-        hazards.append(rate)
-        areas.append(areas[-1] + ((a - b) / rate if rate * step_s > 1e-12 else a * step_s))
-    hazards.append(0.0)
-    return Curve(tuple(times), tuple(survival), tuple(hazards), tuple(areas))
+    return Curve(tuple(times), tuple(survival))
 
 
 def _from_arrival(nxt: NextArrival) -> Curve | None:
@@ -123,12 +124,12 @@ def _from_arrival(nxt: NextArrival) -> Curve | None:
         return None
     if survival[-1] < 0.0 or not 0.0 < survival[0] <= 1.0 or times[0] < 0.0:
         return None
-    if any(a >= b for a, b in pairwise(times)):
-        return None
-    if any(a < b for a, b in pairwise(survival)):
+    if any(map(ge, times, times[1:])) or any(map(lt, survival, survival[1:])):
         return None
     made_s = nxt.made_s
-    return build([made_s + time_s for time_s in times], [max(LEAST, value) for value in survival])
+    if survival[-1] < LEAST:
+        survival = tuple([max(LEAST, value) for value in survival])
+    return build([made_s + time_s for time_s in times], survival)
 
 
 def _from_demand(demand: Demand) -> Curve | None:

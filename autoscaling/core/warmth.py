@@ -23,6 +23,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from autoscaling.core import induction
 from autoscaling.core.survival import Curve
 from autoscaling.core.types import Rung, RungProfile
 
@@ -84,8 +85,7 @@ def choose(
 
     `starting_left_s`: a replica is on its way, ready in so many seconds; `level` is then what is there besides it.
     """
-    problem = _Problem(now_s, curve, prices, level)
-    return problem.choice(starting_left_s)
+    return _Problem(now_s, curve, prices, level, starting_left_s).choice()
 
 
 def without_forecast(idle_since_s: float, now_s: float, prices: Prices, level: Rung, *, lit: bool) -> Choice:
@@ -115,12 +115,13 @@ def without_forecast(idle_since_s: float, now_s: float, prices: Prices, level: R
 
 
 class _Problem:
-    """One backward induction. Costs are multiplied by the survival, so that they need not be conditioned."""
+    """One backward induction, and what follows from it now."""
 
-    def __init__(self, now_s: float, curve: Curve, prices: Prices, level: Rung) -> None:
+    def __init__(
+        self, now_s: float, curve: Curve, prices: Prices, level: Rung, starting_left_s: float | None
+    ) -> None:
         self.now_s = now_s
         self.curve = curve
-        self.prices = prices
         self.rungs = [
             rung for rung in prices.rungs if rung < Rung.SERVING and (rung <= level or level == Rung.SERVING)
         ]
@@ -128,82 +129,43 @@ class _Problem:
             self.rungs = [next(iter(prices.rungs))]
         self.level = min(level, self.rungs[-1]) if level < Rung.SERVING else level
         profiles = [prices.rungs[rung] for rung in self.rungs]
-        self.serving_cost = prices.rungs[Rung.SERVING].cost_per_s
-        self.costs = [profile.cost_per_s for profile in profiles]
-        self.arrivals = [prices.arrival_cost(rung) for rung in self.rungs]
         self.leads = [profile.delay_high_s for profile in profiles]
+        self.starting_left_s = starting_left_s
+        self.costs = induction.Costs(
+            serving=prices.rungs[Rung.SERVING].cost_per_s,
+            held=[profile.cost_per_s for profile in profiles],
+            arrivals=[prices.arrival_cost(rung) for rung in self.rungs],
+            leads_s=self.leads if starting_left_s is None else [*self.leads, starting_left_s],
+            wait=prices.wait_cost,
+            others=prices.wait_cost * max(0.0, prices.batch_size - 1.0),
+            burst_s=prices.burst_s,
+        )
         self.grid = _grid(now_s, curve, self.leads)
-        self.alive, self.area = curve.along(self.grid)
-        self._solve()
+        self.solved = induction.solve(curve, self.grid, self.costs)
 
-    def _solve(self) -> None:
-        """`served[k]`, `values[k][r]`: expected cost from grid[k] on. `held[k][r]`: the rung to hold, -1 a start."""
-        grid, alive, area = self.grid, self.alive, self.area
-        last = len(grid) - 1
-        count = len(self.rungs)
-        served = [0.0] * (last + 1)
-        values: list[Sequence[float]] = [()] * (last + 1)
-        held: list[Sequence[int]] = [()] * (last + 1)
-        drops = [-1] * (last + 1)
-        values[last] = [0.0] * count
-        held[last] = list(range(count))
-        starts = [_Starts(self, lead_s) for lead_s in self.leads]
-        order = list(zip(range(count), self.costs, self.arrivals, strict=True))
-        serving_cost = self.serving_cost
-        self.served = served
-        for k in range(last - 1, -1, -1):
-            time_held = area[k + 1] - area[k]
-            come = alive[k] - alive[k + 1]
-            after = values[k + 1]
-            lowest, lowest_r = math.inf, 0
-            holds: list[float] = []
-            choices: list[int] = []
-            for r, cost, arrival in order:
-                hold = cost * time_held + come * arrival + after[r]
-                # Ties stay: moving down is free, but pointless where nothing is saved.
-                if hold <= lowest:
-                    lowest, lowest_r = hold, r
-                holds.append(lowest)
-                choices.append(lowest_r)
-            keep = serving_cost * time_held + served[k + 1]
-            if keep <= lowest:
-                served[k] = keep
-            else:
-                served[k] = lowest
-                drops[k] = lowest_r
-            for r in range(count):
-                cost = starts[r].cost(k)
-                if cost < holds[r]:
-                    holds[r] = cost
-                    choices[r] = -1
-            values[k] = holds
-            held[k] = choices
-        self.values, self.held, self.drops = values, held, drops
-        self.starts = starts
-
-    def choice(self, starting_left_s: float | None) -> Choice:
+    def choice(self) -> Choice:
         """The action at the first grid point, followed along the grid to where it ends."""
-        scale = 1.0 / self.alive[0]
+        solved, left_s = self.solved, self.starting_left_s
         level = len(self.rungs) - 1
         if self.level < Rung.SERVING:
             level = max(r for r, rung in enumerate(self.rungs) if rung <= self.level or r == 0)
-        numbers = self._numbers(level, scale)
-        if starting_left_s is not None:
-            goes_on = _Starts(self, starting_left_s).cost(0)
-            numbers["keep_cost_gpu_s"] = goes_on * scale
-            if goes_on <= self.values[0][level] or self.held[0][level] < 0:
-                return Choice(True, Rung.SERVING, self._served_until(self.now_s + starting_left_s), numbers)
-            return self._unlit(self.held[0][level], numbers)
+        numbers = self._numbers(level)
+        if left_s is not None:
+            goes_on = solved.starts[-1]
+            numbers["keep_cost_gpu_s"] = goes_on / solved.alive[0]
+            if goes_on <= solved.values[level][0] or solved.held[level][0] < 0:
+                return Choice(True, Rung.SERVING, self._served_until(self.now_s + left_s), numbers)
+            return self._unlit(solved.held[level][0], numbers)
         if self.level == Rung.SERVING:
-            if self.drops[0] < 0:
+            if solved.drops[0] < 0:
                 return Choice(True, Rung.SERVING, self._served_until(self.now_s), numbers)
-            return self._unlit(self.drops[0], numbers)
-        if self.held[0][level] < 0:
+            return self._unlit(solved.drops[0], numbers)
+        if solved.held[level][0] < 0:
             return Choice(True, Rung.SERVING, self._served_until(self.now_s + self.leads[level]), numbers)
-        return self._unlit(self.held[0][level], numbers)
+        return self._unlit(solved.held[level][0], numbers)
 
     def _served_until(self, ready_s: float) -> float:
-        grid, drops = self.grid, self.drops
+        grid, drops = self.grid, self.solved.drops
         for k in range(bisect_left(grid, ready_s), len(grid) - 1):
             if drops[k] >= 0:
                 return grid[k]
@@ -212,114 +174,69 @@ class _Problem:
     def _unlit(self, r: int, numbers: Mapping[str, float]) -> Choice:
         # Where the forecast ends, another rule goes on; the lowest rung is the end of both.
         until_s = math.inf if r == 0 else self.grid[-1]
+        held = self.solved.held[r]
         for k in range(1, len(self.grid) - 1):
-            if self.held[k][r] != r:
+            if held[k] != r:
                 until_s = self.grid[k]
                 break
         return Choice(False, self.rungs[r], until_s, numbers)
 
-    def _numbers(self, level: int, scale: float) -> dict[str, float]:
-        grid, alive, area = self.grid, self.alive, self.area
-        time_held, come = area[1] - area[0], alive[0] - alive[1]
+    def _numbers(self, level: int) -> dict[str, float]:
+        costs, solved = self.costs, self.solved
+        scale = 1.0 / solved.alive[0]
+        time_held = solved.area[1] - solved.area[0]
+        come = solved.alive[0] - solved.alive[1]
+        holds = [
+            (costs.held[r] * time_held + come * costs.arrivals[r] + solved.values[r][1]) * scale
+            for r in range(level + 1)
+        ]
         lead_s = self.leads[level]
         numbers = {
-            "p_arrival_in_lead": 1.0 - self.curve.at(grid[0] + lead_s) * scale,
+            "p_arrival_in_lead": 1.0 - self.curve.at(self.grid[0] + lead_s) * scale,
             "lead_s": lead_s,
-            "dark_cost_gpu_s": scale
-            * min(
-                self.costs[r] * time_held + come * self.arrivals[r] + self.values[1][r]
-                for r in range(level + 1)
-                if self.rungs[r] != Rung.PARKED or level == 0
+            "dark_cost_gpu_s": min(
+                hold
+                for hold, rung in zip(holds, self.rungs, strict=False)
+                if rung != Rung.PARKED or level == 0
             ),
         }
         if self.rungs[level] == Rung.PARKED:
-            parked = self.costs[level] * time_held + come * self.arrivals[level] + self.values[1][level]
-            numbers["park_cost_gpu_s"] = scale * parked
+            numbers["park_cost_gpu_s"] = holds[level]
         if self.level == Rung.SERVING:
-            numbers["keep_cost_gpu_s"] = scale * (self.serving_cost * time_held + self.served[1])
+            numbers["keep_cost_gpu_s"] = scale * (costs.serving * time_held + solved.served[1])
         else:
-            numbers["prewarm_cost_gpu_s"] = scale * self.starts[level].cost(0)
+            numbers["prewarm_cost_gpu_s"] = scale * solved.starts[level]
         return numbers
-
-
-class _Starts:
-    """What a start costs that begins at a grid point and takes `lead_s`. Asked from the last point to the first."""
-
-    def __init__(self, problem: _Problem, lead_s: float) -> None:
-        prices = problem.prices
-        self.problem = problem
-        self.lead_s = lead_s
-        grid = problem.grid
-        first_wait = prices.wait_cost
-        others = prices.wait_cost * max(0.0, prices.batch_size - 1.0)
-        self.serving_cost = problem.serving_cost
-        # A request that comes during the start waits for its rest, and the GPU is held meanwhile. Those that come
-        # after it, evenly over the burst, by Simpson's rule at its beginning, middle and end.
-        burst_s = prices.burst_s if others else 0.0
-        weights = [(lead_s, first_wait + problem.serving_cost + others * (1 / 6 if burst_s else 1.0))]
-        if burst_s and others:
-            weights += [(lead_s - burst_s / 2, others * 4 / 6), (lead_s - burst_s, others / 6)]
-        self.waits = [
-            (left_s, weight, problem.curve.along([time_s + left_s for time_s in grid])[1])
-            for left_s, weight in weights
-            if left_s > 0
-        ]
-        self.ready_area = problem.curve.along([time_s + lead_s for time_s in grid])[1]
-        self.upper = len(grid) - 1
-
-    def cost(self, k: int) -> float:
-        problem = self.problem
-        grid = problem.grid
-        start_s = grid[k]
-        here, alive = problem.area[k], problem.alive[k]
-        total = self.serving_cost * (self.ready_area[k] - here)
-        for left_s, weight, area in self.waits:
-            total += weight * (alive * left_s - (area[k] - here))
-        ready_s = start_s + self.lead_s
-        if ready_s >= grid[-1]:
-            return total
-        upper = min(self.upper, len(grid) - 1)
-        while upper > 0 and grid[upper - 1] >= ready_s:
-            upper -= 1
-        while grid[upper] < ready_s:
-            upper += 1
-        self.upper = upper
-        served = problem.served
-        if upper == k or grid[upper] == ready_s:
-            return total + served[upper]
-        low = upper - 1
-        share = (ready_s - grid[low]) / (grid[upper] - grid[low])
-        return total + served[low] + share * (served[upper] - served[low])
 
 
 def _grid(now_s: float, curve: Curve, leads: Sequence[float]) -> list[float]:
     """Times from now to the curve's end: dense now, and where the arrival is likely and starts must begin for it."""
     end_s = curve.end_s
     span_s = end_s - now_s
-    points = {now_s, end_s}
     first_s = min(FINEST_S, span_s / STEPS)
     growth = (span_s / first_s) ** (1.0 / STEPS)
+    points = [end_s]
     step_s = first_s
     for _ in range(STEPS):
-        points.add(now_s + step_s)
+        points.append(now_s + step_s)
         step_s *= growth
     alive = curve.at(now_s)
     comes = alive - curve.survival[-1]
     if comes > 1e-9 * alive:
-        begins = {lead_s for lead_s in leads if lead_s > 0}
-        for share in SHARES:
-            time_s = curve.when_s(alive - comes * share)
-            points.add(time_s)
-            for lead_s in begins:
-                points.add(time_s - lead_s)
-    ordered = sorted(point for point in points if now_s <= point <= end_s)
-    grid = ordered[:1]
-    for point in ordered[1:-1]:
+        when = [curve.when_s(alive - comes * share) for share in SHARES]
+        points += when
+        for lead_s in set(leads):
+            if lead_s > 0:
+                points += [time_s - lead_s for time_s in when]
+    points.sort()
+    grid = [now_s]
+    last_s, most_s = now_s, end_s
+    for point in points:
         # Points closer than this decide nothing that the others do not.
-        if point - grid[-1] >= 1e-3:
+        if point - last_s >= 1e-3 and point < most_s:
             grid.append(point)
-    if end_s > grid[-1]:
-        grid.append(end_s)
+            last_s = point
+    grid.append(end_s)
     return grid
 
 

@@ -22,6 +22,8 @@ REFIT_S = 6 * 3600.0
 processors that wait anyway; what it changes in the forecasts is little."""
 EARLIEST_S = 300.0
 """Between two fits of one model."""
+FRESH_S = 5.0
+"""A forecast that nothing has come since is as good for so long: what it says of the time from then on is the same."""
 
 Fitter = Callable[[Job], FittedModel | None]
 
@@ -108,8 +110,7 @@ class _Turn:
     horizon_s: float
     due_s: float = math.inf
     fitted_s: float = -math.inf
-    silences: int = 0
-    arrivals: float = 0.0
+    shown: Forecast | None = None
 
 
 class SimForecasts:
@@ -138,11 +139,16 @@ class SimForecasts:
         if not len(times):
             return
         turn = self._turns[model]
+        turn.shown = None
         turn.recorder.add(times, work)
         # As gateways tell: by the second.
-        seconds, counts = np.unique(np.floor(times), return_counts=True)
-        for second, count in zip(seconds.tolist(), counts.tolist(), strict=True):
-            self._book.arrived(model, second, count)
+        first = math.floor(times[0])
+        if times[-1] < first + 1:
+            self._book.arrived(model, float(first), len(times))
+        else:
+            for second, count in enumerate(np.bincount(times.astype(np.int64) - first).tolist(), first):
+                if count:
+                    self._book.arrived(model, float(second), count)
         page = self._book.page(model)
         fitted = page.fitted
         now_s = float(times[-1])
@@ -164,6 +170,7 @@ class SimForecasts:
         if turn.due_s > now_s:
             return
         turn.due_s, turn.fitted_s = math.inf, now_s
+        turn.shown = None
         self._book.begin_fit(model)
         self.fits += 1
         try:
@@ -182,10 +189,15 @@ class SimForecasts:
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """Of the last fit, as of about now."""
-        forecast = self._book.forecast(model, now_s)
-        if forecast is None or forecast.fitted_s is not None:
-            return forecast
-        return replace(forecast, fitted_s=self._turns[model].fitted_s)
+        turn = self._turns[model]
+        shown = turn.shown
+        if shown is not None and 0 <= now_s - shown.made_s < FRESH_S:
+            return shown
+        shown = self._book.forecast(model, now_s)
+        if shown is not None and shown.fitted_s is None:
+            shown = replace(shown, fitted_s=turn.fitted_s)
+        turn.shown = shown
+        return shown
 
 
 class NoForecasts:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from autoscaling.core.types import Decision, Spec
+from autoscaling.sim import compiled
 from autoscaling.sim.arrivals import PIECE, Piece, pieces
 from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.group import Group, Sample, Setup
@@ -73,6 +74,7 @@ class Replay:
 
     def run(self) -> Report:
         began_s = time.perf_counter()
+        compiled.install()
         setup = self._setup
         rows = self._trace.rows() if isinstance(self._trace, Trace) else iter(self._trace)
         if setup.until_s is not None:

@@ -1,0 +1,288 @@
+"""The virtual cluster where it can be worked out by hand: budgets, failures, deadlines, memory, Serve's own ways."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from autoscaling.core.types import Decision, Reason, Rung
+from autoscaling.sim.cluster import VirtualModel
+from autoscaling.sim.pool import Pool
+from autoscaling.sim.profile import Profile, Start
+from autoscaling.sim.events import FINISHED
+from autoscaling.sim.queueing import REJECTED, WAITED_S, Queue
+from autoscaling.sim.replay import Replay, Setup, replay
+from autoscaling.sim.report import Figures, Report
+from tests.sim import lab
+
+PARKING = {Rung.TEMPLATE: Start((30.0,)), Rung.PARKED: Start((2.0,), 0.01)}
+
+
+def two(rows: list[lab.Row], made: Profile, **changes: object) -> Report:
+    """Models a and b, that share what the profile bounds."""
+    specs = {name: lab.spec(name, **changes) for name in ("a", "b")}
+    return replay(rows, specs, Setup(profile=made))
+
+
+def of(report: Report, model: str) -> Figures:
+    return next(each.figures for each in report.models if each.model == model)
+
+
+def model(made: Profile, pool: Pool | None = None, **changes: object) -> VirtualModel:
+    found = VirtualModel(lab.spec(**changes), made, pool or Pool(), seed=0)
+    found.begin(0.0)
+    return found
+
+
+def told(found: VirtualModel, now_s: float, replicas: int, rung: Rung = Rung.TEMPLATE) -> None:
+    found.advance(now_s)
+    found.apply(now_s, found.spec, Decision("m", now_s, replicas, rung, Reason.DEMAND, 1e18, "fixed"), None)
+
+
+# A GPU budget
+
+
+def test_a_model_waits_for_the_gpu_that_another_holds() -> None:
+    # a: 10 to 40 starting, 40 to 140 working. b asks at 20, gets the GPU when a has ended, and starts then.
+    rows = [lab.Row(10.0, "a", exec_s=100.0), lab.Row(20.0, "b", exec_s=5.0)]
+    report = two(rows, lab.profile(gpus=1.0))
+    assert of(report, "a").waited_s == pytest.approx(30.0)
+    assert of(report, "b").waited_s == pytest.approx(140.0 + 30.0 - 20.0, abs=2.0)
+    assert of(report, "b").starting_gpu_s == pytest.approx(30.0)
+    # Without a budget nobody waits for anybody.
+    assert of(two(rows, lab.profile(gpus=2.0)), "b").waited_s == pytest.approx(30.0)
+
+
+def test_no_more_gpus_are_held_than_there_are() -> None:
+    random = np.random.default_rng(4)
+    rows = sorted(
+        lab.Row(float(time_s), name, exec_s=float(random.exponential(20.0)))
+        for name in ("a", "b")
+        for time_s in random.uniform(0, 3600, 150)
+    )
+    for gpus in (1.0, 2.0, 3.0):
+        specs = {name: lab.spec(name, policy="reactive", max_replicas=4) for name in ("a", "b")}
+        played = Replay(rows, specs, Setup(profile=lab.profile(gpus=gpus), sample_s=1.0))
+        report = played.run()
+        assert report.total.requests == 300
+        steps = zip(
+            *(
+                [after.held_s - before.held_s for before, after in pairwise(s)]
+                for s in report.timeline.values()
+            ),
+            strict=True,
+        )
+        most = max(sum(step) for step in steps)
+        assert gpus - 0.1 <= most <= gpus + 1e-6
+        assert played.groups[""].models["a"].pool.used <= gpus
+
+
+# Starts that fail, that are given up, that vary
+
+
+def test_a_start_that_fails_is_begun_anew() -> None:
+    rows = lab.requests(np.arange(200) * 1000.0 + 10)
+    report = lab.run(rows, lab.profile(start_failures=0.4), keep_alive_s=0.0)
+    total = report.total
+    assert total.starts == total.requests == 200
+    # How many fail before one does not: 0.4 / 0.6 on average.
+    assert total.failed_starts / total.starts == pytest.approx(0.4 / 0.6, rel=0.25)
+    assert total.waited_s == pytest.approx(30.0 * (total.starts + total.failed_starts))
+    assert total.starting_gpu_s == pytest.approx(total.waited_s)
+
+
+def test_starts_take_what_was_measured() -> None:
+    rows = lab.requests(np.arange(300) * 1000.0 + 10)
+    made = lab.profile(starts={Rung.TEMPLATE: Start((10.0, 20.0, 60.0))})
+    report = lab.run(rows, made, keep_alive_s=0.0)
+    assert report.total.wait_mean_s == pytest.approx(30.0, rel=0.1)
+    assert report.total.wait_p50_s == pytest.approx(20.0, rel=0.01)
+    assert report.total.wait_max_s == pytest.approx(60.0)
+
+
+def test_a_start_that_is_given_up_leaves_no_parked_engine() -> None:
+    made = lab.profile(starts=PARKING)
+    found = model(made)
+    told(found, 10.0, 1)
+    told(found, 20.0, 0, Rung.PARKED)
+    assert found.used.cancelled_starts == 1
+    assert found.used.starting_s == pytest.approx(10.0)
+    assert found.observe(20.0).rung == Rung.TEMPLATE
+    # It is brought there from the template, and that takes the way that is between the two.
+    found.advance(47.9)
+    assert found.observe(47.9).rung == Rung.TEMPLATE
+    found.advance(48.1)
+    assert found.observe(48.1).rung == Rung.PARKED
+    assert found.used.starting_s == pytest.approx(10.0 + 28.0)
+
+
+def test_what_warms_goes_on_to_a_replica_and_gives_its_gpu_back_once() -> None:
+    pool = Pool(gpus=1.0)
+    found = model(lab.profile(starts=PARKING), pool)
+    told(found, 10.0, 0, Rung.PARKED)
+    assert pool.used == 1.0
+    # Parked at 38, and from there 2 s: a start at 30 has 10 s to go, not 30.
+    told(found, 30.0, 1)
+    found.advance(39.9)
+    assert found.observe(39.9).ready == 0
+    found.advance(40.1)
+    assert found.observe(40.1).ready == 1
+    assert pool.used == 1.0
+    told(found, 50.0, 0)
+    assert pool.used == 0.0
+    assert found.used.starting_s == pytest.approx(20.0 + 10.0)
+
+
+# Deadlines and full queues
+
+
+def test_who_waits_beyond_the_deadline_is_turned_away_and_has_waited() -> None:
+    # The first gives up at 30; the second is served when the replica comes at 40.
+    report = lab.run(lab.requests([10.0, 25.0]), lab.profile(deadline_s=20.0))
+    total = report.total
+    assert (total.requests, total.rejected, total.cold_requests) == (2, 1, 2)
+    assert total.waited_s == total.cold_waited_s == pytest.approx(20.0 + 15.0)
+    assert total.wait_max_s == pytest.approx(20.0)
+    assert total.busy_gpu_s == pytest.approx(5.0)
+
+
+def test_a_request_that_is_turned_away_in_time_has_still_missed_the_slo() -> None:
+    report = lab.run(lab.requests([10.0]), lab.profile(deadline_s=20.0, slo_s=25.0))
+    assert report.total.rejected == 1
+    assert report.total.slo_attainment == 0.0
+
+
+def test_a_full_queue_turns_away_and_those_turned_away_do_not_fill_it() -> None:
+    # Two may wait: 10 and 11; 12, 13 and 14 are too many. At 40 the first begins, so that at 41 there is room.
+    rows = lab.requests([10.0, 11.0, 12.0, 13.0, 14.0, 41.0, 42.0])
+    report = lab.run(rows, lab.profile(queue_limit=2))
+    assert report.total.rejected == 4
+    assert report.total.waited_s == pytest.approx((40 - 10) + (45 - 11) + (50 - 41))
+
+
+def test_no_queue_at_all_still_serves_who_finds_a_free_replica() -> None:
+    queue = Queue(np.ones(2), deadline_s=1e9, queue_limit=0, slo_s=1.0)
+    queue.begin(0.0)
+    queue.add_replica()
+    queue.feed(np.asarray([1.0, 2.0, 20.0]), np.full(3, 5.0))
+    queue.advance(100.0)
+    assert (queue.n[REJECTED], queue.n[FINISHED]) == (1, 2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_servers_with_impatient_customers_do_what_a_plain_simulation_does(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    servers, count = int(random.integers(1, 5)), 3000
+    deadline_s, limit = float(random.choice([0.5, 2.0, 1e9])), int(random.choice([1, 4, 10**6]))
+    times = np.cumsum(random.exponential(0.9 / servers, count))
+    work = random.exponential(1.0, count)
+    queue = Queue(np.ones(2), deadline_s=deadline_s, queue_limit=limit, slo_s=1.0)
+    queue.begin(0.0)
+    for _ in range(servers):
+        queue.add_replica()
+    # In two pieces, and stopped now and then.
+    queue.feed(times[:1000], work[:1000])
+    for until_s in np.linspace(times[0], times[999], 57):
+        queue.advance(float(until_s))
+    queue.feed(times[1000:], work[1000:])
+    queue.advance(1e12)
+    assert not queue.unanswered
+    waited, rejected = plain(times, work, servers, deadline_s, limit)
+    assert queue.n[REJECTED] == rejected
+    assert queue.f[WAITED_S] == pytest.approx(waited)
+
+
+def plain(
+    times: np.ndarray, work: np.ndarray, servers: int, deadline_s: float, limit: int
+) -> tuple[float, int]:
+    """(seconds waited by all, turned away) first come, first served."""
+    free = [-math.inf] * servers
+    waiting: deque[tuple[float, float]] = deque()
+    waited, rejected = 0.0, 0
+    for time_s, takes_s in [*zip(times.tolist(), work.tolist(), strict=True), (math.inf, 0.0)]:
+        while waiting:
+            came_s, its_s = waiting[0]
+            frees_s = free[0]
+            if came_s + deadline_s < min(frees_s, time_s):
+                rejected += 1
+                waited += deadline_s
+            elif frees_s <= time_s:
+                heapq.heapreplace(free, frees_s + its_s)
+                waited += frees_s - came_s
+            else:
+                break
+            waiting.popleft()
+        if free[0] <= time_s:
+            heapq.heapreplace(free, time_s + takes_s)
+        elif len(waiting) < limit:
+            waiting.append((time_s, takes_s))
+        else:
+            rejected += 1
+    return waited, rejected
+
+
+# Memory for parked engines
+
+
+def test_memory_holds_so_many_parked_engines_and_the_oldest_makes_room() -> None:
+    # a is parked from about 105, b from about 295. With room for one, a is not any more when it is asked at 1000.
+    rows = [lab.Row(10.0, "a", exec_s=5.0), lab.Row(200.0, "b", exec_s=5.0), lab.Row(1000.0, "a", exec_s=5.0)]
+    made = lab.profile(starts=PARKING)
+    roomy = two(rows, replace(made, parked_engines=2))
+    assert {m.model: m.starts_by_rung for m in roomy.models}["a"] == {"template": 1, "parked": 1}
+    tight = two(rows, replace(made, parked_engines=1))
+    assert {m.model: m.starts_by_rung for m in tight.models}["a"] == {"template": 2}
+    assert of(tight, "a").waited_s == pytest.approx(60.0)
+    # Until 295 it was charged for; its last engine is parked again at the end, if at all, for less than a minute.
+    assert of(tight, "a").parked_gpu_s == pytest.approx(0.01 * (295 - 105), rel=0.02, abs=0.6)
+    # b's engine stayed until a's second one was parked, at 1095.
+    assert of(tight, "b").parked_gpu_s >= 0.01 * (1000 - 295)
+    none = two(rows, replace(made, parked_engines=0))
+    assert none.total.parked_gpu_s == 0.0
+    assert {m.model: m.starts_by_rung for m in none.models}["a"] == {"template": 2}
+
+
+# Serve's own ways
+
+
+def test_a_request_at_zero_starts_a_replica_at_serves_next_turn_not_at_the_controllers() -> None:
+    for wake_s in (0.0, 0.1):
+        report = lab.run(lab.requests([10.5, 500.25]), lab.profile(wake_s=wake_s))
+        assert report.total.wait_max_s == pytest.approx(30.0 + wake_s)
+        assert report.total.waited_s == pytest.approx(2 * (30.0 + wake_s))
+
+
+def test_from_several_replicas_to_none_takes_two_turns() -> None:
+    found = model(lab.profile(5.0, wake_s=0.1), max_replicas=3)
+    told(found, 10.0, 3)
+    found.advance(15.05)
+    assert found.queue.ready == 0
+    found.advance(15.15)
+    assert found.queue.ready == 3
+    told(found, 20.0, 0)
+    held = []
+    for now_s in (20.05, 20.15, 20.25):
+        found.advance(now_s)
+        held.append(found.queue.held)
+    assert held == [3, 1, 0]
+
+
+def test_a_replica_that_is_let_go_ends_its_requests_first() -> None:
+    found = model(lab.profile(1.0))
+    told(found, 0.0, 1)
+    found.feed(np.asarray([2.0]), np.asarray([10.0]))
+    told(found, 5.0, 0)
+    assert (found.queue.ready, found.queue.held) == (0, 1)
+    # One that comes meanwhile starts another.
+    found.feed(np.asarray([7.0]), np.asarray([1.0]))
+    found.advance(7.5)
+    assert found.observe(7.5).starting == 1
+    found.advance(12.5)
+    assert found.queue.held == 1
+    assert found.queue.f[WAITED_S] == pytest.approx(1.0)
