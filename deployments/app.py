@@ -87,7 +87,7 @@ def controller_setup(fleet: Fleet, specs: Mapping[str, EngineSpec]) -> Controlle
             resources=_resources(model),
             accelerator_types=tuple(model.resources.accelerator_types),
             engine=specs[model.id].to_json(),
-            own_template=fleet.engine_host.prebuilt != "off" and not model.resources.gpus,
+            own_template=fleet.engine_host.prebuilt == "auto" and not model.resources.gpus,
             can_park=model.scaling.park,
             inter_token_slo_s=model.scaling.inter_token_slo_s,
         )

@@ -405,8 +405,10 @@ class EngineHostConfig(_Config):
     """Where weights are kept; null means $RELIGHT_CACHE, or ~/.cache/relight/models."""
     cache_budget_bytes: Bytes | None = None
     """How much the weights may take; null means 80 % of the file system."""
-    prebuilt: Literal["auto", "off"] = "auto"
-    """Templates with the model's engine already built, from which a start takes a fraction of a second."""
+    prebuilt: Literal["auto", "on_demand", "off"] = "auto"
+    """Models without GPUs: `auto` keeps a template of each with its engine already built, from which a start takes a
+    fraction of a second; `on_demand` keeps nothing of a dark model in memory and builds from mapped weights; `off`
+    starts vLLM's server as its command line does."""
     run_dir: Folder | None = None
     """Where the engine host keeps its sockets and logs; null lets it choose."""
 

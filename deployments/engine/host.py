@@ -58,6 +58,7 @@ DOWNLOAD_S = 0.2  # weights that were there sooner were on the node already
 START_ATTEMPTS = 3  # templates that may die under a start
 
 
+MAPPED_UNUSED_S = 7 * 86400.0  # mapped weights that no template was built from for so long are removed
 STEADY_S = 60.0  # a template that lived this long is replaced at once
 RESTART_DELAY_S = 2.0
 TEMPLATE = "deployments.engine.template"
@@ -104,6 +105,9 @@ class ModelEntry:
     template_state: str = "none"  # building, ready, failed, off
     template_reason: str | None = None
     template_tried_s: float = 0.0
+    flat: str | None = (
+        None  # its mapped weights, once a template that was built from them has passed its self-test
+    )
     failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
     template_wanted: bool = True  # False once its memory was asked back
     parked_bytes: int | None = None  # what its engine took when it was last parked
@@ -120,6 +124,7 @@ class Template:
         self.ready: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
         self.pid: int | None = None
+        self.flat: str | None = None
         self._channel = channel
         self._on_end = on_end
         self._forks: dict[str, asyncio.Future[int]] = {}
@@ -141,6 +146,7 @@ class Template:
             case "template_ready":
                 if message["threads"] > 1:
                     log.warning("%s template has %d threads before its forks", self.name, message["threads"])
+                self.flat = message.get("flat")
                 if not self.ready.done():
                     self.ready.set_result(message["seconds"])
             case "template_failed":
@@ -342,17 +348,36 @@ class Host:
         """Build the missing model templates, one at a time: building takes all cores."""
         async with self._build_lock:
             for entry in list(self.models.values()):
-                if not self._has_own_template(entry.spec):
+                if not self._is_prebuilt(entry.spec):
                     if entry.template_state != "off":
                         entry.template_state = "off"
                         self._changed()
                     if entry.spec.gpus:
                         with contextlib.suppress(StartFailed):
                             await self.resolve(entry)
+                elif not self._keeps_template(entry.spec) and entry.flat is not None:
+                    if entry.template is not None:
+                        entry.template_state, entry.template_reason = "off", "built when it is asked for"
+                        entry.template.close("built when it is asked for")
+                        self._changed()
                 elif (entry.template is None and entry.template_wanted) and (
                     entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
                 ):
                     await self._build_template(entry)
+            self._prune_mapped()
+
+    def _mapped_dir(self) -> Path:
+        return Path(self.config["cache_dir"] or _default_cache()) / "mapped"
+
+    def _prune_mapped(self) -> None:
+        """Remove mapped weights that were left by other engine arguments. Who has them mapped keeps them."""
+        used = {Path(e.flat).stem for e in self.models.values() if e.flat}
+        oldest_s = time.time() - MAPPED_UNUSED_S
+        for path in self._mapped_dir().glob("*.weights"):
+            with contextlib.suppress(FileNotFoundError):  # another host of this machine was first
+                if path.stem not in used and path.stat().st_mtime < oldest_s:
+                    path.unlink()
+                    path.with_suffix(".json").unlink()
 
     async def _build_template(self, entry: ModelEntry) -> None:
         entry.template_tried_s = time.time()
@@ -385,15 +410,20 @@ class Host:
                 "argv": _argv(entry.spec, path),
                 "env": dict(entry.spec.env),
                 "log": str(log_file),
-                "flat_dir": str(Path(self.config["cache_dir"] or _default_cache()) / "mapped"),
+                "flat_dir": str(self._mapped_dir()),
                 "threads": _threads_for(entry.spec),
             }
             entry.template = template
             with theirs:
                 template.pid = await node.fork(message, [theirs.fileno()])
             seconds = await asyncio.shield(template.ready)
-            entry.template_state, entry.template_reason = "ready", None
             log.info("template of %s built in %.1f s", entry.spec.model, seconds)
+            entry.flat = template.flat
+            if self._keeps_template(entry.spec):
+                entry.template_state, entry.template_reason = "ready", None
+            else:
+                entry.template_state, entry.template_reason = "off", "built when it is asked for"
+                template.close("built when it is asked for")
         except (StartFailed, OSError) as error:
             entry.template_state, entry.template_reason = "failed", str(error)
             if entry.template is not None:
@@ -432,13 +462,15 @@ class Host:
                 raise
 
     async def _template_for(self, entry: ModelEntry) -> tuple[Template, str]:
-        """The model's own template, or the node's once it is ready."""
+        """The model's own template, or the node's once it is ready, and how the engine comes from it."""
         if entry.template is not None and entry.template_state == "ready":
             return entry.template, "prebuilt"
         await self._node_up.wait()
         assert self.node is not None
         node = self.node
         await asyncio.shield(node.ready)
+        if entry.flat is not None and self._is_prebuilt(entry.spec) and Path(entry.flat).is_file():  # noqa: ASYNC240
+            return node, "mapped"
         return node, "forked"
 
     async def _fork(
@@ -479,6 +511,8 @@ class Host:
             "log": f"{base}.log",
             "requested_s": time.time(),
         }
+        if kind == "mapped":
+            message |= {"flat": self.entry(spec).flat, "threads": _threads_for(spec)}
         self.engines[engine_id] = engine
         status_write = -1
         try:
@@ -615,7 +649,10 @@ class Host:
             Path(path).unlink(missing_ok=True)
         if was_starting:
             if entry := self.models.get(info.fingerprint):
-                entry.failure = (info.reason, time.time())
+                if info.kind == "mapped":
+                    entry.flat = None  # the next start, which may come at once, is the plain one
+                else:
+                    entry.failure = (info.reason, time.time())
             self._keep_one_log(info)
         else:
             Path(f"{self.engine_dir / info.engine_id}.log").unlink(missing_ok=True)
@@ -835,9 +872,13 @@ class Host:
 
     # Warmth
 
-    def _has_own_template(self, spec: EngineSpec) -> bool:
-        """Whether a template with the model's engine already built is possible: not on GPUs, which no fork survives."""
+    def _is_prebuilt(self, spec: EngineSpec) -> bool:
+        """Whether its engine may be built ahead of its fork: not on GPUs, which no fork survives."""
         return self.config["prebuilt"] != "off" and not spec.gpus
+
+    def _keeps_template(self, spec: EngineSpec) -> bool:
+        """Whether the template with its engine already built stays in memory."""
+        return self.config["prebuilt"] == "auto" and not spec.gpus
 
     def rung(self, entry: ModelEntry) -> str:
         """How warm the model is on this node besides the engines that replicas hold: one of RUNGS."""
@@ -846,7 +887,7 @@ class Host:
             return "parked"
         if entry.source_state != "ready":
             return "node"
-        if self._has_own_template(entry.spec):
+        if self._keeps_template(entry.spec):
             built = entry.template_state == "ready"
         else:
             built = bool(self.node and self.node.ready.done() and not self.node.ready.exception())
@@ -886,7 +927,7 @@ class Host:
                 same = engine.info.fingerprint == entry.spec.fingerprint
                 if same and engine.info.state == "parked" and not engine.info.held:
                     self._spawn(self.stop(engine, "its memory was asked back"))
-        if wanted < RUNGS.index("template") and self._has_own_template(entry.spec):
+        if wanted < RUNGS.index("template") and self._keeps_template(entry.spec):
             entry.template_wanted = False
             if entry.template is not None and entry.template_state == "ready":
                 # Before it is closed: its end would have another built.
@@ -900,7 +941,7 @@ class Host:
             self._changed()
             if rung == "weights":
                 return
-            if self._has_own_template(entry.spec):
+            if self._keeps_template(entry.spec):
                 async with self._build_lock:
                     if entry.template is None:
                         await self._build_template(entry)

@@ -22,6 +22,7 @@ import gc
 import hashlib
 import http.client
 import json
+import mmap
 import os
 import queue
 import random
@@ -32,16 +33,17 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from deployments.engine.process import StatusReporter, root_cause
+from deployments.engine.process import StatusReporter, root_cause, watch_phase_logs
 from deployments.engine.protocol import send_with_fds
 from deployments.engine.template import serve_channel
 
 MADV_DONTNEED = 4
 WARM_TOKENS = 8
+LARGE_BYTES = 1 << 26
 OTEL_THREAD = "OtelBatch"
 # The server's thread and the core's share the interpreter's lock. A torch operation gives it away and takes it back;
 # at Python's default (5 ms) each time that the server is busy costs the core that long.
@@ -227,8 +229,11 @@ def _set_num_threads(threads: int) -> None:
 class ModelTemplate:
     """One model's engine and server, built and warmed once, then given its memory back."""
 
-    def __init__(self, argv: list[str], flat: Path, threads: int) -> None:
-        """Build. `flat` is the file of mapped weights; `threads` what an engine may use. Raises `Unsupported`."""
+    def __init__(self, argv: list[str], flat: Path, threads: int, *, forks: bool = True) -> None:
+        """Build. `flat` is the file of mapped weights; `threads` what an engine may use. Raises `Unsupported`.
+
+        With `forks`, it is also warmed, and left without threads and without the memory that a fork gets anew.
+        """
         import torch
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -263,12 +268,15 @@ class ModelTemplate:
         if config.parallel_config.world_size > 1 or config.quant_config is not None:
             raise Unsupported("only one process, and weights that are not quantized, are prebuilt")
         EngineCoreClient.make_async_mp_client = staticmethod(InProcessCore)
-        self.llm = AsyncLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=engine_args.enable_log_requests,
-            disable_log_stats=engine_args.disable_log_stats,
-        )
+        if not config.model_config.is_multimodal_model:
+            _skip_missing_processor(Path(config.model_config.model))
+        with _untouched_zeros():
+            self.llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                enable_log_requests=engine_args.enable_log_requests,
+                disable_log_stats=engine_args.disable_log_stats,
+            )
 
         async def build() -> None:
             self.tasks = tuple(await self.llm.get_supported_tasks())
@@ -277,8 +285,10 @@ class ModelTemplate:
 
         asyncio.run(build())
         self.core: InProcessCore = self.llm.engine_core
-        self.expected = self._warm()
-        self._give_memory_back()
+        self._runner = self.core.engine_core.model_executor.driver_worker.worker.model_runner
+        if forks:
+            self.expected = self._warm()
+            self._give_memory_back()
 
     @property
     def name(self) -> str:
@@ -349,9 +359,8 @@ class ModelTemplate:
         core = self.core.engine_core
         if not core.reset_prefix_cache():
             raise Unsupported("the prefix cache could not be emptied")
-        runner = core.model_executor.driver_worker.worker.model_runner
         seen: set[int] = set()
-        for cache in getattr(runner, "kv_caches", []):
+        for cache in getattr(self._runner, "kv_caches", []):
             for tensor in cache if isinstance(cache, list | tuple) else [cache]:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in seen:
@@ -359,18 +368,21 @@ class ModelTemplate:
                     _drop_pages(storage.data_ptr(), storage.nbytes())
         for mapped in mapped_weights.maps:
             _drop_pages(torch.frombuffer(mapped, dtype=torch.uint8).data_ptr(), len(mapped))
-        self._runner = runner
         gc.collect()
 
     def serve(self, message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
         """In the forked child: start the core's thread and serve until SIGTERM, which drains."""
-        import uvloop
-
         reset_thread_pools()
         random.seed()
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
         reporter.phase("config", 0.0)
         reporter.phase("weights", 0.0)  # mapped: read as they are used, within the first token
+        self.run(http)
+
+    def run(self, http: socket.socket) -> None:
+        """Serve on `http` until SIGTERM."""
+        import uvloop
+
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
 
         async def run() -> None:
             loop = asyncio.get_running_loop()
@@ -503,6 +515,7 @@ def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoRetu
         flat = Path(message["flat_dir"]) / f"{flat_name(message)}.weights"
         template = ModelTemplate(list(message["argv"]), flat, message["threads"])
         self_test(template)
+        os.utime(flat)  # in use: the host removes what is old
     except BaseException as error:  # noqa: BLE001 - whatever it is, the host falls back to the plain start
         import traceback
 
@@ -511,9 +524,24 @@ def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoRetu
         send_with_fds(channel, {"event": "template_failed", "reason": root_cause(error, log)})
         os._exit(1)
     send_with_fds(
-        channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": _threads()}
+        channel,
+        {
+            "event": "template_ready",
+            "seconds": time.time() - started_s,
+            "threads": _threads(),
+            "flat": str(flat),
+        },
     )
     serve_channel(channel, template.serve)
+
+
+def serve_mapped(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
+    """In a fork of the node's template: build the engine in this process, from mapped weights, and serve.
+
+    For a model whose template has passed its self-test and is not kept. `message`: argv, flat, threads.
+    """
+    watch_phase_logs(reporter)
+    ModelTemplate(list(message["argv"]), Path(message["flat"]), message["threads"], forks=False).run(http)
 
 
 def flat_name(message: Mapping[str, Any]) -> str:
@@ -615,6 +643,35 @@ def _fake_process_group() -> None:
 
     dist.init_process_group = init_process_group
     dist.new_group = new_group
+
+
+def _skip_missing_processor(folder: Path) -> None:
+    """Don't look for the chat template of a processor where there is none: the search loads the tokenizer again."""
+    from vllm.renderers import hf
+
+    files = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
+    if hasattr(hf, "_try_get_processor_chat_template") and not any((folder / f).exists() for f in files):
+        hf._try_get_processor_chat_template = lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def _untouched_zeros() -> Iterator[None]:
+    """Large buffers of zeros (the KV cache) become mappings whose pages come when they are written."""
+    import torch
+
+    zeros = torch.zeros
+
+    def mapped_zeros(*size: Any, **options: Any) -> Any:
+        wanted = options.get("dtype") is torch.int8 and str(options.get("device", "cpu")) == "cpu"
+        if wanted and len(size) == 1 and isinstance(size[0], int) and size[0] >= LARGE_BYTES:
+            return torch.frombuffer(mmap.mmap(-1, size[0]), dtype=torch.int8)
+        return zeros(*size, **options)
+
+    torch.zeros = mapped_zeros
+    try:
+        yield
+    finally:
+        torch.zeros = zeros
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -113,6 +113,19 @@ def preload() -> None:
     if current_platform.is_cpu():
         for name in PRELOAD_CPU:
             _import(name)
+        _register_kernels(current_platform)
+
+
+def _register_kernels(platform: Any) -> None:
+    """What each of vLLM's workers does first, once for all: it looks through every module there is.
+
+    A version without it does nothing here, and its workers do what they do.
+    """
+    register = getattr(platform, "register_triton_kernel_overrides", None)
+    if register is None:
+        return
+    register()
+    type(platform).register_triton_kernel_overrides = classmethod(lambda _: None)
 
 
 def _import(name: str) -> None:
@@ -184,8 +197,13 @@ def _fork_model_template(channel: socket.socket, message: Mapping[str, Any], fds
         os._exit(1)
 
 
-def _serve_plain(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
-    serve_forked(list(message["argv"]), http, reporter)
+def _serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
+    if message.get("flat"):
+        from deployments.engine.prebuilt import serve_mapped
+
+        serve_mapped(message, http, reporter)
+    else:
+        serve_forked(list(message["argv"]), http, reporter)
 
 
 def main() -> None:
@@ -197,7 +215,7 @@ def main() -> None:
     send_with_fds(
         channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": threads}
     )
-    serve_channel(channel, _serve_plain)
+    serve_channel(channel, _serve)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class ColdStart:
     """How one engine came to serve. `kind` says from which rung of warmth."""
 
     engine_id: str
-    kind: str  # "prebuilt" (model template), "forked" (node template), "adopted" (parked engine)
+    kind: str  # "prebuilt" (model template), "mapped" or "forked" (node template), "adopted" (parked)
     ready_s: float  # Unix time at which the engine answered its health check
     phases: tuple[Phase, ...] = ()
 

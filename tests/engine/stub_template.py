@@ -1,7 +1,8 @@
 """A node's template without torch and vLLM: forks tiny HTTP servers, at once. Run by the host in place of its own.
 
 What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long
-until it is ready), STUB_CRASH (it ends at once, without a word).
+until it is ready), STUB_CRASH (it ends at once, without a word), STUB_FAIL_MAPPED (it can't be built from mapped
+weights, for this reason). A model's own template is one more of these processes, with a flat file of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import sys
 import time
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from deployments.engine import prebuilt
 from deployments.engine.process import StatusReporter
 from deployments.engine.protocol import send_with_fds
 from deployments.engine.template import serve_channel
@@ -52,13 +55,26 @@ def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusRepor
         os._exit(9)
     if reason := os.environ.get("STUB_FAIL"):
         raise RuntimeError(reason)
+    if message.get("flat") and (reason := os.environ.get("STUB_FAIL_MAPPED")):
+        raise RuntimeError(reason)
     time.sleep(float(os.environ.get("STUB_SLOW_S", "0")))
     reporter.phase("weights")
     _Server(http).serve_forever()
 
 
+def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoReturn:
+    """Built at once, from no weights."""
+    flat = Path(message["flat_dir"]) / f"{message['model']}.weights"
+    flat.parent.mkdir(parents=True, exist_ok=True)
+    flat.touch()
+    ready = {"event": "template_ready", "seconds": 0.0, "threads": 1, "flat": str(flat)}
+    send_with_fds(channel, ready)
+    serve_channel(channel, serve)
+
+
 def main() -> None:
     """Ready at once."""
+    prebuilt.model_template = model_template
     channel = socket.socket(fileno=int(sys.argv[1]))
     send_with_fds(channel, {"event": "template_ready", "seconds": 0.0, "threads": 1})
     serve_channel(channel, serve)

@@ -513,6 +513,74 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
     assert (entry.template, entry.template_state) == (None, "off")
 
 
+async def test_on_demand_keeps_no_template_and_builds_from_mapped_weights(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """The template is built once, for its self-test, and ended; engines come from the node's."""
+    model = spec(weights)
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    entry = node.host.models[model.fingerprint]
+    await until(lambda: entry.template_state == "off")
+    assert (entry.template, entry.template_reason) == (None, "built when it is asked for")
+    assert node.host.rung(entry) == "template"
+    client, info = await node.lit(model)
+    assert (info.kind, info.state) == ("mapped", "ready")
+    await node.released(client, park=False)
+    entry.flat = None
+    await node.host._build_templates()
+    (tmp_path / "mapped" / "tiny.weights").unlink()
+    client, info = await node.lit(model)
+    assert (info.kind, info.state) == ("forked", "ready")
+
+
+async def test_what_can_not_be_built_from_mapped_weights_is_started_plainly(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Who asked learns the reason; the next start is vLLM's own."""
+    model = spec(weights, env={"STUB_FAIL_MAPPED": "no such layout"})
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    entry = node.host.models[model.fingerprint]
+    await until(lambda: entry.flat)
+    with pytest.raises(EngineStartFailed, match="no such layout"):
+        await node.lit(model)
+    _, info = await node.lit(model)
+    assert (info.kind, info.state) == ("forked", "ready")
+
+
+async def test_a_template_whose_memory_was_asked_back_leaves_its_mapped_weights(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """A start from the rung of the weights is the quicker for them."""
+    model = spec(weights)
+    node.configure(model, prebuilt="auto", cache_dir=str(tmp_path))
+    entry = node.host.models[model.fingerprint]
+    await until(lambda: entry.template_state == "ready")
+    assert (await warmed(node, model, "weights"))["rung"] == "weights"
+    _, info = await node.lit(model)
+    assert info.kind == "mapped"
+
+
+async def test_mapped_weights_that_nobody_used_for_long_are_removed(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Those of engine arguments that were changed since; not what a model of the fleet is built from."""
+    folder = tmp_path / "mapped"
+    folder.mkdir()
+    for name, age_s in (("old", host_module.MAPPED_UNUSED_S + 60), ("young", 60), ("tiny", 10**8)):
+        for kind in ("weights", "json"):
+            (folder / f"{name}.{kind}").touch()
+            os.utime(folder / f"{name}.{kind}", (time.time() - age_s,) * 2)
+    model = spec(weights)
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    await until(lambda: not (folder / "old.weights").exists())
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "tiny.json",
+        "tiny.weights",
+        "young.json",
+        "young.weights",
+    ]
+
+
 async def test_messages_that_are_none_are_answered(node: Node) -> None:
     """With an error, and the connection stays."""
     client = await node.client()

@@ -53,7 +53,13 @@ def fleet(
     if model is None:
         raise BenchError(f"fleet.yaml has no model {MODEL} any more")
     entry = model.model_dump(mode="json", exclude_unset=True)
-    entry["scaling"] = {"min_replicas": min_replicas, "max_replicas": 1, "keep_alive_s": keep_alive_s}
+    entry["scaling"] = {
+        "min_replicas": min_replicas,
+        "max_replicas": 1,
+        # What is measured here is the engine's way, not who decides: nothing but this time takes it away.
+        "policy": "keep-alive",
+        "keep_alive_s": keep_alive_s,
+    }
     return {
         "models": [entry],
         "gateway": {"early_wake": early_wake},

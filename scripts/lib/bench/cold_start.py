@@ -132,10 +132,16 @@ def _ray_serve_llm(*, tuned: bool) -> Callable[[Path], Any]:
 ROWS = (
     Row("prebuilt", "prebuilt template, early wake (the default)", _relight()),
     Row("prebuilt-replica", "prebuilt template, through the replica", _relight(early_wake="off")),
-    Row("forked", "node template only, early wake", _relight(prebuilt="off")),
+    Row("mapped", "nothing of the model resident, early wake", _relight(prebuilt="on_demand")),
+    Row(
+        "mapped-replica",
+        "nothing of the model resident, through the replica",
+        _relight(prebuilt="on_demand", early_wake="off"),
+    ),
+    Row("forked", "vLLM's own start from the node template, early wake", _relight(prebuilt="off")),
     Row(
         "forked-replica",
-        "node template only, through the replica",
+        "vLLM's own start, through the replica",
         _relight(prebuilt="off", early_wake="off"),
     ),
     Row("parked", "parked engine, early wake", _relight(park_memory_bytes=PARK_BYTES)),
@@ -145,6 +151,11 @@ ROWS = (
         _relight(park_memory_bytes=PARK_BYTES, early_wake="off"),
     ),
     Row("floor", "floor: engine host alone, prebuilt template", lambda f: _floor(f, "auto")),
+    Row(
+        "floor-mapped",
+        "floor: engine host alone, nothing of the model resident",
+        lambda f: _floor(f, "on_demand"),
+    ),
     Row("floor-forked", "floor: engine host alone, node template", lambda f: _floor(f, "off")),
     Row("ray-serve-llm", "ray.serve.llm, Ray's defaults", _ray_serve_llm(tuned=False), is_baseline=True),
     Row(
