@@ -134,7 +134,7 @@ class Group:
         while True:
             next_s = self._next_s()
             tick_s = max(self._grid(next_s), self._clock.now_s() + self._tick_s)
-            if not self._measured and tick_s > self._measure_s:
+            if not self._measured and tick_s >= self._measure_s:
                 if self._measure_s > until_s:
                     return
                 self._measure()

@@ -13,9 +13,9 @@ import pytest
 
 from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.sim.cluster import VirtualModel
+from autoscaling.sim.events import FINISHED
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile, Start
-from autoscaling.sim.events import FINISHED
 from autoscaling.sim.queueing import REJECTED, WAITED_S, Queue
 from autoscaling.sim.replay import Replay, Setup, replay
 from autoscaling.sim.report import Figures, Report

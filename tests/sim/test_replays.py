@@ -1,0 +1,146 @@
+"""The same replay always gives the same: by seed, in pieces, over processes; and learns before it measures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from autoscaling.core.types import Rung
+from autoscaling.sim import replay as replaying
+from autoscaling.sim.arrivals import pieces
+from autoscaling.sim.compare import Base, Variant, compare
+from autoscaling.sim.profile import Start
+from autoscaling.sim.replay import Setup, replay
+from autoscaling.sim.report import Report
+from autoscaling.traces import Row
+from tests.sim import lab
+
+VARYING = {Rung.TEMPLATE: Start((10.0, 30.0, 50.0))}
+
+
+def windows(minutes: int = 600, models: int = 3, cv: float = 1.0) -> list[Row]:
+    random = np.random.default_rng(8)
+    return [
+        Row(60.0 * minute, f"m{model}", int(count), 60.0, cv=cv)
+        for minute in range(minutes)
+        for model, count in enumerate(random.poisson(0.2, models))
+        if count
+    ]
+
+
+def said(report: Report) -> dict[str, Any]:
+    plain = report.to_plain()
+    del plain["took_s"]
+    return plain
+
+
+def played(rows: list[Row], seed: int = 0, policy: str = "keep-alive", **setup: Any) -> dict[str, Any]:
+    made = lab.profile(starts=VARYING, start_failures=0.1)
+    return said(replay(rows, lambda m: lab.spec(m, policy=policy), Setup(made, seed=seed, **setup)))
+
+
+@pytest.mark.parametrize("cv", [1.0, 3.0])
+def test_a_seed_says_all_that_is_left_to_chance(cv: float) -> None:
+    rows = windows(cv=cv)
+    assert played(rows, seed=5) == played(rows, seed=5)
+    assert played(rows, seed=5)["total"] != played(rows, seed=6)["total"]
+
+
+def test_what_a_model_gets_does_not_depend_on_the_others() -> None:
+    rows = windows()
+    alone = played([row for row in rows if row.model == "m1"])
+    together = played(rows)
+    mine = next(each for each in together["models"] if each["model"] == "m1")
+    for name in ("requests", "cold_starts", "failed_starts", "waited_s"):
+        assert alone["total"][name] == pytest.approx(mine[name]), name
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
+def test_pieces_change_nothing(policy: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = windows(300, cv=2.0)
+    whole = played(rows, policy=policy, scale=scale)
+    monkeypatch.setattr(replaying, "PIECE", 17)
+    in_pieces = played(rows, policy=policy, scale=scale)
+    if policy == "predictive":
+        # What the fleet has in common is pooled where pieces end.
+        assert in_pieces["total"]["requests"] == whole["total"]["requests"]
+    else:
+        assert in_pieces == whole
+
+
+def test_a_piece_is_read_no_further_than_it_is_asked_for() -> None:
+    read = 0
+
+    def rows() -> Iterator[Row]:
+        nonlocal read
+        for row in windows(2000):
+            read += 1
+            yield row
+
+    found = pieces(rows(), lambda *_: 1.0, most=50)
+    next(found)
+    assert read < 60
+    next(found)
+    assert read < 120
+
+
+def test_one_process_or_two_give_the_same() -> None:
+    base = Base(windows(200), Setup(profile=lab.profile()), spec=lab.spec())
+    variants = [Variant("keep-alive", {"keep_alive_s": 30.0}), Variant("predictive"), Variant("best-fixed")]
+    alone = [said(report) for report in compare(base, variants, processes=1)]
+    shared = [said(report) for report in compare(base, variants, processes=2)]
+    assert alone == shared
+
+
+@pytest.mark.parametrize("from_s", [0.0, 3600.0, 7250.5])
+def test_only_what_comes_from_then_on_is_measured(from_s: float) -> None:
+    # A request every 10 minutes, 5 s each, nothing kept: each is a cold start of 30 s. The first is at 0.
+    rows = lab.requests(np.arange(30) * 600.0)
+    report = lab.run(rows, None, {"measure_from_s": from_s}, keep_alive_s=0.0)
+    count = int((np.arange(30) * 600.0 >= from_s).sum())
+    total = report.total
+    assert (total.requests, total.cold_starts, total.starts) == (count,) * 3
+    assert total.waited_s == pytest.approx(30.0 * count)
+    assert total.starting_gpu_s == pytest.approx(30.0 * count)
+    assert total.busy_gpu_s == pytest.approx(5.0 * count)
+
+
+def test_a_start_that_is_under_way_counts_from_when_it_is_measured() -> None:
+    report = lab.run(lab.requests([0.0, 600.0]), None, {"measure_from_s": 610.0}, keep_alive_s=0.0)
+    assert report.total.requests == 0
+    assert report.total.starting_gpu_s == pytest.approx(20.0)
+    assert report.total.busy_gpu_s == pytest.approx(5.0)
+
+
+def test_what_is_learned_before_counts() -> None:
+    # Like clockwork: known for a day, the next day is met by prewarms.
+    rows = lab.requests(np.arange(96) * 1800.0)
+    found = {
+        from_s: lab.run(rows, None, {"measure_from_s": from_s}, policy="predictive").total
+        for from_s in (0.0, 86400.0)
+    }
+    assert found[86400.0].requests == 48
+    assert found[0.0].cold_starts > 0
+    assert found[86400.0].cold_starts == 0
+    # The first one was begun before.
+    assert found[86400.0].prewarm_hits == found[86400.0].prewarms == 47
+
+
+def test_nothing_to_replay_is_a_report_of_nothing() -> None:
+    report = replay([], {"m": lab.spec()}, Setup(lab.profile()))
+    assert report.total.requests == 0
+    assert report.total.gpu_s == 0.0
+    assert replay([], lab.spec, Setup(lab.profile())).models == ()
+
+
+def test_models_that_are_never_asked_may_cost_all_the_same() -> None:
+    specs = {"a": lab.spec("a"), "b": replace(lab.spec("b"), min_replicas=1, policy="fixed")}
+    report = replay(lab.requests([10.0, 1000.0], model="a"), specs, Setup(lab.profile()))
+    figures = {each.model: each.figures for each in report.models}
+    assert figures["b"].gpu_s == pytest.approx(report.until_s - report.measured_from_s, rel=1e-6)
+    assert figures["b"].requests == 0
