@@ -29,6 +29,7 @@ VERBS = {
     "forecast": ("bench.forecast", 1, "the forecasts: how good on real traces, and how fast"),
     "prewarm": ("bench.prewarm", 1, "live: traffic that comes and goes, under several policies at once"),
     "controller": ("bench.controller", 1, "what deciding for a thousand models costs"),
+    "profile": ("bench.engine_profile", 2, "the engine's rates by batch size, as the simulator reads them"),
     "simulator": ("bench.simulator", 1, "the simulator: its speed and memory, on real traces"),
     "memory": ("bench.memory", 5, "what each process holds, dark, lit and parked"),
 }
