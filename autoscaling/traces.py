@@ -6,50 +6,49 @@ Formats, told apart by their first line:
 * windows: CSV with `minute,model,count` and any of `cv,input_tokens,output_tokens,exec_s,window_s`;
 * azure-llm: CSV `TIMESTAMP,ContextTokens,GeneratedTokens` (Azure/AzurePublicDataset, AzureLLMInference…);
 * azure-functions: CSV `HashOwner,HashApp,HashFunction,Trigger,1,…,1440` (AzureFunctionsDataset2019, a day a file);
-* mooncake: JSON lines `{"timestamp": ms, "input_length", "output_length"}` (kvcache-ai/Mooncake);
-* access-log: the Common Log Format, with whatever comes after it.
+* mooncake: JSON lines `{"timestamp": ms, "input_length", "output_length"}` (kvcache-ai/Mooncake).
 
-A name that ends in .gz is unpacked. Unknown columns are passed over.
+Times count from 0 or are Unix seconds. A name that ends in .gz is unpacked. Unknown columns are passed over.
 """
 
 from __future__ import annotations
 
 import csv
 import gzip
-import heapq
-import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import Any, Protocol, TextIO
 
-SHUFFLED_BY = 4096
-"""By how many lines an access log may be out of order: a request is written when it ends."""
+from autoscaling.trace_formats import FORMATS, Make, Row, check_width, count, model_name, mooncake
+
+_LATE = "breaks the order of times (`relight trace convert --sort` restores it): the row before it is of"
 
 
 class TraceError(ValueError):
     """The message names the file, the line, the value and what would be right."""
 
 
-class Row(NamedTuple):
-    """One request, or several somewhere within a window."""
+class Source(Protocol):
+    """Requests that can be read again and again, each time from their beginning."""
 
-    time_s: float
-    """When it came, or when the window began; in the trace's own time."""
-    model: str
-    requests: int = 1
-    window_s: float = 0.0
-    """0: a single request."""
-    input_tokens: int = 0
-    output_tokens: int = 0
-    exec_s: float = 0.0
-    """How long it was worked on; 0 where the trace does not say. Of a window, and so the tokens: for each request."""
-    cv: float = 1.0
-    """Coefficient of variation of the gaps within the window; 1 is a Poisson process."""
+    bad: int
+    """Rows that the last reading skipped."""
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        ...
+
+    def rows(self) -> Iterator[Row]:
+        """In the order of their times. Raises TraceError."""
+        ...
 
 
 @dataclass(slots=True)
@@ -63,79 +62,112 @@ class Trace:
     """What requests are counted as where the format names no model."""
     skip_bad: bool = False
     bad: int = 0
-    """Rows that the last reading skipped."""
+
+    @property
+    def name(self) -> str:
+        """The file's."""
+        return str(self.path)
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times. Raises TraceError at the first bad row, unless those are skipped and counted."""
-        self.bad = 0
-        with _opened(self.path) as file:
-            if self.format == "azure-functions":
-                yield from sorted(self._parsed(file))
-            elif self.format == "access-log":
-                yield from _unshuffled(self._parsed(file))
-            else:
-                yield from self._ordered(self._parsed(file))
+        return self._read(ordered=True)
 
     def unordered(self) -> Iterator[Row]:
         """The same, in the order of the file."""
+        return self._read(ordered=False)
+
+    def _read(self, *, ordered: bool) -> Iterator[Row]:
         self.bad = 0
         with _opened(self.path) as file:
-            yield from self._parsed(file)
+            if self.format == "azure-functions":
+                yield from self._functions(file)
+                return
+            reader: _Reader
+            make: Make
+            if self.format == "mooncake":
+                reader, make = _Lines(file), partial(mooncake, model=self.model)
+            else:
+                reader = csv.reader(file)
+                make = FORMATS[self.format](_header(reader), self.window_s, self.model)
+            before_s = -math.inf
+            # Everything in one frame, for it is done for each of many million rows.
+            while True:
+                read: Any = ""
+                try:
+                    read = next(reader)
+                    if not read:
+                        continue
+                    row = make(read)
+                    if ordered and row.time_s < before_s:
+                        raise ValueError(f"{row.model} at {row.time_s:.10g} s {_LATE} {before_s:.10g} s")
+                except StopIteration:
+                    return
+                except (ValueError, csv.Error) as error:
+                    self._bad(reader.line_num, read, error)
+                    continue
+                before_s = row.time_s
+                yield row
 
-    def _parsed(self, file: TextIO) -> Iterator[Row]:
-        line, skip = 0, self.skip_bad
-        if self.format in ("mooncake", "access-log"):
-            parse = _mooncake if self.format == "mooncake" else _access_log
-            for line, text in enumerate(file, 1):
-                if text.strip():
-                    try:
-                        yield parse(text, self.model)
-                    except (ValueError, KeyError, TypeError) as error:
-                        self._bad(line, text.strip(), error, skip=skip)
-            return
+    def _functions(self, file: TextIO) -> Iterator[Row]:
+        """A line is a function's whole day, so all of it is read first: 8 bytes for each minute with requests."""
         reader = csv.reader(file)
-        header = next(reader)
-        make = _CSV[self.format](header, self)
-        width = len(header)
+        header = _header(reader)
+        first, minutes = header.index("1"), len(header) - header.index("1")
+        trigger, function = header.index("Trigger"), header.index("HashFunction")
+        day = re.search(r"\.d(\d+)\.", self.path.name)
+        began_s = (int(day.group(1)) - 1) * 86400.0 if day else 0.0
+        models: list[str] = []
+        found = [array("I") for _ in range(minutes)]
         while True:
+            cells: list[str] = []
             try:
                 cells = next(reader)
-                if len(cells) != width:
-                    if not cells:
-                        continue
-                    raise ValueError(f"it has {len(cells)} columns, the header {width}")
-                made = make(cells)
+                if not cells:
+                    continue
+                check_width(cells, len(header))
+                counts = [
+                    count(cell, f"minute {i}") if cell != "0" else 0
+                    for i, cell in enumerate(cells[first:], 1)
+                ]
+                models.append(model_name(f"{cells[trigger]}/{cells[function][:8]}"))
             except StopIteration:
-                return
-            except (ValueError, IndexError, csv.Error) as error:
-                self._bad(reader.line_num, ",".join(cells), error, skip=skip)
+                break
+            except (ValueError, csv.Error) as error:
+                self._bad(reader.line_num, cells, error)
                 continue
-            if isinstance(made, list):
-                yield from made
-            else:
-                yield made
+            for minute, requests in enumerate(counts):
+                if requests:
+                    found[minute].extend((len(models) - 1, requests))
+        for minute, pairs in enumerate(found):
+            for at in range(0, len(pairs), 2):
+                yield Row(began_s + 60.0 * minute, models[pairs[at]], pairs[at + 1], 60.0)
 
-    def _ordered(self, rows: Iterable[Row]) -> Iterator[Row]:
-        before = -math.inf
-        for row in rows:
-            if row.time_s < before:
-                error = ValueError(
-                    f"{row.model} at {row.time_s:g} s comes after a row of {before:g} s; rows must be in the order of "
-                    f"their times (`relight trace convert --sort` puts them so)"
-                )
-                self._bad(None, "", error, skip=self.skip_bad)
-                continue
-            before = row.time_s
-            yield row
-
-    def _bad(self, line: int | None, text: str, error: Exception, *, skip: bool) -> None:
-        if skip:
+    def _bad(self, line: int, read: str | list[str], error: Exception) -> None:
+        if self.skip_bad:
             self.bad += 1
             return
-        where = f"{self.path}" if line is None else f"{self.path}:{line}"
-        shown = f"{text[:80]!r}: " if text else ""
-        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise TraceError(f"{where}: {shown}{reason}")
+        text = (read if isinstance(read, str) else ",".join(read))[:80]
+        shown = f"{text!r}: " if text else ""
+        raise TraceError(f"{self.path}:{line}: {shown}{error}") from None
+
+
+class _Reader(Protocol):
+    @property
+    def line_num(self) -> int: ...
+    def __next__(self) -> Any: ...
+
+
+class _Lines:
+    """Lines with their numbers, as `csv.reader` numbers its own."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+        self.line_num = 0
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.line_num += 1
+        return line.strip()
 
 
 def open_trace(
@@ -151,12 +183,13 @@ def open_trace(
         TraceError: for a file that can't be read or whose format is not known.
     """
     path = Path(path)
-    try:
-        with _opened(path) as file:
-            first = file.readline().strip()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise TraceError(f"{path}: can't be read: {reason}") from error
+    with _opened(path) as file:
+        first = file.readline().strip()
+        empty = not first and not file.readline()
+    if empty:
+        raise TraceError(f"{path}: is empty; it must be a trace")
+    if not first[:1000].replace("\t", " ").isprintable():
+        raise TraceError(f"{path}: can't be read: its first line is not text")
     return Trace(
         path=path,
         format=_format(path, first),
@@ -168,12 +201,21 @@ def open_trace(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    if path.suffix == ".gz":
-        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+    # What is no UTF-8 makes its own line bad, not the whole file.
+    how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+    try:
+        with gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how) as file:  # type: ignore[call-overload]
             yield file
-    else:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield file
+    except EOFError:
+        raise TraceError(f"{path}: ends in the middle of its compressed data; is it cut off?") from None
+    except zlib.error as error:
+        raise TraceError(f"{path}: its compressed data is damaged: {error}") from None
+    except OSError as error:
+        raise TraceError(f"{path}: can't be read: {error.strerror or error}") from None
+
+
+def _header(reader: _Reader) -> list[str]:
+    return [name.strip() for name in next(reader)]
 
 
 def _format(path: Path, first: str) -> str:
@@ -188,11 +230,9 @@ def _format(path: Path, first: str) -> str:
         return "azure-functions"
     if first.startswith("{") and '"timestamp"' in first and '"input_length"' in first:
         return "mooncake"
-    if _LOG.match(first):
-        return "access-log"
     raise TraceError(
         f"{path}: {first[:80]!r} is the first line of no known format; it must be a CSV header with "
-        "timestamp_s,model or minute,model,count, or that of Azure's, Mooncake's or an access log"
+        "timestamp_s,model or minute,model,count, or that of Azure's or Mooncake's traces"
     )
 
 
@@ -201,153 +241,15 @@ def _window_s(path: Path) -> float:
     return float(found.group(1)) * 60 if found else 60.0
 
 
-Make = Callable[[list[str]], Row | list[Row]]
-
-
-def _requests(header: list[str], trace: Trace) -> Make:
-    at = {name.strip(): i for i, name in enumerate(header)}
-    t, m = at["timestamp_s"], at["model"]
-    tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
-
-    def make(cells: list[str]) -> Row:
-        return Row(
-            _number(cells[t], "timestamp_s"),
-            cells[m],
-            1,
-            0.0,
-            _count(cells, tokens_in, "input_tokens"),
-            _count(cells, tokens_out, "output_tokens"),
-            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
-        )
-
-    return make
-
-
-def _windows(header: list[str], trace: Trace) -> Make:
-    at = {name.strip(): i for i, name in enumerate(header)}
-    t, m, n = at["minute"], at["model"], at["count"]
-    tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
-    varies, length = at.get("cv"), at.get("window_s")
-
-    def make(cells: list[str]) -> Row:
-        return Row(
-            _number(cells[t], "minute") * 60,
-            cells[m],
-            _count(cells, n, "count"),
-            trace.window_s if length is None else _positive(cells[length], "window_s"),
-            _count(cells, tokens_in, "input_tokens"),
-            _count(cells, tokens_out, "output_tokens"),
-            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
-            1.0 if varies is None or not cells[varies] else _positive(cells[varies], "cv"),
-        )
-
-    return make
-
-
-def _azure_llm(header: list[str], trace: Trace) -> Make:
-    at = {name.strip(): i for i, name in enumerate(header)}
-    t, tokens_in, tokens_out = at["TIMESTAMP"], at["ContextTokens"], at["GeneratedTokens"]
-
-    def make(cells: list[str]) -> Row:
-        # Seven digits of a second, which datetime does not read.
-        text = re.sub(r"(\.\d{6})\d+", r"\1", cells[t])
-        time = datetime.fromisoformat(text)
-        time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-        return Row(
-            time.timestamp(),
-            trace.model,
-            1,
-            0.0,
-            _count(cells, tokens_in, "ContextTokens"),
-            _count(cells, tokens_out, "GeneratedTokens"),
-        )
-
-    return make
-
-
-def _azure_functions(header: list[str], trace: Trace) -> Make:
-    first = header.index("1")
-    trigger, function = header.index("Trigger"), header.index("HashFunction")
-    day = re.search(r"\.d(\d+)\.", trace.path.name)
-    began_s = (int(day.group(1)) - 1) * 86400.0 if day else 0.0
-
-    def make(cells: list[str]) -> list[Row]:
-        model = f"{cells[trigger]}/{cells[function][:8]}"
-        return [
-            Row(began_s + 60.0 * i, model, _count(cells, first + i, f"minute {i + 1}"), 60.0)
-            for i, cell in enumerate(cells[first:])
-            if cell != "0"
-        ]
-
-    return make
-
-
-_CSV: dict[str, Callable[[list[str], Trace], Make]] = {
-    "requests": _requests,
-    "windows": _windows,
-    "azure-llm": _azure_llm,
-    "azure-functions": _azure_functions,
-}
-
-
-def _mooncake(text: str, model: str) -> Row:
-    data = json.loads(text)
-    time_s = _number(data["timestamp"], "timestamp") / 1000
-    return Row(time_s, model, 1, 0.0, int(data["input_length"]), int(data["output_length"]))
-
-
-_LOG = re.compile(r'\S+ \S+ \S+ \[(?P<time>[^\]]+)\] "(?P<method>[A-Z]+) \S+')
-
-
-def _access_log(text: str, model: str) -> Row:
-    found = _LOG.match(text)
-    if found is None:
-        raise ValueError("it is no line of an access log")
-    time = datetime.strptime(found["time"], "%d/%b/%Y:%H:%M:%S %z")
-    return Row(time.timestamp(), model, 1)
-
-
-def _unshuffled(rows: Iterable[Row]) -> Iterator[Row]:
-    waiting: list[Row] = []
+def until(rows: Iterable[Row], until_s: float | None) -> Iterator[Row]:
+    """Those that begin within so many seconds of the first; None: all."""
+    end_s = math.inf
     for row in rows:
-        if len(waiting) < SHUFFLED_BY:
-            heapq.heappush(waiting, row)
-        else:
-            yield heapq.heappushpop(waiting, row)
-    while waiting:
-        yield heapq.heappop(waiting)
+        if end_s == math.inf and until_s is not None:
+            end_s = row.time_s + until_s
+        if row.time_s >= end_s:
+            return
+        yield row
 
 
-def _number(text: str | float, name: str) -> float:
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} {text!r} is not a number") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name} {text!r} is not finite")
-    return value
-
-
-def _positive(text: str, name: str) -> float:
-    value = _number(text, name)
-    if value < 0:
-        raise ValueError(f"{name} {text!r} is negative")
-    return value
-
-
-def _count(cells: list[str], where: int | None, name: str) -> int:
-    if where is None:
-        return 0
-    text = cells[where]
-    if not text:
-        return 0
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise ValueError(f"{name} {text!r} is not a whole number from 0")
-    return value
-
-
-__all__ = ["Row", "Trace", "TraceError", "open_trace"]
+__all__ = ["Row", "Source", "Trace", "TraceError", "open_trace", "until"]

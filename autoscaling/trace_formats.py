@@ -1,0 +1,195 @@
+"""Lines of traces, and the rows that they say. The formats are listed in `autoscaling.traces`."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+LATEST_S = 4_102_444_800.0
+"""The year 2100: a larger time is in milliseconds or a mistake."""
+MOST_IN_WINDOW = 100_000_000
+"""Requests of one window, all of which are in memory at once."""
+
+
+class Row(NamedTuple):
+    """One request, or several somewhere within a window."""
+
+    time_s: float
+    """When it came, or when the window began; in the trace's own time."""
+    model: str
+    requests: int = 1
+    window_s: float = 0.0
+    """0: a single request."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    exec_s: float = 0.0
+    """How long it was worked on; 0 where the trace does not say. Of a window, and so the tokens: for each request."""
+    cv: float = 1.0
+    """Coefficient of variation of the gaps within the window; 1 is a Poisson process."""
+
+
+Make = Callable[[Any], Row]
+"""From a line, or its cells. Raises ValueError."""
+
+
+def _requests(header: list[str], window_s: float, model: str) -> Make:
+    at, width = {name: i for i, name in enumerate(header)}, len(header)
+    t, m = at["timestamp_s"], at["model"]
+    tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
+
+    def make(cells: list[str]) -> Row:
+        check_width(cells, width)
+        return Row(
+            _time(cells[t], "timestamp_s"),
+            model_name(cells[m]),
+            1,
+            0.0,
+            _known_count(cells, tokens_in, "input_tokens"),
+            _known_count(cells, tokens_out, "output_tokens"),
+            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
+        )
+
+    return make
+
+
+def _windows(header: list[str], window_s: float, model: str) -> Make:
+    at, width = {name: i for i, name in enumerate(header)}, len(header)
+    t, m, n = at["minute"], at["model"], at["count"]
+    tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
+    varies, length = at.get("cv"), at.get("window_s")
+
+    def make(cells: list[str]) -> Row:
+        check_width(cells, width)
+        lasts_s = window_s if length is None else _positive(cells[length], "window_s")
+        if lasts_s == 0:
+            raise ValueError("window_s must be above 0")
+        return Row(
+            _time(cells[t], "minute", 60.0),
+            model_name(cells[m]),
+            count(cells[n], "count"),
+            lasts_s,
+            _known_count(cells, tokens_in, "input_tokens"),
+            _known_count(cells, tokens_out, "output_tokens"),
+            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
+            1.0 if varies is None or not cells[varies] else _positive(cells[varies], "cv"),
+        )
+
+    return make
+
+
+def _azure_llm(header: list[str], window_s: float, model: str) -> Make:
+    at, width = {name: i for i, name in enumerate(header)}, len(header)
+    t, tokens_in, tokens_out = at["TIMESTAMP"], at["ContextTokens"], at["GeneratedTokens"]
+
+    def make(cells: list[str]) -> Row:
+        check_width(cells, width)
+        # Seven digits of a second, which datetime does not read.
+        text = re.sub(r"(\.\d{6})\d+", r"\1", cells[t])
+        try:
+            time = datetime.fromisoformat(text)
+        except ValueError:
+            raise ValueError(f"TIMESTAMP {cells[t]!r} is no date and time") from None
+        return Row(
+            (time.replace(tzinfo=UTC) if time.tzinfo is None else time).timestamp(),
+            model,
+            1,
+            0.0,
+            count(cells[tokens_in], "ContextTokens"),
+            count(cells[tokens_out], "GeneratedTokens"),
+        )
+
+    return make
+
+
+FORMATS: dict[str, Callable[[list[str], float, str], Make]] = {
+    "requests": _requests,
+    "windows": _windows,
+    "azure-llm": _azure_llm,
+}
+
+
+def mooncake(text: str, model: str) -> Row:
+    """A line of Mooncake's. Raises ValueError."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("it is no JSON object") from None
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    missing = [name for name in ("timestamp", "input_length", "output_length") if name not in data]
+    if missing:
+        raise ValueError(f"{missing[0]!r} is missing")
+    return Row(
+        _time(data["timestamp"], "timestamp", 1e-3),
+        model,
+        1,
+        0.0,
+        count(data["input_length"], "input_length"),
+        count(data["output_length"], "output_length"),
+    )
+
+
+def check_width(cells: list[str], width: int) -> None:
+    """Raises ValueError."""
+    if len(cells) != width:
+        raise ValueError(f"it has {len(cells)} columns, the header {width}")
+
+
+def _time(text: str | float, name: str, unit_s: float = 1.0) -> float:
+    """Seconds."""
+    time_s = _number(text, name) * unit_s
+    if not 0 <= time_s <= LATEST_S:
+        raise ValueError(
+            f"{name} {text!r} is "
+            + ("negative" if time_s < 0 else "beyond the year 2100; in which unit is it?")
+        )
+    return time_s
+
+
+def model_name(text: str) -> str:
+    """Raises ValueError."""
+    # Bytes that are no UTF-8 are not printable either.
+    if not text or not text.isprintable():
+        raise ValueError(f"model {text!r} is not a name of printable characters")
+    return text
+
+
+def _number(text: str | float, name: str) -> float:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} {text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{name} {text!r} is not finite")
+    return value
+
+
+def _positive(text: str, name: str) -> float:
+    value = _number(text, name)
+    if value < 0:
+        raise ValueError(f"{name} {text!r} is negative")
+    return value
+
+
+def _known_count(cells: list[str], where: int | None, name: str) -> int:
+    """0 where the trace does not say."""
+    return 0 if where is None or not cells[where] else count(cells[where], name)
+
+
+def count(text: str | float, name: str) -> int:
+    """Raises ValueError, with `name` in its message."""
+    try:
+        # Programs that know only floating-point numbers write 12.0.
+        value = int(text) if isinstance(text, str) and text.isdecimal() else float(text)
+    except (TypeError, ValueError):
+        value = -1
+    if isinstance(text, bool) or not 0 <= value <= MOST_IN_WINDOW or value != int(value):
+        raise ValueError(f"{name} {text!r} is not a whole number from 0 to {MOST_IN_WINDOW:,}")
+    return int(value)
+
+
+__all__ = ["FORMATS", "Make", "Row", "check_width", "count", "model_name", "mooncake"]
