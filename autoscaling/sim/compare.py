@@ -12,8 +12,8 @@ from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
 from autoscaling.sim.oracle import Oracle
 from autoscaling.sim.replay import Setup, replay
-from autoscaling.sim.report import Report
-from autoscaling.traces import Row, Trace
+from autoscaling.sim.report import Report, priced
+from autoscaling.traces import Row, Source, TraceError
 
 ORACLE, BEST_FIXED = "oracle", "best-fixed"
 EXTRA = {
@@ -59,9 +59,11 @@ class Variant:
         fields = {name: value for name, value in self.settings.items() if name in SPEC_FIELDS}
         params = {name: value for name, value in self.settings.items() if name not in SPEC_FIELDS}
         kept = spec.params if spec.policy == policy else {}
-        for name in ("min_replicas", "max_replicas", "priority"):
+        for name in _WHOLE:
             if name in fields:
                 fields[name] = int(fields[name])
+        if "park" in fields:
+            fields["park"] = bool(fields["park"])
         return replace(spec, policy=policy, params={**kept, **params}, **fields)  # type: ignore[arg-type]
 
 
@@ -77,32 +79,50 @@ def check(variant: Variant) -> None:
         raise SettingError(f"{wrong}; of every policy can be set {', '.join(SPEC_FIELDS)}")
     for name in SPEC_FIELDS:
         value = variant.settings.get(name, 1.0)
-        least = 1 if name == "max_replicas" else 0
-        if value < least or (name == "target_ongoing_requests" and value == 0):
-            raise SettingError(f"{name}: {value:g} is too small")
+        if name in _WHOLE and value != int(value):
+            raise SettingError(f"{name}: {value:g} is not a whole number")
+        if name == "park" and value not in (0, 1):
+            raise SettingError(f"park: {value:g} is neither 0 nor 1")
+        if name in _ABOVE_ZERO and value <= 0:
+            raise SettingError(f"{name}: {value:g} must be above 0")
+        if value < 0 and name != "priority":
+            raise SettingError(f"{name}: {value:g} must not be negative")
+    if variant.policy == BEST_FIXED and "keep_alive_s" in variant.settings:
+        raise SettingError("keep_alive_s: best-fixed finds it; set it for keep-alive")
+
+
+_WHOLE = ("min_replicas", "max_replicas", "priority")
+_ABOVE_ZERO = ("max_replicas", "target_ongoing_requests", "gpus_per_replica")
 
 
 @dataclass(frozen=True)
 class Base:
     """What all variants have in common. Picklable."""
 
-    trace: Trace | Sequence[Row]
-    setup: Setup
+    trace: Source | Sequence[Row]
+    setup: Setup = field(default_factory=Setup)
     specs: Mapping[str, Spec] | None = None
     """By model; None: `spec` for every model of the trace."""
     spec: Spec = field(default_factory=lambda: Spec("", wait_cost=10.0, max_replicas=64))
+    prices: Mapping[str, float] = field(default_factory=dict)
+    """What a GPU costs an hour, of models that it does not cost what the profile says."""
+
+    def spec_of(self, model: str) -> Spec:
+        """As given, before any variant."""
+        return self.spec if self.specs is None else self.specs[model]
 
 
 def simulate(base: Base, variant: Variant, progress: Callable[[float], None] | None = None) -> Report:
     """One variant. `best-fixed` is tried with every keep-alive, one after the other.
 
     Raises:
-        TraceError, SettingError.
+        TraceError: for a bad row, or a trace of which nothing is scored.
+        SettingError.
     """
     check(variant)
     if variant.policy == BEST_FIXED:
         reports = [simulate(base, each) for each in fixed(variant)]
-        return min(reports, key=lambda report: report.total.total_cost_gpu_s)
+        return _best(reports)
     setup = base.setup
     oracle = (
         Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s)
@@ -110,30 +130,82 @@ def simulate(base: Base, variant: Variant, progress: Callable[[float], None] | N
         else None
     )
     if base.specs is None:
-        plain = variant.applied(base.spec)
+        plain = _bounded(variant.applied(base.spec))
         report = replay(
-            base.trace, lambda model: replace(plain, model=model), setup, forecasts=oracle, progress=progress
+            rows_of(base.trace),
+            lambda model: replace(plain, model=model),
+            setup,
+            forecasts=oracle,
+            progress=progress,
         )
     else:
-        specs = {model: variant.applied(spec) for model, spec in base.specs.items()}
-        report = replay(base.trace, specs, setup, forecasts=oracle, progress=progress)
-    return dataclasses.replace(report, policy=ORACLE) if oracle is not None else report
+        specs = {model: _bounded(variant.applied(spec)) for model, spec in base.specs.items()}
+        report = replay(rows_of(base.trace), specs, setup, forecasts=oracle, progress=progress)
+    return _finished(dataclasses.replace(report, policy=ORACLE) if oracle is not None else report, base)
 
 
 def as_given(base: Base, settings: Mapping[str, float] | None = None) -> Report:
     """Every model under its own spec's policy, with what is set for all. Raises TraceError, SettingError."""
-    assert base.specs is not None
     specs = {}
-    for model, spec in base.specs.items():
+    for model, spec in (base.specs or {}).items():
         variant = Variant(spec.policy, settings or {})
         check(variant)
-        specs[model] = variant.applied(spec)
-    return replay(base.trace, specs, base.setup)
+        specs[model] = _bounded(variant.applied(spec))
+    return _finished(replay(rows_of(base.trace), specs, base.setup), base)
 
 
-def rows_of(trace: Trace | Sequence[Row]) -> Iterable[Row]:
+def _bounded(spec: Spec) -> Spec:
+    if spec.min_replicas > spec.max_replicas:
+        of = f" of {spec.model}" if spec.model else ""
+        raise SettingError(
+            f"min_replicas{of}: {spec.min_replicas} is above max_replicas, {spec.max_replicas}"
+        )
+    return spec
+
+
+def _best(reports: Iterable[Report]) -> Report:
+    report = min(reports, key=lambda each: (each.total.total_cost_gpu_s, each.keep_alive_s))
+    return dataclasses.replace(report, policy=BEST_FIXED)
+
+
+def _finished(report: Report, base: Base) -> Report:
+    """With what the replay itself is not told."""
+    setup, source = base.setup, base.trace
+    if report.total.requests == 0:
+        raise TraceError(f"{name_of(source)}: {_why_nothing(report, base)}")
+    return priced(
+        dataclasses.replace(
+            report,
+            trace="" if isinstance(source, Sequence) else source.name,
+            skipped_rows=0 if isinstance(source, Sequence) else source.bad,
+            scale=setup.scale,
+            slo_s=setup.profile.slo_s,
+            price_per_gpu_h=setup.profile.price_per_gpu_h,
+        ),
+        base.prices,
+    )
+
+
+def _why_nothing(report: Report, base: Base) -> str:
+    first = next(iter(rows_of(base.trace)), None)
+    if first is None:
+        return "it holds no requests"
+    if base.specs is not None and not any(row.model in base.specs for row in rows_of(base.trace)):
+        return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
+    if base.setup.measure_from_s > 0:
+        lasts_s = report.until_s - (report.measured_from_s - base.setup.measure_from_s)
+        return f"nothing comes {base.setup.measure_from_s:g} s after its beginning; it lasts {lasts_s:g} s"
+    return f"no requests are left of it at a scale of {base.setup.scale:g}"
+
+
+def rows_of(trace: Source | Sequence[Row]) -> Iterable[Row]:
     """In the order of time."""
-    return trace.rows() if isinstance(trace, Trace) else trace
+    return trace if isinstance(trace, Sequence) else trace.rows()
+
+
+def name_of(trace: Source | Sequence[Row]) -> str:
+    """As people see it."""
+    return "the trace" if isinstance(trace, Sequence) else trace.name
 
 
 def sampled(base: Base, step_s: float) -> Base:
@@ -171,16 +243,13 @@ def compare(
         for i, variant in enumerate(variants)
         for each in (fixed(variant) if variant.policy == BEST_FIXED else [variant])
     ]
-    found: dict[int, Report] = {}
+    found: dict[int, list[Report]] = {}
     for count, (i, report) in enumerate(_run(jobs, processes or len(os.sched_getaffinity(0))), 1):
-        best = found.get(i)
-        if best is None or report.total.total_cost_gpu_s < best.total.total_cost_gpu_s:
-            found[i] = report
+        found.setdefault(i, []).append(report)
         if done is not None:
             done(count, len(jobs))
     return [
-        dataclasses.replace(found[i], policy=BEST_FIXED) if variant.policy == BEST_FIXED else found[i]
-        for i, variant in enumerate(variants)
+        _best(found[i]) if variant.policy == BEST_FIXED else found[i][0] for i, variant in enumerate(variants)
     ]
 
 

@@ -68,6 +68,8 @@ class Sample:
     cold_starts: int
     arrivals: int
     """Since the beginning."""
+    gpu_s: float = 0.0
+    waited_s: float = 0.0
 
 
 class Group:
@@ -174,7 +176,7 @@ class Group:
                 model.advance(now_s)
             f, n = model.queue.f, model.queue.n
             counted = (float(f[HELD_S]), float(f[IN_FLIGHT_S]), int(n[EPISODES]), int(n[ARRIVED]))
-            self.samples[name].append(Sample(now_s, *counted))
+            self.samples[name].append(Sample(now_s, *counted, _gpu_s(model), float(f[WAITED_S])))
         self._sampled_s = now_s + (self._sample_s or math.inf)
 
     def _next_s(self) -> float:
@@ -212,7 +214,7 @@ class Group:
         model = self.models[name]
         queue, used = model.queue, model.used
         busy, idle = model.busy_gpu_s, model.idle_gpu_s
-        gpu_s = used.starting_s + busy + idle + used.parked_s + used.node_s
+        gpu_s = _gpu_s(model)
         waited_s = float(queue.f[WAITED_S])
         sums = {
             "requests": int(queue.n[REQUESTS]),
@@ -238,7 +240,12 @@ class Group:
             "scale_downs": used.scale_downs,
         }
         made = figures(sums, queue.histogram, float(queue.f[LONGEST_S]), int(queue.n[IN_TIME]))
-        return ModelReport(name, made, dict(used.starts), queue.histogram.copy())
+        return ModelReport(name, made, dict(used.starts), wait_histogram=queue.histogram.copy())
+
+
+def _gpu_s(model: VirtualModel) -> float:
+    used = model.used
+    return used.starting_s + model.busy_gpu_s + model.idle_gpu_s + used.parked_s + used.node_s
 
 
 __all__ = ["Group", "Sample", "Setup"]

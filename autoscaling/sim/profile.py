@@ -16,22 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoscaling.core.types import Rung, RungProfile
+from autoscaling.sim.prices import GPU_PRICES_PER_H
 
 Floats = NDArray[np.float64]
-
-GPU_PRICES_PER_H: Mapping[str, float] = {
-    "B200": 6.0,
-    "H200": 4.0,
-    "H100": 3.0,
-    "A100": 1.8,
-    "L40S": 1.0,
-    "L4": 0.7,
-    "T4": 0.4,
-    "CPU": 0.1,
-}
-"""US dollars an hour of one GPU: round figures of what clouds asked for on-demand machines in 2025. Set your own with
-`price_per_gpu_h`."""
-
 
 KNOWN_STARTS = 32
 """How many starts of each kind the controller is taken to have seen."""
@@ -259,4 +246,4 @@ def _rung(name: object, where: str) -> Rung:
     return rung
 
 
-__all__ = ["GPU_PRICES_PER_H", "Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile"]
+__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile"]

@@ -18,9 +18,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one model, or of all together. Counts are of requests that came after `measure_from_s`."""
+    """Of one model, or of all together. What came before `measured_from_s` is not in them."""
 
     requests: int = 0
+    """That came, whatever became of them."""
     cold_requests: int = 0
     """Those that came while no replica was ready."""
     cold_starts: int = 0
@@ -32,33 +33,47 @@ class Figures:
     cold_waited_s: float = 0.0
     """The same of the cold requests."""
     wait_mean_s: float = 0.0
+    """Of the requests that were begun with."""
     wait_p50_s: float = 0.0
+    """Median, to within 1 %, as all quantiles."""
     wait_p95_s: float = 0.0
+    """95 % waited no longer."""
     wait_p99_s: float = 0.0
+    """99 % waited no longer."""
     wait_max_s: float = 0.0
+    """The longest."""
     slo_attainment: float = 1.0
-    """Share of the requests that waited no longer than the profile's `slo_s`."""
+    """Share of the requests that waited no longer than `slo_s`."""
     gpu_s: float = 0.0
     """GPU-seconds, all states together."""
     starting_gpu_s: float = 0.0
+    """From a start's beginning to a replica that is ready."""
     busy_gpu_s: float = 0.0
     """At least one request in progress."""
     idle_gpu_s: float = 0.0
+    """Ready, without a request."""
     parked_gpu_s: float = 0.0
     """What the host memory of parked engines is charged."""
     node_gpu_s: float = 0.0
     """Rungs below, where they are charged."""
     cost: float = 0.0
-    """GPU-seconds at the price of the profile, in its currency."""
+    """gpu_s at `price_per_gpu_h`, in its currency."""
     total_cost_gpu_s: float = 0.0
     """gpu_s + wait_cost * waited_s: what the predictive policy minimises."""
     starts: int = 0
+    """Of replicas, from whatever rung."""
     failed_starts: int = 0
+    """Starts that failed and were begun anew."""
     cancelled_starts: int = 0
+    """Starts that were given up before their replica was ready."""
     prewarms: int = 0
+    """Starts ahead of a request that was forecast."""
     prewarm_hits: int = 0
+    """Those of them that a request met."""
     scale_ups: int = 0
+    """How often the target was raised: with scale_downs, how much it flaps."""
     scale_downs: int = 0
+    """How often the target was lowered."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +82,8 @@ class ModelReport:
     figures: Figures
     starts_by_rung: Mapping[str, int] = field(default_factory=dict)
     wait_histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros(CELLS, np.int64))
+    price_per_gpu_h: float | None = None
+    """None: the report's."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,9 @@ class Report:
     until_s: float
     total: Figures
     models: tuple[ModelReport, ...]
+    scale: float = 1.0
+    slo_s: float = 0.0
+    price_per_gpu_h: float = 0.0
     took_s: float = 0.0
     """Real seconds."""
     fits: int = 0
@@ -95,7 +115,7 @@ class Report:
     """Model -> `replay.Sample`s, if asked for: for plots."""
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON has it; its schema is `json_schema()`."""
+        """As JSON has it; its schema is `schema.report_schema()`."""
         return {
             "version": VERSION,
             "policy": self.policy,
@@ -106,6 +126,9 @@ class Report:
             "keep_alive_s": None if math.isnan(self.keep_alive_s) else self.keep_alive_s,
             "measured_from_s": self.measured_from_s,
             "until_s": self.until_s,
+            "scale": self.scale,
+            "slo_s": self.slo_s,
+            "price_per_gpu_h": self.price_per_gpu_h,
             "took_s": self.took_s,
             "fits": self.fits,
             "skipped_rows": self.skipped_rows,
@@ -116,6 +139,9 @@ class Report:
                     "model": each.model,
                     **dataclasses.asdict(each.figures),
                     "starts_by_rung": dict(each.starts_by_rung),
+                    "price_per_gpu_h": self.price_per_gpu_h
+                    if each.price_per_gpu_h is None
+                    else each.price_per_gpu_h,
                 }
                 for each in self.models
             ],
@@ -163,57 +189,22 @@ def together(models: Iterable[ModelReport]) -> Figures:
     return figures(sums, histogram, longest_s, in_time)
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON schema of `Report.to_plain`."""
-    numbers = {
-        each.name: {"type": "integer" if isinstance(each.default, int) else "number"}
-        for each in dataclasses.fields(Figures)
-    }
-    required = sorted(numbers)
-    model = {
-        **numbers,
-        "model": {"type": "string"},
-        "starts_by_rung": {"type": "object", "additionalProperties": {"type": "integer"}},
-    }
-    number, integer, string = {"type": "number"}, {"type": "integer"}, {"type": "string"}
-    properties = {
-        "version": {"const": VERSION},
-        "policy": string,
-        "params": {"type": "object", "additionalProperties": number},
-        "trace": string,
-        "seed": integer,
-        "wait_cost": {"type": ["number", "null"]},
-        "keep_alive_s": {"type": ["number", "null"]},
-        "measured_from_s": number,
-        "until_s": number,
-        "took_s": number,
-        "fits": integer,
-        "skipped_rows": integer,
-        "notes": {"type": "array", "items": string},
-        "total": {
-            "type": "object",
-            "properties": numbers,
-            "required": required,
-            "additionalProperties": False,
-        },
-        "models": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": model,
-                "required": sorted(model),
-                "additionalProperties": False,
-            },
-        },
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "What a policy would have cost on a trace",
-        "type": "object",
-        "properties": properties,
-        "required": sorted(properties),
-        "additionalProperties": False,
-    }
+def priced(report: Report, prices: Mapping[str, float]) -> Report:
+    """With costs at these prices of a GPU-hour, by model; models that are not named keep the report's."""
+    if not prices:
+        return report
+    models = tuple(
+        dataclasses.replace(
+            each,
+            price_per_gpu_h=prices[each.model],
+            figures=dataclasses.replace(each.figures, cost=each.figures.gpu_s / 3600 * prices[each.model]),
+        )
+        if each.model in prices
+        else each
+        for each in report.models
+    )
+    cost = math.fsum(each.figures.cost for each in models)
+    return dataclasses.replace(report, models=models, total=dataclasses.replace(report.total, cost=cost))
 
 
-__all__ = ["Figures", "ModelReport", "Report", "figures", "json_schema", "together"]
+__all__ = ["VERSION", "Figures", "ModelReport", "Report", "figures", "priced", "together"]
