@@ -186,10 +186,10 @@ def sparse(path: Path, name: str) -> dict[str, Any]:
 
 
 def every_tick(path: Path) -> dict[str, Any]:
-    """An hour of the same; what all of it would take follows."""
+    """Six hours of the same; what all of it would take follows."""
     skipping = Group._next_s
     spec = Spec("", wait_cost=10.0, max_replicas=1, target_ongoing_requests=1.0)
-    setup = Setup(profile=_ladder("two states"), until_s=3600.0)
+    setup = Setup(profile=_ladder("two states"), until_s=6 * 3600.0)
     _warm_up("predictive")
     Group._next_s = lambda group: group._clock.now_s()  # type: ignore[method-assign]
     try:
@@ -202,7 +202,10 @@ def every_tick(path: Path) -> dict[str, Any]:
         Group._next_s = skipping  # type: ignore[method-assign]
     model_hours = len(report.models) * (report.until_s - report.measured_from_s) / 3600
     whole = replay(
-        open_trace(path), lambda model: replace(spec, model=model), setup=replace(setup, until_s=None)
+        open_trace(path),
+        lambda model: replace(spec, model=model),
+        replace(setup, until_s=None),
+        policy="keep-alive",
     )
     hours = len(whole.models) * (whole.until_s - whole.measured_from_s) / 3600
     return {"model_hours": model_hours, "cpu_s": cpu_s, "whole_s": cpu_s / model_hours * hours}
