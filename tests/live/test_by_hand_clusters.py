@@ -3,6 +3,7 @@ since it has a cluster of its own."""
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,8 @@ import yaml
 from deployments.local import processes
 from deployments.local.serving import head_env
 from deployments.local.state import NODE_ADDRESS, Checkout, pick_port
-from tests.live.conftest import EMBED, scaling
+from tests.fakes.otlp import OtlpReceiver, Received, Span
+from tests.live.conftest import CHAT, EMBED, scaling
 from tests.live.lab import ROOT, Relight, kill, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -28,7 +30,7 @@ SERVE = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()"]
 class ByHand:
     """A Ray with a dashboard, and Serve's commands for it."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, collector: OtlpReceiver) -> None:
         self.checkout = Checkout(root)
         self.checkout.make_dirs()
         self.root = root
@@ -40,9 +42,15 @@ class ByHand:
             "PYTHONPATH": str(ROOT),
             "RAY_ADDRESS": f"{NODE_ADDRESS}:{self.ray_port}",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard_port}",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "200",
         }
         fleet = {
-            "models": [{"id": "embed", **EMBED, "scaling": scaling()}],
+            "models": [
+                {"id": "embed", **EMBED, "scaling": scaling()},
+                {"id": "chat", **CHAT, "scaling": scaling()},
+            ],
             "engine_host": {"prebuilt": "off"},
         }
         (root / "fleet.yaml").write_text(yaml.safe_dump(fleet))
@@ -84,9 +92,16 @@ class ByHand:
 
 
 @pytest.fixture
-def by_hand(tmp_path: Path) -> Iterator[ByHand]:
+def collector() -> Iterator[OtlpReceiver]:
+    """Where the standard OTEL_* variables send traces and metrics."""
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path, collector: OtlpReceiver) -> Iterator[ByHand]:
     """The cluster, which ends with all that is marked as its own."""
-    cluster = ByHand(tmp_path)
+    cluster = ByHand(tmp_path, collector)
     try:
         cluster.start()
         yield cluster
@@ -96,8 +111,36 @@ def by_hand(tmp_path: Path) -> Iterator[ByHand]:
         shutil.rmtree(cluster.checkout.run_dir)
 
 
-def test_serve_run_and_serve_deploy(by_hand: ByHand) -> None:
-    """`serve run` with a fleet file; then `serve deploy` of a config file that names it."""
+def traces_one_request(relight: Relight, received: Received) -> None:
+    """The trace that the client began goes through the gateway, the wait and its phases, and vLLM."""
+    trace_id, client_span_id = secrets.token_hex(16), secrets.token_hex(8)
+    body = {"model": "chat", "prompt": "The capital of France is", "max_tokens": 4}
+    headers = {"traceparent": f"00-{trace_id}-{client_span_id}-01"}
+    assert relight.request("POST", "/v1/completions", body, headers).status == 200
+
+    def spans() -> dict[str, Span]:
+        return {s.name: s for s in list(received.spans) if s.trace_id == trace_id}
+
+    def whole() -> dict[str, Span] | None:
+        found = spans()
+        return found if {"POST /v1/completions", "relight.wait", "llm_request"} <= set(found) else None
+
+    found = until("the trace of one request", whole)
+    request, wait, engine = (found[n] for n in ("POST /v1/completions", "relight.wait", "llm_request"))
+    assert request.parent_id == client_span_id
+    assert wait.parent_id == request.span_id
+    phases = [s for s in found.values() if s.name.startswith("relight.cold_start.")]
+    assert {s.parent_id for s in phases} == {wait.span_id}
+    assert {"relight.cold_start.fork", "relight.cold_start.weights"} <= {s.name for s in phases}
+    assert engine.parent_id in {s.span_id for s in found.values()}
+    assert (request.resource["service.name"], request.attributes["gen_ai.request.model"]) == (
+        "relight",
+        "chat",
+    )
+
+
+def test_serve_run_and_serve_deploy(by_hand: ByHand, collector: OtlpReceiver) -> None:
+    """`serve run` with a fleet file, traced; then `serve deploy` of a config file that names it."""
     running = subprocess.Popen(
         [*SERVE, "run", "deployments.app:build", "fleet=fleet.yaml"],
         cwd=by_hand.root,
@@ -109,6 +152,7 @@ def test_serve_run_and_serve_deploy(by_hand: ByHand) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads yet
     )
     by_hand.serves()
+    traces_one_request(by_hand.relight, collector.received)
     (process,) = [p for p in processes.ours(by_hand.checkout.run_dir) if p.pid == running.pid]
     kill(process, signal.SIGINT)
     running.wait(60)
