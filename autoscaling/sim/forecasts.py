@@ -17,11 +17,12 @@ from autoscaling.forecast.schedule import CHANGED_ARRIVALS, CHANGED_SILENCES, SE
 from autoscaling.sim.queueing import Floats
 from autoscaling.traffic import LEVELS, Buckets, Traffic
 
-REFIT_S = 6 * 3600.0
+REFIT_S = 12 * 3600.0
 """How often a model is fitted anew to which something came, without having changed much. Live it is 15 minutes, on
 processors that wait anyway; what it changes in the forecasts is little."""
-EARLIEST_S = 300.0
-"""Between two fits of one model."""
+EARLIEST_S, EARLIEST_SHARE, LATEST_S = 300.0, 0.03, 3600.0
+"""Between two fits of a model that changed, and so much of the time for which it is known, but never longer than that.
+Live there is no such wait: fits have processes of their own there."""
 FRESH_S = 5.0
 """A forecast that nothing has come since is as good for so long: what it says of the time from then on is the same."""
 
@@ -107,6 +108,7 @@ class Recorder:
 @dataclass(slots=True)
 class _Turn:
     recorder: Recorder
+    since_s: float
     horizon_s: float
     due_s: float = math.inf
     fitted_s: float = -math.inf
@@ -129,7 +131,7 @@ class SimForecasts:
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
         """Forecast this model; nothing is known of it before `since_s`."""
         # From the full hour, so that every level of buckets begins with a whole one.
-        self._turns.setdefault(model, _Turn(Recorder(model, since_s // 3600 * 3600), horizon_s))
+        self._turns.setdefault(model, _Turn(Recorder(model, since_s // 3600 * 3600), since_s, horizon_s))
 
     def coming(self, model: str, times: Floats, work: Floats) -> None:
         """Nothing: what is to come is not known."""
@@ -157,7 +159,9 @@ class SimForecasts:
             return
         more = page.silences > CHANGED_SILENCES * fitted.known_silences
         much = page.arrivals > 20 and page.arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
-        wait_s = EARLIEST_S if more or much else self._refit_s
+        wait_s = self._refit_s
+        if more or much:
+            wait_s = min(LATEST_S, max(EARLIEST_S, EARLIEST_SHARE * (now_s - turn.since_s)))
         turn.due_s = min(turn.due_s, max(now_s + SETTLE_S, turn.fitted_s + wait_s))
 
     def next_s(self, model: str) -> float:

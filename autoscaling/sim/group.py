@@ -32,6 +32,7 @@ from autoscaling.sim.queueing import (
 )
 from autoscaling.sim.report import ModelReport, figures
 
+PATIENCE_S = 86400.0
 GRID = 1e-6
 """Share of a tick within which a moment counts as the tick."""
 
@@ -121,8 +122,8 @@ class Group:
 
     @property
     def answers(self) -> bool:
-        """The same, and something is still to happen."""
-        return self.unanswered and math.isfinite(self._next_s())
+        """The same, and something is still to happen within a day."""
+        return self.unanswered and self._next_s() < self._clock.now_s() + PATIENCE_S
 
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""

@@ -60,17 +60,11 @@ def test_what_a_model_gets_does_not_depend_on_the_others() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
-def test_pieces_change_nothing(policy: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_change_nothing(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = windows(300, cv=2.0)
-    whole = played(rows, policy=policy, scale=scale)
+    whole = played(rows, scale=scale)
     monkeypatch.setattr(replaying, "PIECE", 17)
-    in_pieces = played(rows, policy=policy, scale=scale)
-    if policy == "predictive":
-        # What the fleet has in common is pooled where pieces end.
-        assert in_pieces["total"]["requests"] == whole["total"]["requests"]
-    else:
-        assert in_pieces == whole
+    assert played(rows, scale=scale) == whole
 
 
 def test_a_piece_is_read_no_further_than_it_is_asked_for() -> None:
@@ -144,3 +138,14 @@ def test_models_that_are_never_asked_may_cost_all_the_same() -> None:
     figures = {each.model: each.figures for each in report.models}
     assert figures["b"].gpu_s == pytest.approx(report.until_s - report.measured_from_s, rel=1e-6)
     assert figures["b"].requests == 0
+
+
+def test_a_request_that_nothing_will_answer_ends_the_replay_and_is_told() -> None:
+    report = lab.run(lab.requests([10.0, 20.0]), lab.profile(deadline_s=1e12), max_replicas=0)
+    assert report.total.requests == 2
+    assert report.until_s - report.measured_from_s < 3600
+    assert any("never answered" in note for note in report.notes)
+    # With a deadline it is turned away.
+    report = lab.run(lab.requests([10.0, 20.0]), lab.profile(deadline_s=600.0), max_replicas=0)
+    assert report.total.rejected == 2
+    assert not report.notes
