@@ -8,7 +8,7 @@ Formats, told apart by their first line:
 * azure-functions: CSV `HashOwner,HashApp,HashFunction,Trigger,1,…,1440` (AzureFunctionsDataset2019, a day a file);
 * mooncake: JSON lines `{"timestamp": ms, "input_length", "output_length"}` (kvcache-ai/Mooncake).
 
-Times count from 0 or are Unix seconds. A name that ends in .gz is unpacked. Unknown columns are passed over.
+Times count from 0 or are Unix seconds. Gzip is unpacked. Unknown columns are passed over.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ class TraceError(ValueError):
 class Source(Protocol):
     """Requests that can be read again and again, each time from their beginning."""
 
-    bad: int
-    """Rows that the last reading skipped."""
+    @property
+    def bad(self) -> int:
+        """Rows that the last reading skipped."""
+        ...
 
     @property
     def name(self) -> str:
@@ -204,7 +206,9 @@ def _opened(path: Path) -> Iterator[TextIO]:
     # What is no UTF-8 makes its own line bad, not the whole file.
     how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
     try:
-        with gzip.open(path, "rt", **how) if path.suffix == ".gz" else path.open(**how) as file:  # type: ignore[call-overload]
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path, "rt", **how) if packed else path.open(**how) as file:  # type: ignore[call-overload]
             yield file
     except EOFError:
         raise TraceError(f"{path}: ends in the middle of its compressed data; is it cut off?") from None

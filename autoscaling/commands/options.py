@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ def _models(incomplete: str) -> list[str]:
     return [str(row["model"]) for row in found if str(row["model"]).startswith(incomplete)]
 
 
-def _policies(incomplete: str) -> list[tuple[str, str]]:
+def complete_policies(incomplete: str) -> list[tuple[str, str]]:
     from autoscaling.live.catalog import policies
 
     return [(name, info.summary) for name, info in policies().items() if name.startswith(incomplete)]
@@ -57,14 +58,21 @@ OptionalModel = Annotated[
     str | None, typer.Argument(help="The model, by its id; all if left out.", autocompletion=_models)
 ]
 PolicyOption = Annotated[
-    str | None, typer.Option("--policy", help="One of `relight policy list`.", autocompletion=_policies)
+    str | None,
+    typer.Option("--policy", help="One of `relight policy list`.", autocompletion=complete_policies),
 ]
 PolicyArgument = Annotated[
-    str, typer.Argument(help="One of `relight policy list`.", autocompletion=_policies)
+    str, typer.Argument(help="One of `relight policy list`.", autocompletion=complete_policies)
 ]
 Params = Annotated[
     list[str] | None,
     typer.Option("--param", help="A parameter of the policy: NAME=NUMBER. May be repeated."),
+]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="A policy file, as `relight tune --out` writes it; what else is given goes before it."
+    ),
 ]
 WaitCost = Annotated[
     float | None, typer.Option(help="GPU-seconds worth paying to spare one request one second of waiting.")
@@ -130,6 +138,22 @@ def params(given: list[str] | None) -> dict[str, float] | None:
         found[name.strip()] = number
         if not sign or not name.strip() or not math.isfinite(number):
             raise CommandError(f"--param: {text!r} is not NAME=NUMBER, like stable_s=30", WRONG)
+    return found
+
+
+def policy_file(path: Path | None) -> dict[str, Any]:
+    """What a policy file says, without the evidence for it. Raises CommandError."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"--file: {path} can't be read: {error.strerror}", WRONG) from None
+    except ValueError as error:
+        raise CommandError(f"--file: {path} is not JSON: {error}", WRONG) from None
+    if not isinstance(found, dict) or "policy" not in found:
+        raise CommandError(f"--file: {path} is no policy file: it must be an object with a policy", WRONG)
+    found.pop("evidence", None)
     return found
 
 

@@ -143,16 +143,19 @@ def set_policy(
     max_replicas: options.MaxReplicas = None,
     target: options.Target = None,
     priority: options.Priority = None,
+    file: options.PolicyFile = None,
     for_: options.For = None,
     until: options.Until = None,
     address: options.Address = None,
     as_json: options.Json = False,
 ) -> None:
     """Change how a model is scaled, at once and until it is undone (or --for, --until). Outlives redeploys."""
-    body = body_of(policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority)
+    body = options.policy_file(file) | body_of(
+        policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority
+    )
     if not body:
         raise CommandError(
-            "Nothing to set: give --policy, --param, --wait-cost or another of the values.", WRONG
+            "Nothing to set: give --policy, --param, --wait-cost, --file or another of the values.", WRONG
         )
     answer = Client(address).put(_path(model, everything), {**body, **options.spans(for_, until)})
     if as_json:

@@ -1,25 +1,22 @@
-"""What `simulate`, `compare`, `tune` and `trace` have in common: options, traces, fleets, progress."""
+"""What `simulate`, `compare`, `tune` and `trace` have in common: options, sources, progress, tables."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autoscaling.commands import options, times
-from autoscaling.commands.failures import WRONG, CommandError
+from autoscaling.commands.failures import FAILED, WRONG, CommandError
 
 if TYPE_CHECKING:
-    from autoscaling.core.types import Spec
-    from autoscaling.sim.compare import Base
-    from autoscaling.sim.profile import Profile
     from autoscaling.sim.report import Report
-    from autoscaling.traces import Trace
+    from autoscaling.traces import Source
 
 TraceFile = Annotated[
     Path | None, typer.Argument(metavar="TRACE", help="A trace or an access log; .gz is unpacked.")
@@ -51,6 +48,10 @@ MeasureFrom = Annotated[
         "--measure-from", help=f"Learn on what comes before, score what comes after: {times.DURATIONS}."
     ),
 ]
+Until = Annotated[
+    str | None,
+    typer.Option("--until", help=f"Leave out what comes so long after its beginning: {times.DURATIONS}."),
+]
 Seed = Annotated[int, typer.Option(help="The same seed draws the same traffic and starts.", min=0)]
 Scale = Annotated[
     float, typer.Option(help="Share of the requests that come; above 1, windows hold more.", min=1e-9)
@@ -62,7 +63,22 @@ ModelName = Annotated[
     str | None, typer.Option("--model", help="What requests are counted as where the format names no model.")
 ]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Pass over bad rows, and say how many.")]
-Gpu = Annotated[str | None, typer.Option(help="The GPU type whose price is reckoned with.")]
+Mapping = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", help="NAME=MODEL: what a path or name of a log (* and ? match) stands for. May be repeated."
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(help="The GPU type whose price is reckoned with (default: the fleet's own, else H100)."),
+]
+Prices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--price", help="TYPE=NUMBER: what a GPU of a type costs an hour. May be repeated; see --gpu."
+    ),
+]
 Out = Annotated[
     Path | None, typer.Option("--json", help="Write the report as JSON; - is the standard output.")
 ]
@@ -76,135 +92,36 @@ def settings(given: Sequence[str] | None) -> dict[str, float]:
         raise CommandError(error.message.replace("--param", "--set"), WRONG) from None
 
 
-def trace_of(
+def source_of(
     file: Path | None,
-    store: str | None,
+    store: str | None = None,
     *,
     window: str | None = None,
     model: str | None = None,
+    mapping: Sequence[str] | None = None,
     skip_bad: bool = False,
-) -> Trace | list[Any]:
-    """The trace, or the rows of a store. Raises CommandError."""
-    from autoscaling.traces import TraceError, open_trace
+) -> Source:
+    """Raises CommandError, ConfigError."""
+    from autoscaling.sources import StoredSource, open_source
 
     if (file is None) == (store is None):
         raise CommandError("Give either a TRACE or --from-store", WRONG)
-    if store is not None:
-        return _stored(store)
-    assert file is not None
-    try:
-        return open_trace(file, window_s=options.duration(window, "--window"), model=model, skip_bad=skip_bad)
-    except TraceError as error:
-        raise CommandError(str(error), WRONG) from None
+    window_s = options.duration(window, "--window")
+    with wrong():
+        if store is not None:
+            return StoredSource(store)
+        assert file is not None
+        return open_source(file, window_s=window_s, model=model, mapping=_pairs(mapping), skip_bad=skip_bad)
 
 
-def _stored(url: str) -> list[Any]:
-    """The whole history, in buckets of a minute, as windows."""
-    from autoscaling.live.clock import SystemClock
-    from autoscaling.live.store import Store
-    from autoscaling.traces import Row
-
-    clock = SystemClock()
-    store = Store.open(url, clock=clock)
-    now_s, rows = clock.now_s(), []
-    try:
-        for name in store.models_with_traffic():
-            for row in store.history(name, 0.0, now_s, 60.0):
-                count = int(row["arrivals"])
-                if count:
-                    rows.append(
-                        Row(
-                            row["start_s"],
-                            name,
-                            count,
-                            60.0,
-                            int(row["input_tokens"] / count),
-                            int(row["output_tokens"] / count),
-                            row["busy_s"] / count,
-                        )
-                    )
-    finally:
-        store.close()
-    if not rows:
-        raise CommandError(f"--from-store {url}: it holds no traffic", WRONG)
-    return sorted(rows)
-
-
-def base_of(
-    trace: Trace | list[Any],
-    fleet: Path | None,
-    profile: Path | None,
-    cold_start: str | None,
-    gpu: str | None,
-    *,
-    seed: int,
-    scale: float,
-    measure_from: str | None,
-    sample_s: float | None = None,
-) -> Base:
-    """All that does not differ between policies. Raises CommandError."""
-    from autoscaling.core.types import Spec
-    from autoscaling.sim.compare import Base
-    from autoscaling.sim.replay import Setup
-
-    specs, made = _fleet(fleet), _profile(profile, cold_start, gpu)
-    if fleet is not None:
-        from deployments.fleet import load_fleet
-
-        budget = load_fleet(fleet).controller.gpu_budget
-        if budget is not None and made.gpus is None:
-            made = replace(made, gpus=budget)
-    setup = Setup(
-        profile=made,
-        seed=seed,
-        scale=scale,
-        measure_from_s=options.duration(measure_from, "--measure-from") or 0.0,
-        sample_s=sample_s,
-    )
-    spec = Spec("", wait_cost=10.0, max_replicas=64, target_ongoing_requests=float(made.engine.concurrency))
-    if specs is None and (made.gpus is not None or made.parked_engines is not None):
-        # Models that share something are named before the replay.
-        specs = dict.fromkeys(sorted({row.model for row in _rows(trace)}), spec)
-        specs = {name: replace(each, model=name) for name, each in specs.items()}
-    return Base(trace=trace, setup=setup, specs=specs, spec=spec)
-
-
-def _rows(trace: Trace | list[Any]) -> Iterator[Any]:
-    from autoscaling.traces import Trace, TraceError
-
-    try:
-        yield from trace.rows() if isinstance(trace, Trace) else trace
-    except TraceError as error:
-        raise CommandError(str(error), WRONG) from None
-
-
-def _fleet(file: Path | None) -> dict[str, Spec] | None:
-    if file is None:
-        return None
-    from deployments.fleet import load_fleet
-    from deployments.scaling import scaling_spec
-
-    return {model.id: scaling_spec(model) for model in load_fleet(file).models}
-
-
-def _profile(file: Path | None, cold_start: str | None, gpu: str | None) -> Profile:
-    from autoscaling.sim.profile import GPU_PRICES_PER_H, Profile, ProfileError, load_profile
-
-    try:
-        made = Profile() if file is None else load_profile(file)
-    except ProfileError as error:
-        raise CommandError(str(error), WRONG) from None
-    if cold_start is not None:
-        made = made.two_states(options.duration(cold_start, "--cold-start") or 0.0)
-    if gpu is not None:
-        if gpu not in GPU_PRICES_PER_H:
-            raise CommandError(
-                f"--gpu: {gpu!r} is unknown; there are {', '.join(GPU_PRICES_PER_H)}, or set price_per_gpu_h in a "
-                "--profile",
-                WRONG,
-            )
-        made = replace(made, price_per_gpu_h=GPU_PRICES_PER_H[gpu])
-    return made
+def _pairs(mapping: Sequence[str] | None) -> list[tuple[str, str]]:
+    found = []
+    for text in mapping or ():
+        pattern, _, model = text.rpartition("=")
+        if not pattern or not model:
+            raise CommandError(f"--map: {text!r} is not NAME=MODEL, like '/v1/chat*=llama'", WRONG)
+        found.append((pattern, model))
+    return found
 
 
 @contextmanager
@@ -247,12 +164,37 @@ TABLE = {
 }
 
 
+def writable(path: Path | None, option: str) -> None:
+    """That a file can be written there is known before hours of work. Raises CommandError."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "a folder" if path.is_dir() else f"in no folder: there is no {path.parent}"
+        raise CommandError(f"{option}: {path} is {what}", WRONG)
+
+
+def write(path: Path, text: str) -> None:
+    """- is the standard output. Raises CommandError."""
+    if str(path) == "-":
+        typer.echo(text)
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CommandError(f"{path}: can't be written: {error.strerror}", FAILED) from None
+
+
+def write_json(path: Path, data: object) -> None:
+    """Raises CommandError."""
+    write(path, json.dumps(data, indent=2, allow_nan=False))
+
+
 def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
     """A row for each (label, Figures)."""
     wide_table(
         (first, "requests", *TABLE.values()),
         [
-            (label, f"{each.requests:,}", *(cell(getattr(each, name)) for name in TABLE))
+            (label, f"{each.requests:,}", *(cell(name, getattr(each, name)) for name in TABLE))
             for label, each in reports
         ],
     )
@@ -275,10 +217,13 @@ def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(shown)
 
 
-def cell(value: float) -> str:
-    """Whole numbers with their thousands, others with three digits."""
+def cell(name: str, value: float) -> str:
+    """Whole numbers with their thousands, shares in per cent, others with three digits."""
     if isinstance(value, float) and not math.isfinite(value):
         return "-"
+    if name == "slo_attainment":
+        # 100 % is said only of all of them.
+        return f"{math.floor(1000 * value) / 10:.1f} %"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -1,11 +1,10 @@
-"""`relight simulate`, `compare` and `tune`: policies on a trace, on a virtual clock."""
+"""`relight simulate` and `compare`: policies on a trace, on a virtual clock."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,15 +13,18 @@ from autoscaling.commands.failures import WRONG, CommandError
 
 if TYPE_CHECKING:
     from autoscaling.sim.compare import Variant
+    from autoscaling.sim.report import Report
 
 MOST_MODELS = 20
 SAMPLES = 400
 
 
 def register(app: typer.Typer) -> None:
+    from autoscaling.commands import tuning
+
     app.command("simulate")(simulate)
     app.command("compare")(compare)
-    app.command("tune")(tune)
+    tuning.register(app)
 
 
 def _policies(incomplete: str) -> list[str]:
@@ -30,6 +32,11 @@ def _policies(incomplete: str) -> list[str]:
     from autoscaling.sim.compare import EXTRA
 
     return [name for name in (*POLICIES, *EXTRA) if name.startswith(incomplete)]
+
+
+Schema = Annotated[
+    bool, typer.Option("--schema", help="Print the JSON schema of what --json writes, and do nothing else.")
+]
 
 
 def simulate(
@@ -43,9 +50,10 @@ def simulate(
             autocompletion=_policies,
         ),
     ] = None,
-    fleet: replaying.Fleet = None,
     set_: replaying.Settings = None,
+    fleet: replaying.Fleet = None,
     measure_from: replaying.MeasureFrom = None,
+    until: replaying.Until = None,
     seed: replaying.Seed = 0,
     out: replaying.Out = None,
     profile: replaying.ProfileFile = None,
@@ -53,43 +61,58 @@ def simulate(
     scale: replaying.Scale = 1.0,
     window: replaying.WindowLength = None,
     model: replaying.ModelName = None,
+    mapping: replaying.Mapping = None,
     skip_bad: replaying.SkipBad = False,
     from_store: replaying.FromStore = None,
     gpu: replaying.Gpu = None,
+    price: replaying.Prices = None,
+    schema: Schema = False,
 ) -> None:
     """Replay a trace under one policy: what it costs, and how long users wait. Nothing real is started.
 
     Example: relight simulate last-month.csv.gz --policy predictive --measure-from 10d
     """
+    from autoscaling.commands.setups import Given, base_of
     from autoscaling.sim import compare as sim
-    from autoscaling.sim.compare import Variant
+    from autoscaling.sim.schema import report_schema
 
-    rows = replaying.trace_of(trace, from_store, window=window, model=model, skip_bad=skip_bad)
-    base = replaying.base_of(
-        rows, fleet, profile, cold_start, gpu, seed=seed, scale=scale, measure_from=measure_from
+    if schema:
+        options.print_json(report_schema())
+        return
+    replaying.writable(out, "--json")
+    settings = replaying.settings(set_)
+    source = replaying.source_of(
+        trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad
     )
-    given = replaying.settings(set_)
+    given = Given(fleet, profile, cold_start, gpu, tuple(price or ()), seed, scale, measure_from, until)
     with replaying.wrong(), replaying.progress("simulating"):
+        base = base_of(source, given)
         if policy is None and base.specs is not None:
-            report = sim.as_given(base, given)
+            report = sim.as_given(base, settings)
         else:
-            report = sim.simulate(base, Variant(policy or "predictive", given))
+            report = sim.simulate(base, sim.Variant(policy or "predictive", settings))
     if out is not None:
-        _write(out, report.to_plain())
+        replaying.write_json(out, report.to_plain())
         if str(out) == "-":
             return
+    _show(report)
+
+
+def _show(report: Report) -> None:
     models = sorted(report.models, key=lambda each: -each.figures.total_cost_gpu_s)
-    rows_shown = [(each.model, each.figures) for each in models[:MOST_MODELS]] if len(models) > 1 else []
-    replaying.figures_table("model", [*rows_shown, ("all", report.total)])
+    rows = [(each.model, each.figures) for each in models[:MOST_MODELS]] if len(models) > 1 else []
+    replaying.figures_table("model", [*rows, ("all", report.total)])
     total = report.total
     output.say(
-        f"GPU-seconds: {total.busy_gpu_s:,.0f} busy, {total.idle_gpu_s:,.0f} idle, "
-        f"{total.starting_gpu_s:,.0f} starting, "
-        f"{total.parked_gpu_s:,.0f} for parked memory, {total.node_gpu_s:,.0f} for idle nodes. Waited in all: "
-        f"{total.waited_s:,.0f} s, {total.cold_waited_s:,.0f} of it for cold starts. Rejected: {total.rejected:,}. "
-        f"{report.took_s:.1f} s.",
+        f"{report.policy}. GPU-seconds: {total.busy_gpu_s:,.0f} busy, {total.idle_gpu_s:,.0f} idle, "
+        f"{total.starting_gpu_s:,.0f} starting, {total.parked_gpu_s:,.0f} for parked memory, "
+        f"{total.node_gpu_s:,.0f} for idle nodes. Waited in all: {total.waited_s:,.0f} s, "
+        f"{total.cold_waited_s:,.0f} s of it by {output.count(total.cold_requests, 'cold request')}. "
+        f"Rejected: {total.rejected:,}. Took {report.took_s:.1f} s.",
         style="dim",
     )
+    if report.policy == "best-fixed":
+        output.say(f"best-fixed is keep_alive_s = {report.keep_alive_s:g}.", style="dim")
     if len(models) > MOST_MODELS:
         output.say(f"The {MOST_MODELS} costliest of {len(models)} models; --json has all.", style="dim")
     replaying.said(report)
@@ -113,6 +136,7 @@ def compare(
     jobs: Annotated[int | None, typer.Option(help="Processes (default: one a core).", min=1)] = None,
     fleet: replaying.Fleet = None,
     measure_from: replaying.MeasureFrom = None,
+    until: replaying.Until = None,
     seed: replaying.Seed = 0,
     out: replaying.Out = None,
     profile: replaying.ProfileFile = None,
@@ -120,42 +144,51 @@ def compare(
     scale: replaying.Scale = 1.0,
     window: replaying.WindowLength = None,
     model: replaying.ModelName = None,
+    mapping: replaying.Mapping = None,
     skip_bad: replaying.SkipBad = False,
     from_store: replaying.FromStore = None,
     gpu: replaying.Gpu = None,
+    price: replaying.Prices = None,
+    schema: Schema = False,
 ) -> None:
     """Replay a trace under several policies, on equal terms and in parallel.
 
     Example: relight compare last-month.csv.gz --policies predictive,keep-alive --sweep keep_alive_s=30,60,300
     """
+    from autoscaling.commands.setups import Given, base_of
     from autoscaling.sim import compare as sim
+    from autoscaling.sim.schema import comparison_schema
     from autoscaling.sim.shape import describe
+    from autoscaling.traces import until as cut
 
-    rows = replaying.trace_of(trace, from_store, window=window, model=model, skip_bad=skip_bad)
-    base = replaying.base_of(
-        rows, fleet, profile, cold_start, gpu, seed=seed, scale=scale, measure_from=measure_from
-    )
+    if schema:
+        options.print_json(comparison_schema())
+        return
+    replaying.writable(out, "--json")
+    replaying.writable(report, "--report")
     variants = _variants(policies, sweep, replaying.settings(set_))
-    with replaying.wrong():
-        shape = None
+    source = replaying.source_of(
+        trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad
+    )
+    given = Given(fleet, profile, cold_start, gpu, tuple(price or ()), seed, scale, measure_from, until)
+    with replaying.wrong(), replaying.progress("simulating") as done:
+        base, shape = base_of(source, given), None
+        for variant in variants:
+            sim.check(variant)
         if report is not None:
-            shape = describe(sim.rows_of(base.trace), seed, scale)
+            shape = describe(cut(sim.rows_of(base.trace), base.setup.until_s), seed, scale)
             base = sim.sampled(base, max(60.0, (shape.ends_s - shape.begins_s) / SAMPLES))
-        with replaying.progress("simulating") as done:
-            reports = sim.compare(base, variants, processes=jobs, done=done)
-    found = [(variant.label, each) for variant, each in zip(variants, reports, strict=True)]
+        reports = sim.compare(base, variants, processes=jobs, done=done)
+    found = [(variant.label_of(each), each) for variant, each in zip(variants, reports, strict=True)]
     if report is not None and shape is not None:
         from autoscaling.sim.html import document
 
-        report.write_text(document(found, shape, f"Policies on {trace or from_store}"), encoding="utf-8")
+        replaying.write(report, document(found, shape, f"Policies on {source.name}"))
     if out is not None:
-        _write(out, [{"label": label, **each.to_plain()} for label, each in found])
+        replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])
         if str(out) == "-":
             return
     replaying.figures_table("policy", [(label, each.total) for label, each in found])
-    best = [each for label, each in found if each.policy == sim.BEST_FIXED]
-    for each in best:
-        output.say(f"best-fixed is keep_alive_s = {each.keep_alive_s:g}.", style="dim")
     output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
     if report is not None:
         output.say(f"Plots: {report}", style="dim")
@@ -177,90 +210,11 @@ def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise CommandError("--policies: name at least one", WRONG)
-    found = [variant for name in names for variant in swept(name, sweeps, given)]
+    found = [variant for name in dict.fromkeys(names) for variant in swept(name, sweeps, given)]
     unused = [name for name in sweeps if not any(name in variant.settings for variant in found)]
     if unused:
         raise CommandError(f"--sweep: none of {policies} has {unused[0]!r}", WRONG)
     return found
 
 
-def tune(
-    *,
-    trace: replaying.TraceFile = None,
-    learn_until: Annotated[
-        str,
-        typer.Option(
-            help="Search on the trace until then, score on the rest: a duration from its beginning."
-        ),
-    ],
-    policy: Annotated[
-        str, typer.Option("--policy", help="One of `relight policy list`.", autocompletion=_policies)
-    ] = "predictive",
-    objective: Annotated[
-        str, typer.Option(help="total_cost_gpu_s, gpu_s, waited_s or cold_starts: the less the better.")
-    ] = "total_cost_gpu_s",
-    least_slo: Annotated[
-        float | None,
-        typer.Option("--slo", help="At least this share of the requests must keep to the SLO.", min=0, max=1),
-    ] = None,
-    parameters: Annotated[
-        str | None, typer.Option(help="Which to search, with commas (default: all).")
-    ] = None,
-    trials: Annotated[int, typer.Option(help="How many settings to try.", min=1)] = 40,
-    write: Annotated[Path | None, typer.Option("--out", help="Write the policy file there.")] = None,
-    set_: replaying.Settings = None,
-    fleet: replaying.Fleet = None,
-    seed: replaying.Seed = 0,
-    profile: replaying.ProfileFile = None,
-    cold_start: replaying.ColdStart = None,
-    scale: replaying.Scale = 1.0,
-    window: replaying.WindowLength = None,
-    model: replaying.ModelName = None,
-    skip_bad: replaying.SkipBad = False,
-    from_store: replaying.FromStore = None,
-    gpu: replaying.Gpu = None,
-) -> None:
-    """Find a policy's parameters on the first part of a trace, and score them on the rest.
-
-    Example: relight tune last-month.csv.gz --learn-until 10d --policy keep-alive --out policy.json
-    """
-    from autoscaling.sim import tune as tuning
-
-    rows = replaying.trace_of(trace, from_store, window=window, model=model, skip_bad=skip_bad)
-    base = replaying.base_of(rows, fleet, profile, cold_start, gpu, seed=seed, scale=scale, measure_from=None)
-    until_s = options.duration(learn_until, "--learn-until")
-    assert until_s is not None
-    with replaying.wrong(), replaying.progress("tuning") as done:
-        tuned = tuning.tune(
-            base,
-            policy,
-            until_s,
-            measure=objective,
-            least_slo=least_slo,
-            trials=trials,
-            names=[name.strip() for name in parameters.split(",")] if parameters else None,
-            fixed=replaying.settings(set_),
-            done=done,
-        )
-    found = tuned.to_plain()
-    if write is not None:
-        write.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    replaying.figures_table(
-        "on the rest", [(tuned.variant.label, tuned.scored.total), ("defaults", tuned.scored_default.total)]
-    )
-    output.say(
-        f"{objective}: {100 * tuned.saving:+.1f} % saved on what was not learned from, 90 % interval "
-        f"{100 * tuned.saving_low:+.1f} to {100 * tuned.saving_high:+.1f} % over models."
-    )
-    if tuned.saving_low <= 0:
-        output.say("That is no more than chance may give: keep the defaults.", style="yellow")
-    elif write is None:
-        output.say(json.dumps(found, indent=2))
-
-
-def _write(path: Path, data: Any) -> None:
-    text = json.dumps(data, indent=2, allow_nan=False)
-    if str(path) == "-":
-        typer.echo(text)
-    else:
-        path.write_text(text + "\n", encoding="utf-8")
+__all__ = ["register"]

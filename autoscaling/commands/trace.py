@@ -13,7 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from autoscaling.commands import options, output, replaying, times
-from autoscaling.commands.failures import WRONG, CommandError
+from autoscaling.commands.failures import FAILED, WRONG, CommandError
 
 trace_app = typer.Typer(help="Look at, convert and make traces of requests.", no_args_is_help=True)
 MOST_MODELS = 30
@@ -33,18 +33,28 @@ def describe(
     seed: replaying.Seed = 0,
     scale: replaying.Scale = 1.0,
     window: replaying.WindowLength = None,
+    until: replaying.Until = None,
     model: replaying.ModelName = None,
+    mapping: replaying.Mapping = None,
     skip_bad: replaying.SkipBad = False,
     from_store: replaying.FromStore = None,
 ) -> None:
-    """Its shape: how bursty, how seasonal, how long models are idle, and how often they would have to wake."""
-    from autoscaling.sim.compare import rows_of
+    """Its shape: how bursty, how seasonal, how long models are idle, and how often they would have to wake.
+
+    Example: relight trace describe last-month.csv.gz
+    """
     from autoscaling.sim.shape import WAKES_AFTER_S
     from autoscaling.sim.shape import describe as shape_of
+    from autoscaling.traces import until as cut
 
-    rows = replaying.trace_of(trace, from_store, window=window, model=model, skip_bad=skip_bad)
-    with replaying.wrong():
-        shape = shape_of(rows_of(rows), seed, scale)
+    source = replaying.source_of(
+        trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad
+    )
+    until_s = options.duration(until, "--until")
+    with replaying.wrong(), replaying.progress("reading"):
+        shape = shape_of(cut(source.rows(), until_s), seed, scale)
+    if not shape.requests:
+        raise CommandError(f"{source.name}: it holds no requests", WRONG)
     if as_json:
         options.print_json(shape.to_plain())
         return
@@ -74,13 +84,18 @@ def describe(
         "of the day explains; wakes: requests after so long a silence.",
         style="dim",
     )
+    if source.bad:
+        output.say(f"{output.count(source.bad, 'bad row')} skipped.", style="yellow")
     if len(ranked) > MOST_MODELS:
         output.say(f"The {MOST_MODELS} busiest of them are shown; --json has all.", style="dim")
 
 
 @trace_app.command("convert")
 def convert(
-    trace: Annotated[Path, typer.Argument(help="A trace or an access log; .gz is unpacked.")],
+    trace: Annotated[
+        str,
+        typer.Argument(metavar="TRACE", help="A trace, an access log (.gz is unpacked) or a store's URL."),
+    ],
     out: Target,
     *,
     sort: Annotated[
@@ -93,19 +108,31 @@ def convert(
         ),
     ] = None,
     window: replaying.WindowLength = None,
+    until: replaying.Until = None,
     model: replaying.ModelName = None,
+    mapping: replaying.Mapping = None,
     skip_bad: replaying.SkipBad = False,
 ) -> None:
-    """Write any known format as CSV: timestamp_s,model,… or, of windows, minute,model,count,…"""
-    from autoscaling.traces import Trace
+    """Write any known format as CSV: timestamp_s,model,… or, of windows, minute,model,count,…
 
-    opened = replaying.trace_of(trace, None, window=window, model=model, skip_bad=skip_bad)
-    assert isinstance(opened, Trace)
+    Example: relight trace convert access.log.gz chat.csv --map '/v1/chat*=llama'
+    """
+    from autoscaling.sources import LogSource
+    from autoscaling.traces import Trace
+    from autoscaling.traces import until as cut
+
+    file, store = (None, trace) if "://" in trace else (Path(trace), None)
+    source = replaying.source_of(file, store, window=window, model=model, mapping=mapping, skip_bad=skip_bad)
     length_s = options.duration(per_window, "--per-window")
-    with replaying.wrong(), _written(out) as file:
-        rows: Iterable[Any] = sorted(opened.unordered()) if sort else opened.rows()
-        count = _write(rows if length_s is None else _windows(rows, length_s), file)
-    _told(f"{count:,} rows" + (f", {opened.bad:,} bad ones skipped" if opened.bad else ""))
+    until_s = options.duration(until, "--until")
+    replaying.writable(out, "OUT")
+    with replaying.wrong(), _written(out) as target, replaying.progress("converting"):
+        read = sorted(source.unordered()) if sort and isinstance(source, Trace | LogSource) else source.rows()
+        rows = cut(read, until_s)
+        count = _write(rows if length_s is None else _windows(rows, length_s), target)
+        if not count:
+            raise CommandError(f"{source.name}: it holds no requests", WRONG)
+    _told(f"{count:,} rows" + (f", {source.bad:,} bad ones skipped" if source.bad else ""))
 
 
 @trace_app.command("generate")
@@ -133,6 +160,7 @@ def generate(
     """
     from autoscaling.sim import generate as synthetic
 
+    replaying.writable(out, "--out")
     with replaying.wrong():
         made = [synthetic.stream(text) for text in streams]
         names = [each.model for each in made]
@@ -147,14 +175,25 @@ def generate(
 
 @contextmanager
 def _written(path: Path) -> Iterator[TextIO]:
+    """A file that is there as a whole or not at all."""
     if str(path) == "-":
         yield sys.stdout
-    elif path.suffix == ".gz":
-        with gzip.open(path, "wt", encoding="utf-8", newline="") as file:
+        return
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with _opened(part, packed=path.suffix == ".gz") as file:
             yield file
-    else:
-        with path.open("w", encoding="utf-8", newline="") as file:
-            yield file
+        part.replace(path)
+    except OSError as error:
+        raise CommandError(f"{path}: can't be written: {error.strerror or error}", FAILED) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _opened(path: Path, *, packed: bool) -> TextIO:
+    if packed:
+        return gzip.open(path, "wt", encoding="utf-8", newline="")
+    return path.open("w", encoding="utf-8", newline="")
 
 
 def _write(rows: Iterable[Any], file: TextIO) -> int:
@@ -186,7 +225,7 @@ def _short(value: float) -> str:
 
 def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
     """Rows added up by window and model; of what they tell, the means. Rows come in the order of time."""
-    from autoscaling.traces import Row
+    from autoscaling.traces import Row, TraceError
 
     begins_s, sums = float("-inf"), dict[str, list[float]]()
 
@@ -204,6 +243,10 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
         sums.clear()
 
     for row in rows:
+        if row.window_s > 0 and (row.window_s > length_s or length_s % row.window_s):
+            raise TraceError(
+                f"--per-window: windows of {row.window_s:g} s don't make up windows of {length_s:g} s"
+            )
         at_s = row.time_s // length_s * length_s
         if at_s != begins_s:
             yield from closed()

@@ -30,6 +30,7 @@ def validate(
     max_replicas: options.MaxReplicas = None,
     target: options.Target = None,
     priority: options.Priority = None,
+    file: options.PolicyFile = None,
     address: options.Address = None,
     as_json: options.Json = False,
 ) -> None:
@@ -40,7 +41,9 @@ def validate(
     """
     from autoscaling.commands.policy import body_of
 
-    body = body_of(policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority)
+    body = options.policy_file(file) | body_of(
+        policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority
+    )
     if Path(target_name).is_file():
         answer = _file(Path(target_name), body)
     elif target_name.endswith((".yaml", ".yml")):

@@ -53,6 +53,14 @@ class Variant:
         shown = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
         return self.name or (f"{self.policy} ({shown})" if shown else self.policy)
 
+    def label_of(self, report: Report) -> str:
+        """The same with what only its report tells: which keep-alive was the best."""
+        if self.policy == BEST_FIXED and not self.name:
+            return dataclasses.replace(
+                self, settings={**self.settings, "keep_alive_s": report.keep_alive_s}
+            ).label
+        return self.label
+
     def applied(self, spec: Spec) -> Spec:
         """The spec with what this variant sets."""
         policy = "predictive" if self.policy == ORACLE else self.policy
@@ -194,7 +202,7 @@ def _why_nothing(report: Report, base: Base) -> str:
         return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
     if base.setup.measure_from_s > 0:
         lasts_s = report.until_s - (report.measured_from_s - base.setup.measure_from_s)
-        return f"nothing comes {base.setup.measure_from_s:g} s after its beginning; it lasts {lasts_s:g} s"
+        return f"nothing comes {base.setup.measure_from_s:,.0f} s after its beginning; it lasts {lasts_s:,.0f} s"
     return f"no requests are left of it at a scale of {base.setup.scale:g}"
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.policies import POLICIES
-from autoscaling.sim.compare import SPEC_FIELDS, Base, SettingError, Variant, compare, simulate
+from autoscaling.sim.compare import SPEC_FIELDS, Base, SettingError, Variant, check, compare, rows_of, sampled
+from autoscaling.sim.evidence import Saving, saving_of
 from autoscaling.sim.report import Report
+from autoscaling.traces import until
 
-RESAMPLES = 2000
+if TYPE_CHECKING:
+    import optuna
+
 MEASURES: Mapping[str, str] = {
     "total_cost_gpu_s": "GPU-seconds, and wait_cost for each second of waiting",
     "gpu_s": "GPU-seconds; use it with a bound on what users see",
@@ -20,6 +24,19 @@ MEASURES: Mapping[str, str] = {
 }
 LOGARITHMIC = 20.0
 """A parameter whose bounds are so many times apart is searched by its logarithm."""
+BATCH = 4
+"""Settings that are tried at once, on however many cores, so that the same seed finds the same everywhere."""
+LEARNED = 2 / 3
+"""Of the trace, where it is not said how much."""
+LIVE_FIELDS = (
+    "wait_cost",
+    "keep_alive_s",
+    "min_replicas",
+    "max_replicas",
+    "target_ongoing_requests",
+    "priority",
+)
+"""Of SPEC_FIELDS, what a policy file may say."""
 
 
 @dataclass(frozen=True)
@@ -39,37 +56,76 @@ class Tuned:
     variant: Variant
     measure: str
     trials: int
+    learn_until_s: float
+    """Seconds from the trace's beginning; what comes later was not looked at in the search."""
     learned: float
-    """The measure on the part that was learned from, with the parameters found; with the defaults."""
+    """The measure on the part that was learned from, with the parameters found."""
     learned_default: float
+    """The same with the parameters as they were."""
     scored: Report
     """On the rest."""
     scored_default: Report
-    saving: float
-    """Share of the measure that is saved on the rest; negative if it is lost."""
-    saving_low: float
-    saving_high: float
-    """A 90 % interval, by resampling the models (Efron 1979: bootstrap); of one model, equal to the saving."""
+    found: Saving
 
-    def to_plain(self) -> dict[str, object]:
-        """The policy file: what `relight policy set` and a fleet's `scaling` take, and how sure it is."""
-        fields = {name: value for name, value in self.variant.settings.items() if name in SPEC_FIELDS}
-        params = {name: value for name, value in self.variant.settings.items() if name not in SPEC_FIELDS}
+    @property
+    def saving(self) -> float:
+        """Share of the measure that is saved on the rest; negative if it is lost."""
+        return self.found.share
+
+    @property
+    def saving_low(self) -> float:
+        """Lower end of the 90 % interval."""
+        return self.found.low
+
+    @property
+    def saving_high(self) -> float:
+        """Upper end of it."""
+        return self.found.high
+
+    @property
+    def resampled(self) -> str:
+        """Of what the interval is made, in words."""
+        return f"resampling {self.found.models} models and {self.found.spans} spans of time"
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it saves anything with 95 % confidence."""
+        return self.found.low > 0
+
+    def policy_file(self) -> dict[str, Any]:
+        """The policy: what `relight policy set --file` takes, and the fleet file under `scaling`."""
+        settings = self.variant.settings
+        fields = {name: settings[name] for name in LIVE_FIELDS if name in settings}
+        params = {name: value for name, value in settings.items() if name not in SPEC_FIELDS}
+        whole = ("min_replicas", "max_replicas", "priority")
         return {
             "policy": self.variant.policy,
             "params": params,
-            **fields,
+            **{name: int(value) if name in whole else value for name, value in fields.items()},
+        }
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same, with how sure it is. Whoever reads the policy passes over `evidence`."""
+        return {
+            **self.policy_file(),
             "evidence": {
                 "measure": self.measure,
                 "trials": self.trials,
+                "learn_until_s": self.learn_until_s,
                 "learned": self.learned,
                 "learned_default": self.learned_default,
                 "scored": getattr(self.scored.total, self.measure),
                 "scored_default": getattr(self.scored_default.total, self.measure),
-                "saving": self.saving,
-                "saving_90": [self.saving_low, self.saving_high],
+                "saving": self.found.share,
+                "saving_90": [self.found.low, self.found.high],
+                "resampled_models": self.found.models,
+                "resampled_spans": self.found.spans,
+                "is_sure": self.is_sure,
                 "slo_attainment": self.scored.total.slo_attainment,
+                "slo_attainment_default": self.scored_default.total.slo_attainment,
                 "trace": self.scored.trace,
+                "seed": self.scored.seed,
+                "settings": dict(self.variant.settings),
                 "scored_from_s": self.scored.measured_from_s,
                 "scored_until_s": self.scored.until_s,
             },
@@ -113,23 +169,28 @@ def _bounds(low: float, high: float, default: float | None) -> tuple[float, floa
 def tune(
     base: Base,
     policy: str,
-    learn_until_s: float,
+    learn_until_s: float | None = None,
     *,
     measure: str = "total_cost_gpu_s",
     least_slo: float | None = None,
     trials: int = 40,
     names: Sequence[str] | None = None,
     fixed: Mapping[str, float] | None = None,
+    processes: int | None = None,
     done: Callable[[int, int], None] | None = None,
 ) -> Tuned:
     """Search by tree-structured Parzen estimators (optuna's TPE; Bergstra et al. 2011, NeurIPS).
 
-    What is scored is never looked at: the search replays the trace only up to `learn_until_s`.
+    What is scored is never looked at: the search replays the trace only up to `learn_until_s`. There it counts what
+    comes after the setup's `measure_from_s`.
 
     Args:
-        learn_until_s: seconds from the trace's beginning.
+        learn_until_s: seconds from the trace's beginning; None: two thirds of it.
         least_slo: parameters count only if so large a share of the requests keeps to the SLO.
+        names: which parameters; None: all that the policy has.
         fixed: settings that stay as they are.
+        processes: None: as many as cores. What is found does not depend on it.
+        done: called with (how many settings, of how many) were tried.
 
     Raises:
         TraceError, SettingError.
@@ -138,72 +199,78 @@ def tune(
 
     if measure not in MEASURES:
         raise SettingError(f"objective {measure!r} is unknown; there are {', '.join(MEASURES)}")
-    searched = ranges(policy, names)
     kept = dict(fixed or {})
-    searched = [each for each in searched if each.name not in kept]
+    searched = [each for each in ranges(policy, names) if each.name not in kept]
     if not searched:
         raise SettingError(f"policy {policy} has no parameter to be tuned")
-    learn = replace(base, setup=replace(base.setup, measure_from_s=0.0, until_s=learn_until_s))
+    check(Variant(policy, kept))
+    if learn_until_s is None:
+        learn_until_s = LEARNED * _length_s(base)
+    learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=base.setup.seed))
-    worth: dict[int, float] = {}
-
-    def value(report: Report) -> float:
-        found = float(getattr(report.total, measure))
-        short = 0.0 if least_slo is None else max(0.0, least_slo - report.total.slo_attainment)
-        # Behind everything that keeps to the SLO, in the order of what is missing.
-        return found if short == 0.0 else 1e15 * (1 + short)
-
-    def attempt(trial: optuna.Trial) -> float:
-        settings = dict(kept)
-        for each in searched:
-            if each.whole:
-                settings[each.name] = float(trial.suggest_int(each.name, int(each.low), int(each.high)))
-            else:
-                log = each.low > 0 and each.high / each.low > LOGARITHMIC
-                settings[each.name] = trial.suggest_float(each.name, each.low, each.high, log=log)
-        worth[trial.number] = value(simulate(learn, Variant(policy, settings)))
+    sampler = optuna.samplers.TPESampler(seed=base.setup.seed, constant_liar=True)
+    study = optuna.create_study(sampler=sampler)
+    default = _worth(compare(learn, [Variant(policy, kept)])[0], measure, least_slo)
+    for first in range(0, trials, BATCH):
+        asked = [study.ask() for _ in range(min(BATCH, trials - first))]
+        variants = [Variant(policy, {**kept, **_suggested(trial, searched)}) for trial in asked]
+        for trial, report in zip(asked, compare(learn, variants, processes=processes), strict=True):
+            study.tell(trial, _worth(report, measure, least_slo))
         if done is not None:
-            done(trial.number + 1, trials)
-        return worth[trial.number]
-
-    default = value(simulate(learn, Variant(policy, kept)))
-    study.optimize(attempt, n_trials=trials)
-    best = Variant(policy, {**kept, **study.best_params})
-    if study.best_value >= default:
-        best = Variant(policy, kept)
-    score = replace(base, setup=replace(base.setup, measure_from_s=learn_until_s))
-    scored, scored_default = compare(score, [best, Variant(policy, kept)], processes=1)
-    saving, low, high = savings(scored, scored_default, measure, base.setup.seed)
+            done(first + len(asked), trials)
+    improved = study.best_value < default
+    best = Variant(policy, {**kept, **_short(study.best_params)} if improved else kept)
+    score = sampled(
+        replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)), _span_s(base, learn_until_s)
+    )
+    scored, scored_default = compare(score, [best, Variant(policy, kept)], processes=processes)
+    wait_costs = {each.model: best.applied(base.spec_of(each.model)).wait_cost for each in scored.models}
     return Tuned(
         variant=best,
         measure=measure,
         trials=trials,
+        learn_until_s=learn_until_s,
         learned=min(study.best_value, default),
         learned_default=default,
-        scored=scored,
-        scored_default=scored_default,
-        saving=saving,
-        saving_low=low,
-        saving_high=high,
+        scored=replace(scored, timeline={}),
+        scored_default=replace(scored_default, timeline={}),
+        found=saving_of(scored, scored_default, measure, wait_costs, base.setup.seed),
     )
 
 
-def savings(report: Report, other: Report, measure: str, seed: int = 0) -> tuple[float, float, float]:
-    """(share of `other`'s measure that `report` saves, and a 90 % interval by resampling models)."""
-    theirs = {each.model: getattr(each.figures, measure) for each in other.models}
-    pairs = np.asarray(
-        [(getattr(e.figures, measure), theirs.get(e.model, 0.0)) for e in report.models], np.float64
-    )
-    if not len(pairs) or pairs[:, 1].sum() == 0:
-        return 0.0, 0.0, 0.0
-    saving = 1 - pairs[:, 0].sum() / pairs[:, 1].sum()
-    random = np.random.default_rng(seed)
-    drawn = random.integers(len(pairs), size=(RESAMPLES, len(pairs)))
-    sums = pairs[drawn].sum(axis=1)
-    shares = 1 - sums[:, 0] / np.maximum(sums[:, 1], 1e-9)
-    low, high = np.quantile(shares, [0.05, 0.95])
-    return float(saving), float(low), float(high)
+def _suggested(trial: optuna.Trial, searched: Iterable[Range]) -> dict[str, float]:
+    found = {}
+    for each in searched:
+        if each.whole:
+            found[each.name] = float(trial.suggest_int(each.name, math.ceil(each.low), int(each.high)))
+        else:
+            log = each.low > 0 and each.high / each.low > LOGARITHMIC
+            found[each.name] = trial.suggest_float(each.name, each.low, each.high, log=log)
+    return _short(found)
 
 
-__all__ = ["MEASURES", "Range", "Tuned", "ranges", "savings", "tune"]
+def _short(settings: Mapping[str, float]) -> dict[str, float]:
+    """Four digits: what people can read, and what is replayed."""
+    return {name: float(f"{value:.4g}") for name, value in settings.items()}
+
+
+def _worth(report: Report, measure: str, least_slo: float | None) -> float:
+    short = 0.0 if least_slo is None else max(0.0, least_slo - report.total.slo_attainment)
+    # Behind everything that keeps to the SLO, in the order of what is missing.
+    return float(getattr(report.total, measure)) if short == 0.0 else 1e15 * (1 + short)
+
+
+def _length_s(base: Base) -> float:
+    first_s, last_s = math.inf, 0.0
+    for row in until(rows_of(base.trace), base.setup.until_s):
+        first_s, last_s = min(first_s, row.time_s), row.time_s + row.window_s
+    return max(0.0, last_s - first_s)
+
+
+def _span_s(base: Base, learn_until_s: float) -> float:
+    """By days, so that each has all its hours; by eighths of what is scored where that has fewer than four days."""
+    left_s = _length_s(base) - learn_until_s
+    return 86400.0 if left_s >= 4 * 86400 else max(60.0, left_s / 8)
+
+
+__all__ = ["LIVE_FIELDS", "MEASURES", "Range", "Tuned", "ranges", "tune"]

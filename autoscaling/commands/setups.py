@@ -1,0 +1,188 @@
+"""From options and a fleet file to what is replayed: specs, profile, prices, and the source's models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoscaling.commands import options
+from autoscaling.commands.failures import WRONG, CommandError
+
+if TYPE_CHECKING:
+    from autoscaling.core.types import Spec, Window
+    from autoscaling.sim.compare import Base
+    from autoscaling.sim.profile import Profile
+    from autoscaling.traces import Source
+    from deployments.fleet import Fleet, Model
+
+
+@dataclass(frozen=True)
+class Given:
+    """Options that say what is replayed, as they were given."""
+
+    fleet: Path | None = None
+    profile: Path | None = None
+    cold_start: str | None = None
+    gpu: str | None = None
+    prices: Sequence[str] = field(default_factory=tuple)
+    seed: int = 0
+    scale: float = 1.0
+    measure_from: str | None = None
+    until: str | None = None
+
+
+def base_of(source: Source, given: Given) -> Base:
+    """All that does not differ between policies. Raises CommandError, ConfigError, TraceError."""
+    from autoscaling.core.types import Spec
+    from autoscaling.sim.compare import Base
+    from autoscaling.sim.replay import Setup
+    from autoscaling.traces import until
+
+    prices = price_table(given.prices)
+    profile = _priced(_profile(given), given, prices)
+    fleet = None if given.fleet is None else _fleet(given.fleet)
+    if fleet is not None:
+        profile = _limited(profile, fleet)
+        source = _by_id(source, fleet)
+    setup = Setup(
+        profile=profile,
+        seed=given.seed,
+        scale=given.scale,
+        measure_from_s=options.duration(given.measure_from, "--measure-from") or 0.0,
+        until_s=options.duration(given.until, "--until"),
+    )
+    spec = Spec(
+        "", wait_cost=10.0, max_replicas=64, target_ongoing_requests=float(profile.engine.concurrency)
+    )
+    if fleet is not None:
+        specs: Mapping[str, Spec] | None = _specs(fleet, source, setup.until_s)
+        return Base(source, setup, specs, spec, _prices_by_model(fleet, given, prices))
+    if profile.gpus is not None or profile.parked_engines is not None:
+        # Models that share something are named before the replay.
+        names = sorted({row.model for row in until(source.rows(), setup.until_s)})
+        return Base(source, setup, {name: replace(spec, model=name) for name in names}, spec)
+    return Base(source, setup, None, spec)
+
+
+def price_table(given: Sequence[str]) -> dict[str, float]:
+    """The prices that Relight knows, with those that were given as TYPE=NUMBER. Raises CommandError."""
+    from autoscaling.sim.prices import GPU_PRICES_PER_H
+
+    table = dict(GPU_PRICES_PER_H)
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            price = float(value)
+        except ValueError:
+            price = -1.0
+        if not name or not 0 <= price < float("inf"):
+            raise CommandError(f"--price: {text!r} is not TYPE=NUMBER, like H100=2.5", WRONG)
+        table[name] = price
+    return table
+
+
+def _profile(given: Given) -> Profile:
+    from autoscaling.sim.profile import Profile, ProfileError, load_profile
+
+    try:
+        profile = Profile() if given.profile is None else load_profile(given.profile)
+    except ProfileError as error:
+        raise CommandError(str(error), WRONG) from None
+    if given.cold_start is None:
+        return profile
+    return profile.two_states(options.duration(given.cold_start, "--cold-start") or 0.0)
+
+
+def _priced(profile: Profile, given: Given, prices: Mapping[str, float]) -> Profile:
+    from autoscaling.sim.prices import price_of
+
+    if given.gpu is None:
+        if given.profile is None:
+            return replace(profile, price_per_gpu_h=prices["H100"])
+        return profile
+    price = price_of([given.gpu], prices)
+    if price is None:
+        raise CommandError(
+            f"--gpu: {given.gpu!r} has no price; there are {', '.join(prices)}. --price {given.gpu}=NUMBER sets one",
+            WRONG,
+        )
+    return replace(profile, price_per_gpu_h=price)
+
+
+def _prices_by_model(fleet: Fleet, given: Given, prices: Mapping[str, float]) -> dict[str, float]:
+    from autoscaling.sim.prices import price_of
+
+    if given.gpu is not None:
+        return {}
+    found = {model.id: price_of(_types(model), prices) for model in fleet.models}
+    return {name: price for name, price in found.items() if price is not None}
+
+
+def _types(model: Model) -> list[str]:
+    return model.resources.accelerator_types if model.resources.gpus else ["CPU"]
+
+
+def _fleet(file: Path) -> Fleet:
+    from deployments.fleet import load_fleet
+
+    return load_fleet(file)
+
+
+def _limited(profile: Profile, fleet: Fleet) -> Profile:
+    budget = fleet.controller.gpu_budget
+    return profile if budget is None or profile.gpus is not None else replace(profile, gpus=budget)
+
+
+def _by_id(source: Source, fleet: Fleet) -> Source:
+    from autoscaling.sources import Renamed
+
+    aliases = {alias: model.id for model in fleet.models for alias in model.aliases}
+    return Renamed(source, aliases) if aliases else source
+
+
+def _specs(fleet: Fleet, source: Source, until_s: float | None) -> dict[str, Spec]:
+    from deployments.scaling import scaling_spec
+
+    specs = {model.id: scaling_spec(model) for model in fleet.models}
+    if fleet.engine_host.park_memory_bytes == 0:
+        # Where no memory is set aside for it, nothing is parked.
+        specs = {name: replace(spec, park=False) for name, spec in specs.items()}
+    if not any(model.scaling.schedules for model in fleet.models):
+        return specs
+    begins_s, ends_s = _span(source, until_s)
+    for model in fleet.models:
+        windows = _windows(model, begins_s, ends_s)
+        specs[model.id] = replace(specs[model.id], windows=windows)
+    return specs
+
+
+def _span(source: Source, until_s: float | None) -> tuple[float, float]:
+    """Unix seconds of the first and the last row, as the replay places them."""
+    from autoscaling.sim.arrivals import ORIGIN_S, UNIX_S
+    from autoscaling.traces import until
+
+    first_s = last_s = 0.0
+    for count, row in enumerate(until(source.rows(), until_s)):
+        first_s = row.time_s if count == 0 else first_s
+        last_s = row.time_s + row.window_s
+    origin_s = 0.0 if first_s > UNIX_S else ORIGIN_S
+    return first_s + origin_s, last_s + origin_s
+
+
+def _windows(model: Model, begins_s: float, ends_s: float) -> tuple[Window, ...]:
+    from autoscaling.core.types import Rung, Window
+    from autoscaling.live.cron import Cron, spans
+
+    found = [
+        Window(start_s, end_s, schedule.replicas, Rung[schedule.rung.upper()], id=schedule.cron)
+        for schedule in model.scaling.schedules
+        for start_s, end_s in spans(
+            Cron(schedule.cron, schedule.duration_s, schedule.timezone), begins_s, ends_s
+        )
+    ]
+    return tuple(sorted(found, key=lambda window: window.start_s))
+
+
+__all__ = ["Given", "base_of", "price_table"]

@@ -1,0 +1,237 @@
+"""What can be replayed: traces, access logs, and the history in Relight's own store."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoscaling.traces import Row, Source, TraceError, open_trace
+
+if TYPE_CHECKING:
+    from autoscaling.live.importer.names import Names
+    from autoscaling.live.importer.sources import Log
+    from autoscaling.live.store import Store
+
+SHUFFLED_BY = 4096
+"""By how many lines a log may be out of order: a request is written when it ends."""
+CHUNK_S = 6 * 3600
+"""Of a store, so much is in memory at once."""
+STEP_S = 60.0
+"""The finest windows that are read from a store."""
+
+
+def open_source(
+    path: str | Path,
+    *,
+    window_s: float | None = None,
+    model: str | None = None,
+    mapping: Sequence[tuple[str, str]] = (),
+    skip_bad: bool = False,
+) -> Source:
+    """A trace, an access log (Common, Combined, Envoy's, nginx's) or JSON lines: its first line says which.
+
+    Args:
+        window_s: how long a trace's windows are, if neither its name nor its rows say so.
+        model: what requests are counted as where the file names no model; else the file's name.
+        mapping: of logs: (pattern with * and ?, model) for names and paths; what none matches is `model`, or left out
+            if that is None.
+        skip_bad: pass over bad rows, and count them.
+
+    Raises:
+        TraceError: for a file that can't be read or whose format is not known.
+        ConfigError: for a mapping that is none.
+    """
+    from autoscaling.live.importer.files import lines_of
+    from autoscaling.live.importer.formats import recognize
+    from autoscaling.live.importer.names import Names
+    from autoscaling.live.importer.sources import Log
+    from deployments.errors import ConfigError
+
+    path = Path(path)
+    try:
+        path.open("rb").close()
+        first = next(lines_of(path, "reading"), None)
+        format = None if first is None or first[1] is None else recognize(first[1], {})
+    except OSError as error:
+        raise TraceError(f"{path}: can't be read: {error.strerror}") from None
+    except ConfigError as error:
+        raise TraceError(error.message) from None
+    if format is None:
+        return open_trace(path, window_s=window_s, model=model, skip_bad=skip_bad)
+    if model is None and not mapping and not format.names_models:
+        model = path.name.split(".")[0]
+    names = Names(mapping, model)
+    return LogSource(Log(path, format), str(path), names, skip_bad=skip_bad)
+
+
+@dataclass(slots=True)
+class LogSource:
+    """An access log or JSON lines. Of an access log, POST requests that were served count."""
+
+    log: Log
+    name: str
+    names: Names
+    skip_bad: bool = False
+    bad: int = 0
+    left_out: int = 0
+    """Requests that no model stands for, of the last reading."""
+
+    def rows(self) -> Iterator[Row]:
+        """In the order of their times."""
+        before_s = -math.inf
+        for row in unshuffled(self.unordered()):
+            if row.time_s < before_s:
+                raise TraceError(
+                    f"{self.name}: a request of {row.model} is more than {SHUFFLED_BY} lines after its time; "
+                    "`relight trace convert --sort` puts them in order"
+                )
+            before_s = row.time_s
+            yield row
+
+    def unordered(self) -> Iterator[Row]:
+        """In the order of the file. Raises TraceError."""
+        from autoscaling.live.importer.sources import Broken
+        from deployments.errors import ConfigError
+
+        broken = Broken()
+        self.left_out = 0
+        reading = self.log.arrivals("reading", None, broken)
+        while True:
+            try:
+                arrival = next(reading, None)
+            except ConfigError as error:
+                raise TraceError(error.message) from None
+            self.bad = broken.count
+            if broken.count and not self.skip_bad:
+                raise TraceError(f"{self.name}: {broken.shown[0]}")
+            if arrival is None:
+                return
+            model = self.names.model_of(arrival.name, names_models=self.log.names_models)
+            if model is None or not arrival.count:
+                self.left_out += arrival.count
+                continue
+            each_in, each_out = (
+                round(tokens / arrival.count) for tokens in (arrival.input_tokens, arrival.output_tokens)
+            )
+            for _ in range(arrival.count):
+                yield Row(arrival.time_s, model, 1, 0.0, each_in, each_out, arrival.duration_s or 0.0)
+
+
+def unshuffled(rows: Iterator[Row]) -> Iterator[Row]:
+    """In the order of time, if none is more than SHUFFLED_BY places late."""
+    waiting: list[Row] = []
+    for row in rows:
+        if len(waiting) < SHUFFLED_BY:
+            heapq.heappush(waiting, row)
+        else:
+            yield heapq.heappushpop(waiting, row)
+    while waiting:
+        yield heapq.heappop(waiting)
+
+
+@dataclass(slots=True)
+class StoredSource:
+    """All traffic that a store knows, as windows: of a minute where it is that fine (two days), longer before."""
+
+    url: str
+    bad: int = 0
+    models: tuple[str, ...] = field(default=(), init=False)
+
+    def __post_init__(self) -> None:
+        """Raises TraceError for a store that is not there or knows no traffic; ConfigError for what is no URL."""
+        with self._opened() as store:
+            self.models = tuple(store.models_with_traffic())
+            error = store.health()["error"]
+        if error is not None:
+            raise TraceError(f"{self.name}: can't be read: {error}")
+        if not self.models:
+            raise TraceError(f"{self.name}: it holds no traffic")
+
+    @property
+    def name(self) -> str:
+        """The URL, without its password."""
+        from sqlalchemy.engine import make_url
+        from sqlalchemy.exc import ArgumentError
+
+        try:
+            return make_url(self.url).render_as_string(hide_password=True)
+        except ArgumentError:
+            return self.url
+
+    @contextmanager
+    def _opened(self) -> Iterator[Store]:
+        from autoscaling.live.clock import SystemClock
+        from autoscaling.live.store import Store
+
+        kind, _, path = self.url.partition(":///")
+        # SQLite would make a new one.
+        if kind.startswith("sqlite") and not Path(path.partition("?")[0]).is_file():
+            raise TraceError(f"{self.url}: there is no such file")
+        store = Store.open(self.url, clock=SystemClock())
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def rows(self) -> Iterator[Row]:
+        """In the order of their times."""
+        from autoscaling.live.clock import SystemClock
+
+        now_s = SystemClock().now_s()
+        with self._opened() as store:
+            begins_s = min(
+                level.start_s for name in self.models for level in store.traffic(name, now_s).levels
+            )
+            at_s = begins_s // CHUNK_S * CHUNK_S
+            while at_s < now_s:
+                found: list[Row] = []
+                for name in self.models:
+                    found += _windows(name, store.history(name, at_s, at_s + CHUNK_S, STEP_S))
+                yield from sorted(found)
+                at_s += CHUNK_S
+
+
+def _windows(model: str, steps: Sequence[Mapping[str, float]]) -> Iterator[Row]:
+    arrivals = sum(step["arrivals"] for step in steps)
+    if not arrivals:
+        return
+    # A long request is in progress in windows after its own, so no window knows how long its requests took.
+    exec_s = sum(step["busy_s"] for step in steps) / arrivals
+    for step in steps:
+        count = int(step["arrivals"])
+        if count:
+            each_in, each_out = round(step["input_tokens"] / count), round(step["output_tokens"] / count)
+            yield Row(step["start_s"], model, count, step["step_s"], each_in, each_out, exec_s)
+
+
+@dataclass(slots=True)
+class Renamed:
+    """The same requests under other names."""
+
+    source: Source
+    names: Mapping[str, str]
+    """Of those that are called otherwise."""
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self.source.name
+
+    @property
+    def bad(self) -> int:
+        """The source's."""
+        return self.source.bad
+
+    def rows(self) -> Iterator[Row]:
+        """In the order of their times."""
+        for row in self.source.rows():
+            renamed = self.names.get(row.model)
+            yield row if renamed is None else row._replace(model=renamed)
+
+
+__all__ = ["LogSource", "Renamed", "StoredSource", "open_source"]
