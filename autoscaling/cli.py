@@ -17,6 +17,7 @@ from autoscaling.commands import (
     forecast,
     history,
     mode,
+    nodes,
     policy,
     prewarm,
     record,
@@ -41,7 +42,7 @@ fleet_app = typer.Typer(help="Check and describe fleet files.", no_args_is_help=
 status.register(app)
 cluster.register(app)
 app.add_typer(fleet_app, name="fleet")
-for command in (policy, prewarm, schedule, forecast, history, record, accounts, mode, simulate, trace):
+for command in (policy, prewarm, schedule, forecast, history, record, accounts, mode, nodes, simulate, trace):
     command.register(app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]

@@ -1,0 +1,59 @@
+"""From the text of a file to its documents, and which kind each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal
+
+import yaml
+
+from deployments.errors import ConfigError
+
+Kind = Literal["ray", "rayservice", "raycluster", "serve", "fleet", "cloudformation"]
+
+
+class _Loader(yaml.SafeLoader):
+    """As Ray reads (YAML 1.1), but a key that stands twice in a mapping is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def documents(text: str, where: str) -> list[Any]:
+    """The documents of a YAML file that are not empty. Raises ConfigError."""
+    try:
+        found = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"{where}: {at}{reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    if not found:
+        raise ConfigError(f"{where}: is empty")
+    return found
+
+
+def kind_of(document: Any) -> Kind | None:
+    """None for what nobody here reads."""
+    if not isinstance(document, Mapping):
+        return None
+    if str(document.get("apiVersion", "")).startswith("ray.io/"):
+        kind = str(document.get("kind", "")).lower()
+        return kind if kind in ("rayservice", "raycluster") else None  # type: ignore[return-value]
+    if "AWSTemplateFormatVersion" in document:
+        return "cloudformation"
+    if "models" in document:
+        return "fleet"
+    if "applications" in document:
+        return "serve"
+    return "ray" if "provider" in document or "available_node_types" in document else None
