@@ -1,0 +1,58 @@
+"""Is the default policy the best? All of them on traces of real systems, learned on the first part, scored on the rest.
+
+Three questions, each with its own bars: models that are mostly idle (sparse), the same with engines that can be parked
+in host memory (ladder), and models that never are (dense). Nothing is tuned on the part that is scored, but for the
+baselines, which get the best of their sweeps there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import clusters, policies_dense, policies_ladder, policies_sparse
+from bench.clusters import say
+
+PARTS = ("sparse", "ladder", "dense")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--traces", type=Path, default=Path("../shared/traces"), help="default: ../shared/traces"
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
+    names = ",".join(policies_sparse.CASES)
+    parser.add_argument("--sparse-traces", default=names, help=f"default: {names}")
+    parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise clusters.BenchError(f"--parts: unknown {sorted(unknown)}; there are {', '.join(PARTS)}")
+    wanted = options.sparse_traces.split(",")
+    if unknown := set(wanted) - set(policies_sparse.CASES):
+        names = ", ".join(policies_sparse.CASES)
+        raise clusters.BenchError(f"--sparse-traces: unknown {sorted(unknown)}; there are {names}")
+    result: dict[str, Any] = {}
+    for part, module in (("sparse", policies_sparse), ("ladder", policies_ladder)):
+        if part in parts:
+            say(part)
+            result[part] = module.measure(options.traces, wanted, options.processes)
+    if "dense" in parts:
+        say("dense")
+        own = argparse.ArgumentParser()
+        policies_dense.arguments(own)
+        dense = own.parse_args([])
+        dense.traces = options.traces
+        if options.processes is not None:
+            dense.processes = options.processes
+        result["dense"] = policies_dense.measure(dense)
+    return result
+
+
+def text(result: Mapping[str, Any]) -> str:
+    shown = {"sparse": policies_sparse.text, "ladder": policies_ladder.text, "dense": policies_dense.text}
+    return "\n\n".join(f"== {part} ==\n{shown[part](result[part])}" for part in PARTS if part in result)
