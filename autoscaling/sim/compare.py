@@ -46,11 +46,14 @@ class Variant:
     settings: Mapping[str, float] = field(default_factory=dict)
     """Parameters of the policy, and fields of specs."""
     name: str = ""
+    unsaid: frozenset[str] = frozenset()
+    """Settings that its label leaves out, since all share them."""
 
     @property
     def label(self) -> str:
         """As people see it."""
-        shown = ", ".join(f"{name}={value:g}" for name, value in self.settings.items())
+        said = {name: value for name, value in self.settings.items() if name not in self.unsaid}
+        shown = ", ".join(f"{name}={value:g}" for name, value in said.items())
         return self.name or (f"{self.policy} ({shown})" if shown else self.policy)
 
     def label_of(self, report: Report) -> str:
@@ -202,7 +205,9 @@ def _why_nothing(report: Report, base: Base) -> str:
         return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
     if base.setup.measure_from_s > 0:
         lasts_s = report.until_s - (report.measured_from_s - base.setup.measure_from_s)
-        return f"nothing comes {base.setup.measure_from_s:,.0f} s after its beginning; it lasts {lasts_s:,.0f} s"
+        return (
+            f"nothing comes {base.setup.measure_from_s:,.0f} s after its beginning; it lasts {lasts_s:,.0f} s"
+        )
     return f"no requests are left of it at a scale of {base.setup.scale:g}"
 
 
@@ -282,7 +287,7 @@ def swept(policy: str, sweeps: Mapping[str, Sequence[float]], settings: Mapping[
     for name, values in sweeps.items():
         if name in known or (name in SPEC_FIELDS and (name != "keep_alive_s" or policy in _KEEPS)):
             variants = [{**each, name: value} for each in variants for value in values]
-    return [Variant(policy, each) for each in variants]
+    return [Variant(policy, each, unsaid=frozenset(settings) - frozenset(sweeps)) for each in variants]
 
 
 _KEEPS = ("keep-alive", "reactive")

@@ -137,13 +137,15 @@ class Group:
         while True:
             next_s = self._next_s()
             tick_s = max(self._grid(next_s), self._clock.now_s() + self._tick_s)
+            # Before what is measured is set to zero, or the sums would be of another span.
+            next_s = tick_s if self._measured else min(tick_s, self._measure_s)
+            if self._sampled_s < min(next_s, until_s):
+                self._sample(self._sampled_s)
+                continue
             if not self._measured and tick_s >= self._measure_s:
                 if self._measure_s > until_s:
                     return
                 self._measure()
-                continue
-            if self._sampled_s < min(tick_s, until_s):
-                self._sample(self._sampled_s)
                 continue
             if tick_s > until_s or (tick_s == until_s and not inclusive):
                 return
