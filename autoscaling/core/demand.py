@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
 
 from autoscaling.core.types import Demand
 
@@ -41,17 +44,40 @@ def expected(demand: Demand | None, quantile: float, now_s: float, ahead_s: floa
     return Expected(most, min(leaves_s, enters_s))
 
 
+def service_s(demand: Demand, now_s: float) -> float | None:
+    """How long a request is expected to hold its place, by Little's law from the medians; None if they don't say."""
+    rows = zip(demand.rate_per_s, demand.concurrency, strict=False)
+    at = max(0, math.floor((now_s - demand.made_s) / demand.step_s + SNAP))
+    for rates, busy in list(rows)[at : at + 1]:
+        rate, load = at_quantile(demand.quantiles, rates, 0.5), at_quantile(demand.quantiles, busy, 0.5)
+        if rate is not None and load is not None and rate > 0 and load > 0:
+            return load / rate
+    return None
+
+
 def at_quantile(quantiles: Sequence[float], row: Sequence[float], wanted: float) -> float | None:
-    """Between two quantiles a straight line, beyond the outer ones their values."""
-    if len(row) != len(quantiles) or not row or not math.isfinite(sum(row)):
+    """Between two quantiles, and above the highest, as if normally distributed there; below the lowest its value."""
+    count = len(quantiles)
+    if len(row) != count or not row or not math.isfinite(sum(row)):
         return None
-    if wanted <= quantiles[0]:
+    if wanted <= quantiles[0] or count == 1:
         return row[0]
-    for i in range(1, len(row)):
-        if wanted <= quantiles[i]:
-            share = (wanted - quantiles[i - 1]) / (quantiles[i] - quantiles[i - 1])
-            return row[i - 1] + share * (row[i] - row[i - 1])
-    return row[-1]
+    places = _places(tuple(quantiles))
+    place = _place(wanted)
+    i = min(bisect.bisect_left(quantiles, wanted), count - 1)
+    share = (place - places[i - 1]) / (places[i] - places[i - 1])
+    return row[i - 1] + share * (row[i] - row[i - 1])
 
 
-__all__ = ["Expected", "at_quantile", "expected"]
+@lru_cache(maxsize=64)
+def _places(quantiles: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(_place, quantiles))
+
+
+@lru_cache(maxsize=256)
+def _place(quantile: float) -> float:
+    """In standard deviations from the mean of a normal distribution."""
+    return NormalDist().inv_cdf(min(max(quantile, 1e-9), 1 - 1e-9))
+
+
+__all__ = ["Expected", "at_quantile", "expected", "service_s"]

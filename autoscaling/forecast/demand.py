@@ -1,4 +1,4 @@
-"""How much comes in the next steps: a seasonal profile, scaled by the recent rate, with conformal quantiles."""
+"""Which demand forecaster a model gets: a rolling backtest over seasonal profiles and weights of the recent rates."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from itertools import pairwise
 
 import numpy as np
 
-from autoscaling.core.types import Demand, Forecast
 from autoscaling.forecast import profile as profiles
 from autoscaling.forecast.base import NotApplicable
-from autoscaling.forecast.conformal import QUANTILES, Residuals, calibrate, interval_coverage, pinball
-from autoscaling.forecast.history import TAUS_S, Floats, History, Recent
+from autoscaling.forecast.conformal import QUANTILES, calibrate, interval_coverage, pinball
+from autoscaling.forecast.demand_model import (
+    AHEAD,
+    STEP_S,
+    TAUS,
+    FittedDemand,
+    Model,
+    Swing,
+    demand_of,
+    factors,
+    log_ratios,
+    spread,
+    steps_of,
+)
+from autoscaling.forecast.history import TAUS_S, Floats, History
 from autoscaling.forecast.profile import Profile, decayed_sums
-from autoscaling.forecast.service_time import NORMAL
 
-STEP_S = 60.0
-AHEAD = (1, 2, 3, 5, 8, 13, 21, 34, 60)
-"""Steps ahead at which the errors are measured; between them the quantiles are interpolated."""
 POWERS = (0.0, 0.5, 1.0)
 MAX_STEPS = 2880
 MIN_STEPS = 60
 FOLDS = 3
-MAX_RATIO = 100.0
 STRETCH = (0.9, 2.5)
+WORTH = 5.0
+"""Arrivals a step from which on it is worth learning a weight for each of the recent rates."""
+NEWTON_STEPS = 3
+RIDGE = 2.0
 
 Kind = Callable[[History], Profile]
 CHEAP: Mapping[str, Kind] = {
     "level": profiles.flat,
     "hourly": profiles.hourly,
     "daily": profiles.daily,
+    "daily-hourly": profiles.daily_hourly,
     "weekly": profiles.weekly,
 }
 """Seasonal parts that cost milliseconds."""
 PAYS = 1.02
 """One that costs more must be better by this factor."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """mean(t) = profile(t) * (recent rate / the profile's own recent mean) ** power, a count of one smoothing both."""
-
-    profile: Profile
-    tau: int
-    """Index into TAUS_S: over how long the recent rate is taken."""
-    power: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,79 +60,6 @@ class DemandScore:
     width: float
     """Median width of that band, in arrivals a step."""
     steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class FittedDemand:
-    name: str
-    model: Model
-    step_s: float
-    ahead: Floats
-    dispersion: float
-    residuals: Residuals
-    known_since_s: float
-    service_s: float | None
-    smoothed: Profile
-
-    def counts(self, now_s: float, recent: Recent, steps: int) -> Floats:
-        """Quantiles of the arrivals in each step as a continuous variable (the count plus a uniform one in ±1/2, which
-        makes the quantiles of counts exact: Machado and Santos Silva 2005, JASA 100): shape (steps, len(QUANTILES))."""
-        tau_s = TAUS_S[self.model.tau]
-        rate = recent.rates_at(now_s)[self.model.tau]
-        rate /= -np.expm1(-max(now_s - self.known_since_s, self.step_s) / tau_s)
-        expected = float(self.smoothed.at(np.asarray([now_s]))[0])
-        ratio = min(max((rate * tau_s + 1) / (expected * tau_s + 1), 1 / MAX_RATIO), MAX_RATIO)
-        ahead = np.arange(1, steps + 1)
-        middle = now_s + (ahead - 0.5) * self.step_s
-        season = self.model.profile.at(np.concatenate([middle, now_s + (self.ahead - 0.5) * self.step_s]))
-        means = season * self.step_s * ratio**self.model.power
-        errors = self.residuals.of(means[steps:])
-        if steps > 1 or len(self.ahead) > 1:
-            place = np.clip(np.interp(ahead, self.ahead, np.arange(len(self.ahead))), 0, None)
-            low = np.floor(place).astype(int)
-            high = np.minimum(low + 1, len(self.ahead) - 1)
-            part = (place - low)[:, None]
-            errors = (1 - part) * errors[low] + part * errors[high]
-        mean = means[:steps, None]
-        return np.asarray(mean + errors * spread(mean, self.dispersion))
-
-    def forecast(self, now_s: float, recent: Recent | None, horizon_s: float | None = None) -> Forecast:
-        if recent is None or self.service_s is None:
-            return Forecast(now_s, self.name)
-        steps = len(AHEAD) if horizon_s is None else steps_of(horizon_s, self.step_s)
-        counts = self.counts(now_s, recent, steps)
-        return Forecast(now_s, self.name, demand=demand_of(now_s, self.step_s, counts, self.service_s))
-
-
-def steps_of(horizon_s: float, step_s: float) -> int:
-    """Enough to see a prewarm's lead time and as much again; at least five."""
-    return int(np.clip(np.ceil(2 * horizon_s / step_s), 5, AHEAD[-1]))
-
-
-def spread(mean: Floats, dispersion: float) -> Floats:
-    """The standard deviation of a negative binomial count, plus what rounding adds."""
-    return np.asarray(np.sqrt(mean + dispersion * mean**2 + 1 / 12))
-
-
-def demand_of(now_s: float, step_s: float, counts: Floats, service_s: float) -> Demand:
-    """Whole counts become rates; with the mean service time they become requests in progress (Little's law).
-
-    At an instant, M/G/inf holds a Poisson number around that: the two spreads are added as those of independent
-    variables are, quantile by quantile.
-    """
-    whole = np.maximum(np.ceil(counts - 0.5), 0.0)
-    rates = np.maximum.accumulate(whole, axis=1) / step_s
-    busy = np.maximum(counts, 0.0) / step_s * service_s
-    middle = busy[:, QUANTILES.index(0.5)][:, None]
-    off = np.sqrt((busy - middle) ** 2 + NORMAL**2 * middle)
-    concurrency = np.maximum.accumulate(np.maximum(middle + np.sign(NORMAL) * off, 0.0), axis=1)
-    return Demand(
-        now_s,
-        step_s,
-        QUANTILES,
-        tuple(map(tuple, rates.tolist())),
-        tuple(map(tuple, concurrency.tolist())),
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,17 +77,6 @@ class _Series:
     ends_s: Floats
     counts: Floats
     rates: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """What a backtest forecasts."""
-
-    actual: Floats
-    """actual[t, h]: what came in the step `ahead[h]` after step t, blurred by a uniform ±1/2; NaN if not known yet."""
-    ahead: Floats
-    edges: Floats
-    """Steps at which it learns anew; it begins with the first."""
 
 
 def series_of(history: History) -> _Series:
@@ -189,6 +107,53 @@ def recent_rates(counts: Floats, step_s: float) -> Floats:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What a backtest forecasts."""
+
+    actual: Floats
+    """actual[t, h]: what came in the step `ahead[h]` after step t, blurred by a uniform ±1/2; NaN if not known yet."""
+    ahead: Floats
+    edges: Floats
+    """Steps at which it learns anew; it begins with the first."""
+
+    @property
+    def judged(self) -> Floats:
+        return self.actual[int(self.edges[0]) :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What a profile makes of some steps: `ratios` has shape (n, len(TAUS_S)), `season` (n, horizons)."""
+
+    ratios: Floats
+    season: Floats
+
+    @staticmethod
+    def of(profile: Profile, series: _Series, ahead: Floats, steps: slice) -> _Rows:
+        now_s = series.ends_s[steps]
+        expected = np.stack([profile.smoothed(tau_s).at(now_s) for tau_s in TAUS_S], axis=1)
+        times_s = now_s[:, None] + (ahead[None, :] - 0.5) * series.step_s
+        return _Rows(
+            log_ratios(series.rates[:, steps].T, expected), np.asarray(profile.at(times_s) * series.step_s)
+        )
+
+    def means(self, weights: Floats) -> Floats:
+        return np.asarray(self.season * factors(self.ratios, weights))
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """How a model did in the rolling backtest: rows of all folds, one after the other."""
+
+    model: Model
+    means: Floats
+    ratios: Floats
+    score: DemandScore
+    dispersion: float
+    stretch: float
+
+
 def choose(
     history: History,
     horizon_s: float,
@@ -196,7 +161,11 @@ def choose(
     kinds: Mapping[str, Kind] = CHEAP,
 ) -> DemandChoice:
     """A rolling backtest over the last half of the series, for each kind of profile, each time learned only from what
-    was known; the lowest pinball loss wins. Raises NotApplicable where the history is too short for any."""
+    was known; the lowest pinball loss wins. Raises NotApplicable where the history is too short for any.
+
+    Each kind is tried with a single recent rate; the best one then also with a weight for every recent rate and
+    horizon.
+    """
     series = series_of(history)
     n = len(series.counts)
     steps = steps_of(horizon_s, series.step_s)
@@ -207,14 +176,13 @@ def choose(
     target = _Target(actual, ahead, edges)
     scores: dict[str, DemandScore] = {}
     failures: dict[str, str] = {}
-    found: dict[str, tuple[Floats, float, float, Model]] = {}
+    found: dict[str, tuple[_Tried, list[Profile]]] = {}
     pasts = [history.before(float(series.ends_s[edge - 1])) for edge in edges[:-1]]
     for name, kind in kinds.items():
         try:
             learned = [kind(past) for past in pasts]
-            model, means = _best_model(kind(history), learned, series, target)
-            scores[name], dispersion, stretch = _score(means, actual[edges[0] :], edges - edges[0])
-            found[name] = (means, dispersion, stretch, model)
+            tried = _with_one_rate(kind(history), learned, series, target)
+            scores[name], found[name] = tried.score, (tried, learned)
         except NotApplicable as reason:
             failures[name] = str(reason)
         except Exception as error:  # noqa: BLE001 - one that fails must not take the others with it; it is told
@@ -222,22 +190,34 @@ def choose(
     if not found:
         raise NotApplicable(f"no demand forecaster could be fitted: {failures}")
     best = min(found, key=lambda name: scores[name].pinball * (1.0 if name in CHEAP else PAYS))
-    means, dispersion, stretch, model = found[best]
-    known = ~np.isnan(actual[edges[0] :]).any(axis=1)
-    means, errors = means[known], actual[edges[0] :][known]
-    errors = (errors - means) / spread(means, dispersion)
-    fitted = FittedDemand(
-        name=best,
-        model=model,
+    tried, learned = found[best]
+    if series.counts.mean() >= WORTH:
+        regressed = _with_every_rate(tried, learned, series, target)
+        if regressed.score.pinball < tried.score.pinball:
+            tried, scores[best] = regressed, regressed.score
+    return DemandChoice(_fitted(best, tried, series, target, history.since_s, service_s), scores, failures)
+
+
+def _fitted(  # noqa: PLR0917 - what `choose` has found
+    name: str, tried: _Tried, series: _Series, target: _Target, since_s: float, service_s: float | None
+) -> FittedDemand:
+    known = ~np.isnan(target.judged).any(axis=1)
+    means, ratios = tried.means[known], tried.ratios[known]
+    errors = (target.judged[known] - means) / spread(means, tried.dispersion)
+    swing = _swing(errors, ratios, series.step_s)
+    errors = errors / swing.of(ratios)[:, None]
+    return FittedDemand(
+        name=name,
+        model=tried.model,
         step_s=series.step_s,
-        ahead=ahead,
-        dispersion=dispersion,
-        residuals=calibrate(errors, means, half_life=len(means) / 2).stretched(stretch),
-        known_since_s=history.since_s,
+        ahead=target.ahead,
+        dispersion=tried.dispersion,
+        residuals=calibrate(errors, means, half_life=len(means) / 2).stretched(tried.stretch),
+        swing=swing,
+        known_since_s=since_s,
         service_s=service_s,
-        smoothed=model.profile.smoothed(TAUS_S[model.tau]),
+        smoothed=tuple(tried.model.profile.smoothed(tau_s) for tau_s in TAUS_S),
     )
-    return DemandChoice(fitted, scores, failures)
 
 
 def _ahead(counts: Floats, ahead: Floats) -> Floats:
@@ -246,68 +226,102 @@ def _ahead(counts: Floats, ahead: Floats) -> Floats:
     return np.asarray(padded[np.arange(len(counts))[:, None] + ahead[None, :].astype(int)])
 
 
-def _best_model(
-    full: Profile, learned: list[Profile], series: _Series, target: _Target
-) -> tuple[Model, Floats]:
-    """The recent rate's time constant and power by Poisson deviance; with the means of the rolling backtest."""
-    edges, ahead = target.edges, target.ahead
-    begin = int(edges[0])
-    usable = [i for i, tau in enumerate(TAUS_S) if tau >= series.step_s / 2]
-    best: tuple[float, Model, Floats] | None = None
-    seen = np.maximum(np.round(target.actual[begin:]), 0.0)
-    folds = [(profile, slice(lo, hi)) for profile, (lo, hi) in zip(learned, pairwise(edges), strict=True)]
-    season = np.concatenate(
-        [_season(profile, series.ends_s[fold], ahead, series.step_s) for profile, fold in folds]
-    )
-    for tau in usable:
-        tau_s = TAUS_S[tau]
-        expected = np.concatenate(
-            [profile.smoothed(tau_s).at(series.ends_s[fold]) for profile, fold in folds]
-        )
-        ratio = _ratio(series.rates[tau, begin:], expected, tau_s)
+def _first_usable(step_s: float) -> int:
+    """Index of the shortest of TAUS_S that steps so long can tell."""
+    return next(i for i, tau_s in enumerate(TAUS_S) if tau_s >= step_s / 2)
+
+
+def _with_one_rate(full: Profile, learned: list[Profile], series: _Series, target: _Target) -> _Tried:
+    """The recent rate's time constant and power by Poisson deviance."""
+    rows = [
+        _Rows.of(profile, series, target.ahead, slice(lo, hi))
+        for profile, (lo, hi) in zip(learned, pairwise(target.edges), strict=True)
+    ]
+    season = np.concatenate([each.season for each in rows])
+    ratios = np.concatenate([each.ratios for each in rows])
+    seen = np.maximum(np.round(target.judged), 0.0)
+    first = _first_usable(series.step_s)
+    best: tuple[float, int, float, Floats] | None = None
+    for tau in range(first, len(TAUS_S)):
         for power in POWERS:
-            if power == 0 and tau != usable[0]:
+            if power == 0 and tau != first:
                 continue
-            means = season * ratio[:, None] ** power
+            means = season * np.exp(ratios[:, tau] * power)[:, None]
             loss = float(np.nanmean(means - seen * np.log(np.maximum(means, 1e-9))))
             if best is None or loss < best[0]:
-                best = (loss, Model(full, tau, power), means)
+                best = (loss, tau, power, means)
     assert best is not None
-    return best[1], best[2]
+    _, tau, power, means = best
+    weights = np.zeros((len(target.ahead), len(TAUS_S) + 1))
+    weights[:, tau] = power
+    return _tried(Model(full, weights), means, ratios, series, target)
 
 
-def _season(profile: Profile, now_s: Floats, ahead: Floats, step_s: float) -> Floats:
-    """Arrivals in the steps that begin at now_s + (ahead - 1) * step_s: shape (len(now_s), len(ahead))."""
-    return np.asarray(profile.at(now_s[:, None] + (ahead[None, :] - 0.5) * step_s) * step_s)
+def _with_every_rate(tried: _Tried, learned: list[Profile], series: _Series, target: _Target) -> _Tried:
+    """A weight for each recent rate and horizon, for each fold from what was known before it."""
+    means, ratios = [], []
+    for profile, (lo, hi) in zip(learned, pairwise(target.edges), strict=True):
+        rows = _Rows.of(profile, series, target.ahead, slice(0, hi))
+        known = target.actual[:lo].copy()
+        for h, ahead in enumerate(target.ahead):
+            known[lo - int(ahead) :, h] = np.nan
+        before = _Rows(rows.ratios[:lo], rows.season[:lo])
+        weights = _weights(before, known, tried, series.step_s)
+        now = _Rows(rows.ratios[lo:], rows.season[lo:])
+        means.append(now.means(weights))
+        ratios.append(now.ratios)
+    whole = _Rows.of(tried.model.profile, series, target.ahead, slice(None))
+    model = Model(tried.model.profile, _weights(whole, target.actual, tried, series.step_s))
+    return _tried(model, np.concatenate(means), np.concatenate(ratios), series, target)
 
 
-def _ratio(rate: Floats, expected: Floats, tau_s: float) -> Floats:
-    return np.asarray(np.clip((rate * tau_s + 1) / (expected * tau_s + 1), 1 / MAX_RATIO, MAX_RATIO))
+def _weights(rows: _Rows, actual: Floats, tried: _Tried, step_s: float) -> Floats:
+    """Of a negative binomial regression with a log link, by Newton's steps from the single rate's weights, towards
+    which a ridge shrinks them (Hilbe 2011, Negative Binomial Regression). Shape (horizons, len(TAUS_S) + 1)."""
+    first = _first_usable(step_s)
+    inputs = np.concatenate([rows.ratios[:, first:], np.ones((len(rows.ratios), 1))], axis=1)
+    found = tried.model.weights.copy()
+    for h in range(actual.shape[1]):
+        known = ~np.isnan(actual[:, h])
+        if known.sum() < MIN_STEPS:
+            continue
+        x, season, y = inputs[known], rows.season[known, h], actual[known, h]
+        start = found[h, first:].copy()
+        weights = start.copy()
+        for _ in range(NEWTON_STEPS):
+            mean = season * np.exp(np.clip(x @ weights, -3.0, 3.0))
+            narrow = 1.0 + tried.dispersion * mean
+            worth = mean / narrow
+            ridge = RIDGE * float(worth.mean())
+            slope = x.T @ ((y - mean) / narrow) - ridge * (weights - start)
+            bend = (x * worth[:, None]).T @ x + ridge * np.eye(len(weights))
+            weights = weights + np.linalg.solve(bend, slope)
+        if np.isfinite(weights).all():
+            found[h, first:] = weights
+    return found
 
 
-def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, float, float]:
+def _tried(model: Model, means: Floats, ratios: Floats, series: _Series, target: _Target) -> _Tried:
     """Calibrated on the folds before, scored on each next one; with the dispersion over all of them, and the factor by
     which the bands would have had to be wider."""
+    actual = target.judged
     losses, covered, widths, steps = [], [], [], 0
     stretches: list[Floats] = []
-    for lo, hi in pairwise(edges[1:]):
+    for lo, hi in pairwise(target.edges[1:] - target.edges[0]):
         dispersion = _dispersion(means[:lo], actual[:lo])
-        past = ~np.isnan(actual[:lo]).any(axis=1)
-        errors = (actual[:lo][past] - means[:lo][past]) / spread(means[:lo][past], dispersion)
         # What was not over yet when the fold began was not known.
-        reach = 1 + int(np.isnan(actual).any(axis=1).sum())
-        residuals = calibrate(
-            errors[: len(errors) - reach or None],
-            means[:lo][past][: len(errors) - reach or None],
-            len(errors) / 2,
-        )
+        past = slice(0, max(1, lo - int(target.ahead[-1])))
+        errors = (actual[past] - means[past]) / spread(means[past], dispersion)
+        swing = _swing(errors, ratios[past], series.step_s)
+        residuals = calibrate(errors / swing.of(ratios[past])[:, None], means[past], len(errors) / 2)
         now = ~np.isnan(actual[lo:hi]).any(axis=1)
         mean, seen = means[lo:hi][now], actual[lo:hi][now]
         if not len(mean):
             continue
         group = np.searchsorted(residuals.edges, mean, side="right")
         picked = residuals.table[np.arange(mean.shape[1])[None, :], group]
-        quantiles = mean[..., None] + picked * spread(mean, dispersion)[..., None]
+        wide = spread(mean, dispersion) * swing.of(ratios[lo:hi][now])[:, None]
+        quantiles = mean[..., None] + picked * wide[..., None]
         stretches.append(_stretch(seen, quantiles))
         losses.append(pinball(seen, quantiles))
         covered.append(interval_coverage(seen, quantiles))
@@ -316,8 +330,19 @@ def _score(means: Floats, actual: Floats, edges: Floats) -> tuple[DemandScore, f
     if not losses:
         raise NotApplicable("the series is too short to be scored")
     score = DemandScore(float(np.mean(losses)), float(np.mean(covered)), float(np.mean(widths)), steps)
-    stretch = np.quantile(np.concatenate(stretches), 0.9)
-    return score, _dispersion(means, actual), float(np.clip(stretch, *STRETCH))
+    stretch = float(np.clip(np.quantile(np.concatenate(stretches), 0.9), *STRETCH))
+    return _Tried(model, means, ratios, score, _dispersion(means, actual), stretch)
+
+
+def _swing(errors: Floats, ratios: Floats, step_s: float) -> Swing:
+    """By least squares of the absolute errors, their mean being 1. Errors have shape (n, horizons)."""
+    first = _first_usable(step_s)
+    size = np.abs(errors).mean(axis=1)
+    apart = Swing(first).apart(ratios)
+    away = apart - apart.mean()
+    mean = max(float(size.mean()), 1e-12)
+    slope = max(0.0, float((away * size).sum()) / max(float((away**2).sum()), 1e-12)) / mean
+    return Swing(first, 1.0 - slope * float(apart.mean()), slope)
 
 
 def _stretch(actual: Floats, quantiles: Floats) -> Floats:
@@ -333,3 +358,22 @@ def _dispersion(means: Floats, actual: Floats) -> float:
     mean, seen = means[known], actual[known]
     excess = ((seen - mean) ** 2 - mean).sum() / max((mean**2).sum(), 1e-12)
     return float(np.clip(excess, 0.0, 50.0))
+
+
+__all__ = [
+    "AHEAD",
+    "CHEAP",
+    "STEP_S",
+    "TAUS",
+    "DemandChoice",
+    "DemandScore",
+    "FittedDemand",
+    "Kind",
+    "Model",
+    "choose",
+    "demand_of",
+    "recent_rates",
+    "series_of",
+    "spread",
+    "steps_of",
+]

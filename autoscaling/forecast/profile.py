@@ -81,6 +81,26 @@ def daily(history: History) -> Profile:
     return _periodic(history, 300.0, DAY_S, smooth_s=900.0)
 
 
+def daily_hourly(history: History) -> Profile:
+    """By time of day, times minute of the hour: what jobs on the hour add to what people do."""
+    base = daily(history)
+    level = history.level(60.0)
+    if level is None or level.step_s > 60 or level.end_s - level.start_s < DAY_S:
+        raise NotApplicable("less than a day is known to the minute")
+    last = int(history.now_s // level.step_s)
+    first = max(int(level.start_s // level.step_s) + 1, last - int(2 * DAY_S // level.step_s))
+    minutes = np.arange(first, last)
+    expected = np.bincount(minutes % 60, base.at((minutes + 0.5) * level.step_s) * level.step_s, 60)
+    keep = (level.index >= first) & (level.index < last)
+    seen = np.bincount(level.index[keep] % 60, level.arrivals[keep], 60)
+    strength = float(expected.mean()) / 24
+    factor = (seen + strength) / (expected + strength)
+    middle_s = (np.arange(1440) + 0.5) * 60.0
+    return Profile(
+        60.0, np.maximum(base.at(middle_s) * np.tile(factor / factor.mean(), 24), 1e-9), 0.0, DAY_S
+    )
+
+
 def weekly(history: History) -> Profile:
     if history.now_s - history.since_s < 2 * WEEK_S:
         raise NotApplicable("less than two weeks are known")

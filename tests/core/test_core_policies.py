@@ -131,11 +131,12 @@ def test_predictive_prepares_for_the_demand_of_a_start_ahead() -> None:
     """In a minute 30 requests at once, 45 at the 0.9 quantile: from TEMPLATE a start takes 5 s."""
     foreseen = Forecast(T0, "dense", demand=demand(5, 30, 5, 5, 5))
     observation = lit(in_flight=5)
-    state, decision = decide(spec(), State(), observation, foreseen)
+    asked = spec(params={"demand_quantile": 0.9})
+    state, decision = decide(asked, State(), observation, foreseen)
     assert (decision.replicas, decision.reason) == (1, Reason.DEMAND)
     for _ in range(10):
         now_s = decision.until_s
-        state, decision = decide(spec(), state, later(observation, now_s), foreseen)
+        state, decision = decide(asked, state, later(observation, now_s), foreseen)
         if decision.replicas != 1:
             break
     assert now_s == pytest.approx(T0 + 55, abs=0.01)
@@ -144,14 +145,49 @@ def test_predictive_prepares_for_the_demand_of_a_start_ahead() -> None:
     assert median.replicas == 3
 
 
-def test_predictive_does_not_go_down_before_a_forecast_peak() -> None:
+def test_predictive_goes_down_only_if_it_could_be_back_before_a_forecast_peak() -> None:
+    """The peak is at T0 + 120, and a start takes 5 s."""
     observation = lit(replicas=3, in_flight=5)
     soon = Forecast(T0, "dense", demand=demand(5, 5, 20, 5, 5, 5, 5, step_s=60))
     state, _ = decide(spec(), State(), observation, None)
-    _, alone = decide(spec(), state, later(observation, T0 + 61), None)
-    _, foreseen = decide(spec(), state, later(observation, T0 + 61), soon)
+    _, alone = decide(spec(), state, later(observation, T0 + 116), None)
+    _, early = decide(spec(), state, later(observation, T0 + 114), soon)
+    _, late = decide(spec(), state, later(observation, T0 + 116), soon)
     assert alone.replicas == 1
-    assert foreseen.replicas == 3
+    assert early.replicas == 1
+    assert late.replicas is not None and late.replicas >= 3
+
+
+def test_predictive_prepares_for_the_quantile_that_waiting_is_worth() -> None:
+    """A replica holds 10: at a wait_cost of 0.2 too many half of the time is right, at 1 a tenth of it."""
+    foreseen = Forecast(T0, "dense", demand=demand(28, 28, 28))
+    observation = lit(replicas=1, in_flight=9)
+    found = [
+        decide(spec(wait_cost=cost), State(), observation, foreseen)[1].replicas
+        for cost in (0.0, 0.2, 1.0, 10.0)
+    ]
+    assert found[:3] == [3, 3, 5]  # 28 at the median, 42 at 0.9
+    assert found[3] is not None and found[3] > 5
+
+
+def test_predictive_starts_nothing_for_requests_that_will_be_through_before() -> None:
+    """12 in a replica for 10; 5 are expected, each for a second, and a start takes 5 s."""
+    crowded = lit(in_flight=10, queued=2)
+    calm = Forecast(T0, "dense", demand=demand(5, 5, 5, spread=0.1))
+    busy = Forecast(T0, "dense", demand=demand(9.9, 9.9, 9.9, spread=0.0))
+    assert first(spec(), crowded) == (2, Reason.PANIC)
+    _, soon_gone = decide(spec(), State(), crowded, calm)
+    _, stays = decide(spec(), State(), crowded, busy)
+    assert (soon_gone.replicas, stays.replicas) == (1, 2)
+    # So many more can't be chance, whatever is forecast.
+    _, jumped = decide(spec(), State(), lit(in_flight=10, queued=30), calm)
+    assert jumped.replicas == 3
+
+
+@pytest.mark.parametrize("working", [1, 2, 3])
+def test_predictive_keeps_no_second_replica_for_one_request_at_a_time(working: int) -> None:
+    cluster = Cluster(spec(target_ongoing_requests=1.0), ready=working + 1, target=working + 1)
+    assert cluster.run(120, working)[-1].replicas == working
 
 
 def test_predictive_forgets_replicas_that_a_gone_window_kept() -> None:

@@ -44,7 +44,7 @@ def test_the_daily_rise_is_seen_before_it_comes() -> None:
     now_s = START_S + 14 * DAY_S + 5 * 3600
     times = np.concatenate([times, daily(1.0, 15)[daily(1.0, 15) >= START_S + 14 * DAY_S]])
     found = fitted(times[times < now_s], now_s, horizon_s=1800.0)
-    assert found.demand is not None and found.demand.name in {"daily", "weekly"}
+    assert found.demand is not None and found.demand.name in {"daily", "daily-hourly", "weekly"}
     shown = found.forecast(now_s).demand
     assert shown is not None
     assert shown.rate_per_s[-1][MEDIAN] > 1.3 * shown.rate_per_s[0][MEDIAN]
@@ -54,9 +54,8 @@ def test_a_sudden_load_raises_the_forecast_at_once() -> None:
     found = fitted(poisson(0.2, 3), START_S + 3 * DAY_S)
     now_s = START_S + 3 * DAY_S
     assert found.demand is not None
-    tau_s = TAUS_S[found.demand.model.tau]
     calm = Recent(now_s, (now_s,) * 15, (0.2,) * len(TAUS_S), now_s)
-    loud = Recent(now_s, (now_s,) * 15, (0.2 + 2.0 * 300 / tau_s,) * len(TAUS_S), now_s)
+    loud = Recent(now_s, (now_s,) * 15, tuple(0.2 + 2.0 * 300 / tau_s for tau_s in TAUS_S), now_s)
     assert (
         found.demand.counts(now_s, loud, 5)[0, MEDIAN] > found.demand.counts(now_s, calm, 5)[0, MEDIAN] * 1.02
     )

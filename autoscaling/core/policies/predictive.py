@@ -5,18 +5,42 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from autoscaling.core.demand import expected
+from autoscaling.core.demand import expected, service_s
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
 from autoscaling.core.policies.idle import BURST, KEEP_ALIVE_BOUND, Idle, idle
+from autoscaling.core.seen import Seen, charge
 from autoscaling.core.series import Series, ceil, peak, peak_until_s, push_peak
-from autoscaling.core.types import Reason
+from autoscaling.core.types import Demand, Reason, Rung
 
-STABLE = Param("stable_s", 60, 0, 86400, "s", "How long one replica fewer must have sufficed before it goes.")
-PANIC = Param("panic_s", 6, 0, 3600, "s", "For how long a jump in demand is called panic.")
-HEADROOM = Param("headroom", 0.8, 0.1, 1, "share", "How full the remaining replicas may be for one to go.")
-QUANTILE = Param(
-    "demand_quantile", 0.9, 0.01, 0.999, "share", "Which quantile of the forecast demand is prepared for."
+STABLE = Param(
+    "stable_s",
+    None,
+    0,
+    86400,
+    "s",
+    "How long one replica fewer must have sufficed before it goes; default: what a start takes, at least a minute.",
 )
+PANIC = Param("panic_s", 6, 0, 3600, "s", "For how long a jump in demand is called panic.")
+HEADROOM = Param(
+    "headroom",
+    0.8,
+    0.1,
+    1,
+    "share",
+    "How full the remaining replicas may be for one to go, where no forecast says how much will come.",
+)
+QUANTILE = Param(
+    "demand_quantile",
+    None,
+    0.01,
+    0.9999,
+    "share",
+    "Which quantile of the forecast demand is prepared for; default: from wait_cost.",
+)
+STABLE_S = 60.0
+QUANTILE_BOUNDS = (0.5, 0.999)
+SURE = 2.0
+"""Standard deviations of a Poisson number by which more requests than fit are more than chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +58,23 @@ class _Need:
 
 
 class Predictive:
-    """Up at once to what the requests in progress need, and to a quantile of what is forecast within a start's time.
+    """Up to a quantile of what is forecast for when a start would be ready, and to what the requests in progress need.
 
-    Down when what is left would for `stable_s` have been no fuller than `headroom` of its capacity, and is forecast to
-    stay so. Between the two bounds the replicas stay what they are, which is the only hysteresis. Idle, the last
-    replica is a matter of expected cost (`core.warmth`).
+    The quantile is a newsvendor's: one more replica costs its price a second, and spares as many requests as it holds
+    their waiting whenever there are too many, so that its price / (wait_cost * capacity) is the chance of too many that
+    is worth leaving. Requests that wait now but will be through before a start is ready need none.
+
+    Down when nothing within a start's time is forecast to need the replica, and nothing has for `stable_s`: by default
+    as long as a start takes, which is then no more than twice what knowing the future would cost. Without a forecast,
+    when what is left would have been no fuller than `headroom`. Between the two bounds the replicas stay what they are,
+    which is the only hysteresis. Idle, the last replica is a matter of expected cost (`core.warmth`).
     """
 
     name = "predictive"
     source = (
         "Relight: expected cost over a forecast (Puterman 1994, chapter 4), without one the lower envelope of Irani et "
-        "al. (ACM TECS 2003, 2-competitive); stabilization window as in Kubernetes' HPA, panic as in Knative's KPA"
+        "al. (ACM TECS 2003, 2-competitive); under load the newsvendor's quantile (Arrow, Harris, Marschak 1951), "
+        "stabilization window as in Kubernetes' HPA, panic as in Knative's KPA"
     )
     params = (STABLE, PANIC, HEADROOM, QUANTILE, BURST, KEEP_ALIVE_BOUND)
 
@@ -119,25 +149,54 @@ class Predictive:
 
     def _need(self, context: Context) -> _Need:
         seen = context.seen
-        now_s, full = seen.now_s, seen.per_replica
-        stable_s = context.param(STABLE)
-        roomy = full * context.param(HEADROOM)
-        need, fitting = ceil(seen.load / full), ceil(seen.load / roomy)
+        now_s, full, lead_s = seen.now_s, seen.per_replica, seen.lead_s
+        stable_s = context.param(STABLE, max(STABLE_S, lead_s))
+        need = ceil(seen.load / full)
+        # A replica that holds few requests can't be a little less than full.
+        fitting = ceil(seen.load / max(full * context.param(HEADROOM), min(full, 1.0)))
+        ahead, keep = 0, 0
+        foreseen_s = math.inf
+        demand = context.forecast.demand if context.forecast is not None else None
+        quantile = context.param(QUANTILE, newsvendor(context))
+        soon = expected(demand, quantile, now_s, lead_s)
+        then = expected(demand, quantile, now_s + lead_s, 0.0)
+        middle = expected(demand, 0.5, now_s + lead_s, 0.0)
+        if demand is not None and soon is not None and then is not None and middle is not None:
+            ahead, keep = ceil(then.concurrency / full), ceil(soon.concurrency / full)
+            need = min(need, ceil(remaining(seen, middle.concurrency, demand) / full))
+            fitting = max(need, ahead)
+            foreseen_s = min(soon.until_s, then.until_s - lead_s)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
-        until_s = peak_until_s(series, stable_s)
-        ahead = 0
-        foreseen_s = math.inf
-        safe = int(peak(series))
-        demand = context.forecast.demand if context.forecast is not None else None
-        quantile = context.param(QUANTILE)
-        soon = expected(demand, quantile, now_s, seen.lead_s)
-        later = expected(demand, quantile, now_s, seen.lead_s + stable_s)
-        if soon is not None and later is not None:
-            ahead = ceil(soon.concurrency / full)
-            safe = max(safe, ceil(later.concurrency / roomy))
-            foreseen_s = min(soon.until_s, later.until_s)
-        return _Need(need, fitting, ahead, series, safe, min(until_s, foreseen_s), foreseen_s)
+        safe = max(int(peak(series)), keep)
+        until_s = min(peak_until_s(series, stable_s), foreseen_s)
+        return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s)
+
+
+def newsvendor(context: Context) -> float:
+    """The quantile of demand beyond which one more replica costs more than the waiting that it spares."""
+    seen, spec = context.seen, context.spec
+    serving = seen.prices.get(Rung.SERVING)
+    price = charge(spec) if serving is None else serving.cost_per_s
+    spared = spec.wait_cost * seen.per_replica
+    low, high = QUANTILE_BOUNDS
+    return min(high, max(low, 1.0 - price / spared)) if spared > 0 else low
+
+
+def remaining(seen: Seen, expected_load: float, demand: Demand) -> float:
+    """Requests in progress when a start that begins now would be ready: at least one, if there is one now.
+
+    What is too much for the replicas that are ready goes as fast as these are faster than what comes. What can't be
+    chance counts whole, whatever was forecast.
+    """
+    load = float(seen.load)
+    if load <= 0:
+        return 0.0
+    room = seen.ready * seen.per_replica
+    held_s = service_s(demand, seen.now_s)
+    gone = 0.0 if held_s is None else max(0.0, room - expected_load) * seen.lead_s / held_s
+    left = expected_load + max(0.0, load - room - gone)
+    return max(1.0, left, load - SURE * math.sqrt(load))
 
 
 __all__ = ["Predictive"]
