@@ -197,24 +197,41 @@ def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
             (label, f"{each.requests:,}", *(cell(name, getattr(each, name)) for name in TABLE))
             for label, each in reports
         ],
+        spare=("hit", "prewarm", "p95", "idle", "requests", "cost", "wait"),
     )
 
 
-def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A name and numbers; as wide as it is where nobody's terminal is to be fitted."""
+def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str]) -> None:
+    """A name and numbers. On a terminal, columns of `spare` are left out, one after the other, until it fits."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from autoscaling.commands import output
+
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=240)
+    left_out: list[str] = []
+    widths = {
+        name: max(len(cell) for cell in column)
+        for name, *column in zip(columns, *([columns, *rows]), strict=True)
+    }
+    if console.is_terminal:
+        for name in spare:
+            if sum(widths.values()) + 2 * (len(widths) - 1) <= console.width:
+                break
+            del widths[name]
+            left_out.append(name)
+    else:
+        console = Console(highlight=False, width=max(80, sum(widths.values()) + 2 * len(widths)))
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for i, column in enumerate(columns):
-        shown.add_column(column, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    for name in widths:
+        first = name == columns[0]
+        shown.add_column(name, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, row))
+        shown.add_row(*(Text(cell) for name, cell in zip(columns, row, strict=True) if name in widths))
     console.print(shown)
+    if left_out:
+        output.say(f"A wider terminal shows also: {', '.join(left_out)}.", style="dim")
 
 
 def cell(name: str, value: float) -> str:
@@ -223,7 +240,7 @@ def cell(name: str, value: float) -> str:
         return "-"
     if name == "slo_attainment":
         # 100 % is said only of all of them.
-        return f"{math.floor(1000 * value) / 10:.1f} %"
+        return f"{math.floor(1000 * value + 1e-9) / 10:.1f} %"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -76,6 +76,7 @@ def describe(
             )
             for each in ranked[:MOST_MODELS]
         ],
+        spare=("active hours", "a day", wakes[1], wakes[3], "median gap", wakes[4]),
     )
     output.say(
         f"{shape.requests:,} requests of {len(shape.models)} models over "
@@ -139,9 +140,7 @@ def convert(
 def generate(
     streams: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL=PATTERN,name=value,…", help="Models and their traffic; see --patterns."
-        ),
+        typer.Argument(metavar="MODEL=PATTERN,name=value,…", help="Models and their traffic, as above."),
     ],
     *,
     lasts: Annotated[str, typer.Option("--for", help=f"How long the trace is: {times.DURATIONS}.")] = "1d",
@@ -152,9 +151,9 @@ def generate(
 ) -> None:
     """Synthetic traffic, the same for the same seed. Patterns and their parameters:
 
-    poisson: rate_per_h. gamma: rate_per_h, cv. diurnal: rate_per_h, swing, peak_hour, weekend. flash: rate_per_h,
-    at_h, crowd, lasts_s. timer: every_s, offset_s, jitter_s, missed, burst. on-off: on_s, off_s, rate_per_s.
-    All: input_tokens, output_tokens.
+    poisson: rate_per_h. gamma (bursts): rate_per_h, cv. diurnal: rate_per_h, swing, peak_hour, weekend. flash (a
+    crowd): rate_per_h, at_h, crowd, lasts_s. timer: every_s, offset_s, jitter_s, missed, burst. on-off: on_s,
+    off_s, rate_per_s. All: input_tokens, output_tokens.
 
     Example: relight trace generate chat=diurnal,rate_per_h=120 report=timer,every_s=3600 --for 7d --out week.csv.gz
     """

@@ -14,6 +14,8 @@ from autoscaling.sim.queueing import Floats
 from autoscaling.traces import Row
 
 DAY_S = 86400.0
+MOST = 100_000_000
+"""Requests of a stream, all of which are in memory at once."""
 
 
 class PatternError(ValueError):
@@ -36,6 +38,7 @@ def _poisson(p: Mapping[str, float], duration_s: float, random: np.random.Genera
 
 def _gamma(p: Mapping[str, float], duration_s: float, random: np.random.Generator) -> Floats:
     mean_s, shape = 3600 / p["rate_per_h"], 1 / p["cv"] ** 2
+    _check_count(duration_s / mean_s)
     count = int(duration_s / mean_s * 1.5 + 50 * max(1.0, p["cv"]))
     times = np.cumsum(random.gamma(shape, mean_s / shape, count))
     while times[-1] < duration_s:
@@ -56,11 +59,13 @@ def _diurnal(p: Mapping[str, float], duration_s: float, random: np.random.Genera
 def _flash(p: Mapping[str, float], duration_s: float, random: np.random.Generator) -> Floats:
     base = _uniform(p["rate_per_h"] * duration_s / 3600, duration_s, random)
     at_s = min(p["at_h"] * 3600, duration_s)
+    _check_count(p["crowd"])
     crowd = at_s + np.cumsum(random.exponential(p["lasts_s"] / p["crowd"], int(p["crowd"])))
     return np.sort(np.concatenate([base, crowd[crowd < duration_s]]))
 
 
 def _timer(p: Mapping[str, float], duration_s: float, random: np.random.Generator) -> Floats:
+    _check_count(duration_s / p["every_s"] * max(1.0, p["burst"]))
     beats = np.arange(p["offset_s"], duration_s, p["every_s"])
     beats = beats[random.random(len(beats)) >= p["missed"]]
     times = np.repeat(beats, max(1, int(p["burst"])))
@@ -79,7 +84,13 @@ def _on_off(p: Mapping[str, float], duration_s: float, random: np.random.Generat
     return times[times < duration_s]
 
 
+def _check_count(mean: float) -> None:
+    if mean > MOST:
+        raise PatternError(f"{mean:.3g} requests of one model are too many; {MOST:,} are the most")
+
+
 def _uniform(mean: float, duration_s: float, random: np.random.Generator) -> Floats:
+    _check_count(mean)
     return np.sort(random.random(int(random.poisson(mean)))) * duration_s
 
 
@@ -140,6 +151,8 @@ def stream(text: str) -> Stream:
             raise PatternError(
                 f"{key}: {value!r} is not a number {'above' if key in _ABOVE_ZERO else 'from'} 0"
             )
+        if key in _SHARES and number > 1:
+            raise PatternError(f"{key}: {value!r} is above 1")
         if key in tokens:
             tokens[key] = int(number)
         else:
@@ -147,6 +160,7 @@ def stream(text: str) -> Stream:
     return Stream(model, name, params, **tokens)
 
 
+_SHARES = ("swing", "weekend", "missed")
 _ABOVE_ZERO = ("rate_per_h", "cv", "every_s", "on_s", "off_s", "crowd", "lasts_s", "rate_per_s")
 
 
