@@ -285,17 +285,18 @@ def swept(policy: str, sweeps: Mapping[str, Sequence[float]], settings: Mapping[
     known = {param.name for param in POLICIES[policy].params} if policy in POLICIES else set()
     variants = [dict(settings)]
     for name, values in sweeps.items():
-        if name in known or (name in SPEC_FIELDS and (name != "keep_alive_s" or policy in _KEEPS)):
+        if name in known or (name in SPEC_FIELDS and (name != "keep_alive_s" or policy in KEEPS)):
             variants = [{**each, name: value} for each in variants for value in values]
     return [Variant(policy, each, unsaid=frozenset(settings) - frozenset(sweeps)) for each in variants]
 
 
-_KEEPS = ("keep-alive", "reactive")
+KEEPS = ("keep-alive", "reactive")
 """Policies that hold to the spec's keep_alive_s."""
 
 __all__ = [
     "BEST_FIXED",
     "EXTRA",
+    "KEEPS",
     "ORACLE",
     "Base",
     "SettingError",

@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.policies import POLICIES
-from autoscaling.sim.compare import SPEC_FIELDS, Base, SettingError, Variant, check, compare, rows_of, sampled
+from autoscaling.sim.compare import (
+    KEEPS,
+    SPEC_FIELDS,
+    Base,
+    SettingError,
+    Variant,
+    check,
+    compare,
+    rows_of,
+    sampled,
+)
 from autoscaling.sim.evidence import Saving, saving_of
 from autoscaling.sim.report import Report
 from autoscaling.traces import until
@@ -140,23 +150,23 @@ def ranges(policy: str, names: Sequence[str] | None = None) -> list[Range]:
     """
     if policy not in POLICIES:
         raise SettingError(f"policy {policy!r} can't be tuned; there are {', '.join(sorted(POLICIES))}")
-    known = {param.name: param for param in POLICIES[policy].params}
-    found = [
-        Range(
-            name, *_bounds(param.low, param.high, param.default), whole=param.unit in ("replicas", "0 or 1")
+    known = {
+        param.name: Range(
+            param.name,
+            *_bounds(param.low, param.high, param.default),
+            whole=param.unit in ("replicas", "0 or 1"),
         )
-        for name, param in known.items()
-        if names is None or name in names
-    ]
-    if names is not None and (missing := set(names) - known.keys()):
-        raise SettingError(
-            f"policy {policy} has no parameter {sorted(missing)[0]!r}; it has {', '.join(known)}"
-        )
-    if policy in ("keep-alive", "reactive") and names is None:
+        for param in POLICIES[policy].params
+    }
+    searched = list(known)
+    if policy in KEEPS:
         # The spec's own field is what people set; idle_s would say the same twice.
-        found = [each for each in found if each.name != "idle_s"]
-        found.append(Range("keep_alive_s", 1.0, 7200.0))
-    return found
+        known["keep_alive_s"] = Range("keep_alive_s", 1.0, 7200.0)
+        searched = [name for name in known if name != "idle_s"]
+    missing = [name for name in names or () if name not in known]
+    if missing:
+        raise SettingError(f"policy {policy} has no parameter {missing[0]!r}; it has {', '.join(known)}")
+    return [known[name] for name in (searched if names is None else dict.fromkeys(names))]
 
 
 def _bounds(low: float, high: float, default: float | None) -> tuple[float, float]:
