@@ -129,7 +129,10 @@ class SimForecasts:
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
-        """Forecast this model; nothing is known of it before `since_s`."""
+        """Forecast this model; nothing is known of it before `since_s`.
+
+        `horizon_s`: how far ahead demand is asked for. 0: not at all, for it decides nothing.
+        """
         # From the full hour, so that every level of buckets begins with a whole one.
         self._turns.setdefault(model, _Turn(Recorder(model, since_s // 3600 * 3600), since_s, horizon_s))
 
@@ -183,7 +186,7 @@ class SimForecasts:
             self.failures = {**self.failures, model: f"{type(error).__name__}: {error}"}
             return
         if fitted is not None:
-            self._book.install(model, fitted)
+            self._book.install(model, fitted if turn.horizon_s > 0 else replace(fitted, demand=None))
 
     def pool(self) -> None:
         """What the fleet's models have in common by now. All of them must have got to the same moment."""

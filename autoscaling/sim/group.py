@@ -106,9 +106,11 @@ class Group:
             reforecast_s=0.0,
             usage=False,
         )
+        lead_s = max(start.measured_s()[1] for start in profile.starts.values())
         for name, model in self.models.items():
             model.begin(begin_s)
-            forecasts.watch(name, begin_s, max(start.measured_s()[1] for start in profile.starts.values()))
+            # Where there is one replica or none, how much comes decides nothing.
+            forecasts.watch(name, begin_s, lead_s if specs[name].max_replicas > 1 else 0.0)
         self._tick(begin_s)
 
     @property

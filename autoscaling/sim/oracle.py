@@ -37,7 +37,7 @@ class Oracle:
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
         """Looks twice the horizon ahead, and a minute."""
-        self._ahead_s = 2 * horizon_s + 120.0
+        self._ahead_s = max(self._ahead_s, 2 * horizon_s + 120.0)
 
     def coming(self, model: str, times: Floats, work: Floats) -> None:
         """All that will ever come."""
