@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from deployments.errors import ConfigError
 
+# libyaml's parser, where PyYAML was built with it: the files of Kubernetes are long.
+if TYPE_CHECKING:
+    _Fast = yaml.SafeLoader
+else:
+    _Fast = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 Kind = Literal["ray", "rayservice", "raycluster", "serve", "fleet", "cloudformation"]
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(_Fast):
     """As Ray reads (YAML 1.1), but a key that stands twice in a mapping is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:

@@ -114,14 +114,10 @@ def _as_ray_prepares(document: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _ec2(node_config: Mapping[str, Any], place: Place) -> Iterator[Problem]:
     """Ray passes a node_config to EC2's RunInstances, whose model botocore ships."""
-    import botocore.session
     from botocore.validate import ParamValidator
 
-    shape = (
-        botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
-    )
     params = {key: value for key, value in node_config.items() if key not in RAY_AWS_KEYS}
-    report = ParamValidator().validate({**params, "MinCount": 1, "MaxCount": 1}, shape)
+    report = ParamValidator().validate({**params, "MinCount": 1, "MaxCount": 1}, _run_instances())
     for kind, at, details in report._errors:
         here = (*place, *_steps(at))
         if kind == "unknown field":
@@ -134,6 +130,13 @@ def _ec2(node_config: Mapping[str, Any], place: Place) -> Iterator[Problem]:
             yield Problem(here, f"{kind}: {details}")
     if "InstanceType" not in node_config:
         yield Problem((*place, "InstanceType"), "is missing: EC2 would start an m1.small")
+
+
+@cache
+def _run_instances() -> Any:
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
 def _steps(path: str) -> Place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,13 @@ def fleet() -> Fleet:
     return load_fleet(CONFIGS / "fleet.yaml")
 
 
+@cache
+def _load(text: str) -> Any:
+    return yaml.safe_load(text)
+
+
 def parsed(name: str) -> dict[str, Any]:
-    return copy.deepcopy(dict(yaml.safe_load((CONFIGS / name).read_text())))
+    return copy.deepcopy(dict(_load((CONFIGS / name).read_text())))
 
 
 def problems_of(document: dict[str, Any] | str, **options: Any) -> list[Problem]:
@@ -36,6 +41,3 @@ def problems_of(document: dict[str, Any] | str, **options: Any) -> list[Problem]
 
 def errors_of(document: dict[str, Any] | str, **options: Any) -> list[str]:
     return [p.line("f") for p in problems_of(document, **options) if not p.note]
-
-
-Break = Callable[[dict[str, Any]], object]
