@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoscaling.ports import Clock
 from autoscaling.traces import Row, Source, TraceError, open_trace
 
 if TYPE_CHECKING:
@@ -134,11 +135,18 @@ def unshuffled(rows: Iterator[Row]) -> Iterator[Row]:
         yield heapq.heappop(waiting)
 
 
+def _clock() -> Clock:
+    from autoscaling.live.clock import SystemClock
+
+    return SystemClock()
+
+
 @dataclass(slots=True)
 class StoredSource:
     """All traffic that a store knows, as windows: of a minute where it is that fine (two days), longer before."""
 
     url: str
+    clock: Clock = field(default_factory=_clock)
     bad: int = 0
     models: tuple[str, ...] = field(default=(), init=False)
 
@@ -165,14 +173,13 @@ class StoredSource:
 
     @contextmanager
     def _opened(self) -> Iterator[Store]:
-        from autoscaling.live.clock import SystemClock
         from autoscaling.live.store import Store
 
         kind, _, path = self.url.partition(":///")
         # SQLite would make a new one.
         if kind.startswith("sqlite") and not Path(path.partition("?")[0]).is_file():
             raise TraceError(f"{self.url}: there is no such file")
-        store = Store.open(self.url, clock=SystemClock())
+        store = Store.open(self.url, clock=self.clock)
         try:
             yield store
         finally:
@@ -180,9 +187,7 @@ class StoredSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""
-        from autoscaling.live.clock import SystemClock
-
-        now_s = SystemClock().now_s()
+        now_s = self.clock.now_s()
         with self._opened() as store:
             begins_s = min(
                 level.start_s for name in self.models for level in store.traffic(name, now_s).levels

@@ -1,0 +1,358 @@
+"""`relight simulate` and `compare`: what they say, what they write, and which options change it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from autoscaling.live.store import Store
+from autoscaling.sources import StoredSource
+from autoscaling.traces import Row
+from tests.cli.sim_lab import TWO_STATES, fails, report, requests, run, says
+from tests.store.lab import NOON, FakeClock, second
+
+KEEP = ("--policy", "keep-alive")
+
+
+def checked(document: Any, schema: Any) -> Any:
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(document, schema, cls=jsonschema.Draft202012Validator)
+    return document
+
+
+def without_time(document: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != "took_s"}
+
+
+def test_two_requests_by_hand(tmp_path: Path) -> None:
+    """A minute of silence ends a keep-alive of 45 s: both are cold, and idle is paid twice."""
+    found = report("simulate", requests(tmp_path, [0, 200]), *KEEP, *TWO_STATES, "--set", "keep_alive_s=45")
+    total = found["total"]
+    assert (total["requests"], total["cold_requests"], total["cold_starts"]) == (2, 2, 2)
+    # A start, and one turn of Serve's control loop before it.
+    assert total["cold_waited_s"] == total["waited_s"] == pytest.approx(2 * 30.1, abs=0.01)
+    assert total["busy_gpu_s"] == pytest.approx(10, abs=0.01)
+    # The first replica's; of the second's, the trace ends before anything is known.
+    assert total["idle_gpu_s"] >= 45
+    assert total["gpu_s"] == pytest.approx(
+        sum(total[f"{state}_gpu_s"] for state in ("starting", "busy", "idle", "parked", "node"))
+    )
+    assert total["total_cost_gpu_s"] == pytest.approx(total["gpu_s"] + 10 * total["waited_s"])
+
+
+class TestSchema:
+    def test_a_report_has_exactly_what_its_schema_says(self, tmp_path: Path) -> None:
+        file = tmp_path / "two.csv"
+        file.write_text("timestamp_s,model\n0,a\n10,b\n400,a\n")
+        schema = json.loads(says("simulate", "--schema"))
+        found = checked(report("simulate", file, *KEEP), schema)
+        assert [each["model"] for each in found["models"]] == ["a", "b"]
+        for name in ("requests", "cold_starts", "starts", "scale_ups"):
+            assert found["total"][name] == sum(each[name] for each in found["models"])
+        for name in schema["properties"]:
+            with pytest.raises(jsonschema.ValidationError):
+                checked({key: value for key, value in found.items() if key != name}, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            checked({**found, "more": 1}, schema)
+
+    def test_every_field_is_documented(self) -> None:
+        def documented(properties: dict[str, Any]) -> None:
+            for name, each in properties.items():
+                assert len(each["description"]) > 10, name
+                documented(each.get("properties", {}) | each.get("items", {}).get("properties", {}))
+
+        documented(json.loads(says("simulate", "--schema"))["properties"])
+
+    def test_a_comparison_too(self, tmp_path: Path) -> None:
+        found = report(
+            "compare", requests(tmp_path, [0, 90]), "--policies", "keep-alive,best-fixed", *TWO_STATES
+        )
+        checked(found, json.loads(says("compare", "--schema")))
+        assert found[0]["label"] == "keep-alive"
+        assert re.fullmatch(r"best-fixed \(keep_alive_s=\d+\)", found[1]["label"])
+
+
+class TestOptions:
+    def test_only_what_comes_after_is_scored(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 1000, 2000, 3000])
+        total = report("simulate", file, *KEEP, *TWO_STATES, "--measure-from", "1500s")["total"]
+        assert (total["requests"], total["cold_starts"]) == (2, 2)
+        assert report("simulate", file, *KEEP, "--until", "1500s")["total"]["requests"] == 2
+        assert "nothing comes 10,000 s after" in fails("simulate", file, *KEEP, "--measure-from", "10000s")
+
+    def test_a_seed_draws_the_arrivals_of_windows(self, tmp_path: Path) -> None:
+        file = tmp_path / "windows.csv"
+        file.write_text("minute,model,count,cv\n0,a,5,\n40,a,5,3\n90,a,1,\n")
+        one, again, other = (report("simulate", file, *KEEP, "--seed", seed) for seed in (1, 1, 2))
+        assert without_time(one) == without_time(again)
+        assert one["total"]["requests"] == other["total"]["requests"] == 11
+        assert one["total"]["gpu_s"] != other["total"]["gpu_s"]
+
+    def test_a_scale_keeps_its_share(self, tmp_path: Path) -> None:
+        found = report("simulate", requests(tmp_path, range(0, 4000, 10)), *KEEP, "--scale", "0.25")
+        assert found["scale"] == 0.25
+        assert 60 < found["total"]["requests"] < 140
+
+    def test_prices(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 100])
+
+        def cost(*more: str) -> Any:
+            return report("simulate", file, *KEEP, *more)["total"]["cost"]
+
+        plain = cost()
+        assert cost("--gpu", "L4") == pytest.approx(plain * 0.7 / 3.0)
+        assert cost("--gpu", "L4", "--price", "L4=2.1") == pytest.approx(plain * 2.1 / 3.0)
+        assert cost("--gpu", "MI300X", "--price", "MI300X=6") == pytest.approx(plain * 2)
+        assert cost("--price", "H100=6") == pytest.approx(plain * 2)
+        assert "'MI300X' has no price" in fails("simulate", file, *KEEP, "--gpu", "MI300X")
+
+    def test_a_profile_says_what_the_cluster_is(self, tmp_path: Path) -> None:
+        profile = tmp_path / "profile.json"
+        profile.write_text(
+            json.dumps({"starts": {"template": 7.0}, "slo_s": 10, "wake_s": 0.0, "price_per_gpu_h": 1.0})
+        )
+        found = report("simulate", requests(tmp_path, [0]), *KEEP, "--profile", profile)
+        assert found["total"]["wait_max_s"] == pytest.approx(7.0, abs=0.01)
+        assert (found["slo_s"], found["total"]["slo_attainment"]) == (10, 1.0)
+        assert found["total"]["cost"] == pytest.approx(found["total"]["gpu_s"] / 3600)
+        profile.write_text('{"starts": {"lukewarm": 7.0}}')
+        assert "lukewarm" in fails("simulate", tmp_path / "m.csv", *KEEP, "--profile", profile)
+
+    def test_bad_rows_are_skipped_and_counted(self, tmp_path: Path) -> None:
+        file = tmp_path / "m.csv"
+        file.write_text("timestamp_s,model\n0,a\nx,a\n5,a\n3,a\n9\n")
+        found = report("simulate", file, *KEEP, "--skip-bad")
+        assert (found["skipped_rows"], found["total"]["requests"]) == (3, 2)
+        assert "3 bad rows were skipped" in says("simulate", file, *KEEP, "--skip-bad")
+
+    def test_best_fixed_is_the_best_of_all_keep_alives(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, range(0, 9000, 300))
+        found = report("simulate", file, "--policy", "best-fixed", *TWO_STATES)
+        swept = report(
+            "compare", file, "--policies", "keep-alive", "--sweep", "keep_alive_s=0,60,300,600", *TWO_STATES
+        )
+        assert found["policy"] == "best-fixed"
+        # Just long enough to bridge 295 s of silence, which cost less than a start's 30 s of waiting.
+        assert found["keep_alive_s"] == 300
+        assert found["total"]["total_cost_gpu_s"] == min(each["total"]["total_cost_gpu_s"] for each in swept)
+
+
+FLEET = """
+models:
+  - id: small
+    aliases: [tiny]
+    source: org/small
+    resources: {gpus: 1, accelerator_types: [L4]}
+    scaling: {policy: keep-alive, keep_alive_s: 30, max_replicas: 2}
+  - id: big
+    source: org/big
+    resources: {gpus: 2, accelerator_types: [H100-80G]}
+    scaling:
+      policy: scheduled
+      schedules: [{cron: "0 1 * * *", duration_s: 3600}]
+"""
+
+
+class TestFleet:
+    @pytest.fixture
+    def fleet(self, tmp_path: Path) -> Path:
+        file = tmp_path / "fleet.yaml"
+        file.write_text(FLEET)
+        return file
+
+    @pytest.fixture
+    def trace(self, tmp_path: Path) -> Path:
+        # 3700 s is within the schedule's hour.
+        return self.written(tmp_path, "0,small\n100,tiny\n200,other\n3700,big\n")
+
+    @staticmethod
+    def written(folder: Path, rows: str) -> Path:
+        file = folder / "trace.csv"
+        file.write_text("timestamp_s,model\n" + rows)
+        return file
+
+    def test_its_models_under_their_own_policies(self, fleet: Path, trace: Path) -> None:
+        found = report("simulate", trace, "--fleet", fleet, *TWO_STATES)
+        small, big = found["models"]
+        assert (small["model"], big["model"]) == ("small", "big")
+        # By its id and by its alias; 30 s don't bridge 100 s.
+        assert (small["requests"], small["cold_starts"]) == (2, 2)
+        assert found["policy"] == "mixed"
+        assert found["notes"] == ["1 models of the trace are not in the fleet and were left out"]
+        # Lit by its schedule, on two GPUs for an hour.
+        assert (big["requests"], big["cold_starts"]) == (1, 0)
+        assert big["price_per_gpu_h"] == 3.0
+        assert small["price_per_gpu_h"] == 0.7
+        assert small["cost"] == pytest.approx(small["gpu_s"] / 3600 * 0.7)
+        assert found["total"]["cost"] == pytest.approx(small["cost"] + big["cost"])
+
+    def test_one_policy_for_all(self, fleet: Path, trace: Path) -> None:
+        found = report("simulate", trace, "--fleet", fleet, *KEEP, "--set", "keep_alive_s=200")
+        assert found["policy"] == "keep-alive"
+        assert found["models"][0]["cold_starts"] == 1
+
+    def test_nothing_is_parked_where_no_memory_is_set_aside(self, fleet: Path, trace: Path) -> None:
+        assert report("simulate", trace, "--fleet", fleet)["total"]["parked_gpu_s"] == 0
+        fleet.write_text(FLEET + "engine_host: {park_memory_bytes: 1000000000}\n")
+        assert report("simulate", trace, "--fleet", fleet)["total"]["parked_gpu_s"] > 0
+
+    def test_a_budget_is_shared(self, fleet: Path, tmp_path: Path) -> None:
+        trace = self.written(tmp_path, "0,small\n0,big\n")
+        free = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES)["total"]
+        fleet.write_text(FLEET + "controller: {gpu_budget: 2}\n")
+        short = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES)["total"]
+        assert free["wait_max_s"] < 31
+        assert short["wait_max_s"] > 60
+
+    def test_a_trace_of_other_models_is_an_error(self, fleet: Path, tmp_path: Path) -> None:
+        said = fails("simulate", self.written(tmp_path, "0,x\n"), "--fleet", fleet)
+        assert "none of its models is in the fleet, which has small, big; its first is 'x'" in said
+
+
+def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
+    clock, url = FakeClock(), f"sqlite:///{tmp_path / 'relight.db'}"
+    store = Store.open(url, clock=clock)
+    # Recent, of some hours, and of some weeks ago, which is kept in ever longer buckets.
+    ago = {"a": (100, 40_000, 700_000), "b": (3_000_000,)}
+    for model, seconds in ago.items():
+        store.add_traffic([second(model, NOON - at, 2, input_tokens=20, busy_s=6.0) for at in seconds])
+    store.close()
+    rows = list(StoredSource(url, clock).rows())
+    assert [(row.model, row.requests, row.window_s) for row in rows] == [
+        ("b", 2, 3600.0),
+        ("a", 2, 300.0),
+        ("a", 2, 60.0),
+        ("a", 2, 60.0),
+    ]
+    assert {(row.input_tokens, row.exec_s) for row in rows} == {(10, 3.0)}
+    assert all(
+        row.time_s <= NOON - at < row.time_s + row.window_s
+        for row, at in zip(rows, (3_000_000, 700_000, 40_000, 100), strict=True)
+    )
+
+
+def test_a_store_that_is_not_there(tmp_path: Path) -> None:
+    missing = tmp_path / "no.db"
+    assert "there is no such file" in fails("simulate", "--from-store", f"sqlite:///{missing}", *KEEP)
+    assert not missing.exists()
+
+
+class TestCompare:
+    def test_a_row_for_each_policy_and_value(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 50, 200])
+        options = ("--policies", "keep-alive,kpa", "--sweep", "keep_alive_s=10,60", *TWO_STATES)
+        one, two = (report("compare", file, *options, "--jobs", jobs) for jobs in (1, 2))
+        assert [each["label"] for each in one] == [
+            "keep-alive (keep_alive_s=10)",
+            "keep-alive (keep_alive_s=60)",
+            "kpa",
+        ]
+        assert [each["total"]["cold_starts"] for each in one][:2] == [3, 2]
+        assert list(map(without_time, one)) == list(map(without_time, two))
+        lines = says("compare", file, *options).splitlines()
+        assert [line.split("  ")[0] for line in lines[1:4]] == [each["label"] for each in one]
+
+    def test_its_page_needs_no_network(self, tmp_path: Path) -> None:
+        page = tmp_path / "out.html"
+        file = requests(tmp_path, [0, 50, 4000, 9000], model="<b>m</b>")
+        says("compare", file, "--policies", "keep-alive,oracle", "--report", page, *TWO_STATES)
+        text = page.read_text()
+        # The only script is plotly's own, inside; a browser would not let it load anything either.
+        assert "default-src 'none'" in text.partition("<style>")[0]
+        assert (
+            re.findall(
+                r"<(?:link|img|iframe|script)[^>]*(?:src|href)=[^>]*>",
+                re.sub(r"<script>.*?</script>", "", text, flags=re.S),
+            )
+            == []
+        )
+        assert "<script src" not in text
+        for heading in ("how long users wait", "Replicas over time", "Cold starts by hour", "Idle times"):
+            assert heading in text
+        assert text.count("Plotly.newPlot(") - text.count("Plotly.newPlot()") >= 4
+        assert "<b>m</b>" not in text.partition("<h2>")[0].partition("<body>")[2]
+
+
+WRONG = [
+    (("--policy", "nope"), "policy 'nope' is unknown; there are best-fixed, fixed"),
+    ((*KEEP, "--set", "nope=3"), "nope: 3.0 is not right; expected a parameter of keep-alive"),
+    ((*KEEP, "--set", "keep_alive_s"), "--set: 'keep_alive_s' is not NAME=NUMBER"),
+    ((*KEEP, "--set", "keep_alive_s=-3"), "keep_alive_s: -3 must not be negative"),
+    ((*KEEP, "--set", "max_replicas=1.5"), "max_replicas: 1.5 is not a whole number"),
+    ((*KEEP, "--set", "park=2"), "park: 2 is neither 0 nor 1"),
+    (
+        (*KEEP, "--set", "min_replicas=9", "--set", "max_replicas=2"),
+        "min_replicas: 9 is above max_replicas, 2",
+    ),
+    (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "best-fixed finds it"),
+    ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
+    ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),
+    ((*KEEP, "--json", "/nowhere/at/all.json"), "--json: /nowhere/at/all.json is in no folder"),
+    ((*KEEP, "--from-store", "sqlite:///x.db"), "Give either a TRACE or --from-store"),
+    ((*KEEP, "--map", "x"), "--map: 'x' is not NAME=MODEL"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[words[:30] for _, words in WRONG])
+def test_what_is_wrong_is_one_clear_error(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in fails("simulate", requests(tmp_path, [0]), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--policies", ","), "--policies: name at least one"),
+        (("--policies", "keep-alive,foo"), "policy 'foo' is unknown"),
+        (("--policies", "kpa", "--sweep", "keep_alive_s=1,2"), "none of kpa has 'keep_alive_s'"),
+        (("--policies", "kpa", "--sweep", "keep_alive_s=a"), "is not NAME=A,B,C"),
+        (
+            ("--policies", "kpa", "--report", "/nowhere/at/all.html"),
+            "--report: /nowhere/at/all.html is in no folder",
+        ),
+    ],
+    ids=["none", "unknown", "unused", "no-numbers", "folder"],
+)
+def test_so_in_a_comparison(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in fails("compare", requests(tmp_path, [0]), *arguments)
+
+
+def test_a_share_is_not_rounded_up(tmp_path: Path) -> None:
+    """One of 1,001 waits; what is under 100 % is not shown as it."""
+    file = requests(tmp_path, [0, *range(60, 1060)], exec_s=0.1)
+    assert " 99.9 % " in says("simulate", file, *KEEP, *TWO_STATES)
+
+
+def test_rows_of_a_list_are_a_source_too() -> None:
+    from autoscaling import simulator as sim
+
+    base = sim.Base([Row(0.0, "m", exec_s=1.0)])
+    assert sim.simulate(base, sim.Variant("keep-alive")).trace == ""
+
+
+def test_the_api_page_runs() -> None:
+    import doctest
+
+    from autoscaling import simulator
+
+    result = doctest.testmod(simulator)
+    assert (result.failed, result.attempted) == (0, 11)
+
+
+def test_help_names_every_option() -> None:
+    said = run("simulate", "--help").output
+    for option in (
+        "--policy",
+        "--fleet",
+        "--set",
+        "--measure-from",
+        "--seed",
+        "--json",
+        "--skip-bad",
+        "--from-store",
+    ):
+        assert option in said

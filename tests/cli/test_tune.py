@@ -1,0 +1,136 @@
+"""`relight tune`: it finds what is there to be found, looks at nothing that is scored, and says how sure it is."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Cluster
+from tests.cli.sim_lab import TWO_STATES, fails, requests, says
+from tests.control.lab import SMALL
+
+TUNE = ("--policy", "keep-alive", "--parameters", "keep_alive_s", "--trials", 12, *TWO_STATES)
+DAYS = 6
+
+
+def chats(gap_s: float, days: int = DAYS, seed: int = 0) -> list[float]:
+    """Three chats a day, each of a dozen requests, somewhat more than `gap_s` apart."""
+    draw = random.Random(seed)
+    times = []
+    for day in range(days):
+        for hour in (8, 13, 19):
+            at_s = day * 86400 + hour * 3600 + draw.uniform(0, 1800)
+            for _ in range(12):
+                times.append(round(at_s, 1))
+                at_s += gap_s * draw.uniform(1.0, 1.3)
+    return times
+
+
+def tuned(*arguments: object) -> Any:
+    return json.loads(says("tune", *arguments, "--out", "-"))
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """Gaps of 75 to 100 s: a keep-alive of a minute misses them all, one of 100 s none."""
+    return requests(tmp_path, chats(80), model=SMALL)
+
+
+def test_it_finds_the_gap(trace: Path) -> None:
+    found = tuned(trace, *TUNE, "--learn-until", "4d")
+    assert found["policy"] == "keep-alive"
+    assert found["params"] == {}
+    assert 95 < found["keep_alive_s"] < 300
+    evidence = found["evidence"]
+    # On the two days that it has not seen: all but the first of each chat are warm now.
+    assert evidence["saving"] == pytest.approx(1 - evidence["scored"] / evidence["scored_default"])
+    assert (
+        evidence["is_sure"]
+        and 0.3 < evidence["saving_90"][0] <= evidence["saving"] <= evidence["saving_90"][1]
+    )
+    assert (evidence["resampled_models"], evidence["learn_until_s"]) == (1, 4 * 86400)
+
+
+def test_what_is_scored_is_not_looked_at(trace: Path, tmp_path: Path) -> None:
+    """Another rest of the trace changes what the parameters are worth, not what they are."""
+    as_it_was = tuned(trace, *TUNE, "--learn-until", "4d")
+    days = [time_s for time_s in chats(80) if time_s < 4 * 86400]
+    other = requests(tmp_path, [*days, *(4 * 86400 + 40_000 + 3 * i for i in range(200))], model="other")
+    changed = tuned(other, *TUNE, "--learn-until", "4d")
+    assert changed["keep_alive_s"] == as_it_was["keep_alive_s"]
+    assert changed["evidence"]["learned"] == as_it_was["evidence"]["learned"]
+    assert changed["evidence"]["saving"] < as_it_was["evidence"]["saving"]
+
+
+def test_processes_change_nothing(trace: Path) -> None:
+    assert tuned(trace, *TUNE, "--jobs", 1) == tuned(trace, *TUNE, "--jobs", 2)
+
+
+def test_where_nothing_is_to_be_had_it_says_so(tmp_path: Path) -> None:
+    """Single requests, hours apart: a shorter keep-alive saves; with the best already set, nothing does."""
+    file = requests(tmp_path, range(0, DAYS * 86400, 9000))
+    said = says(
+        "tune",
+        file,
+        "--policy",
+        "keep-alive",
+        "--parameters",
+        "idle_s",
+        "--set",
+        "keep_alive_s=0",
+        "--trials",
+        4,
+        *TWO_STATES,
+    )
+    assert "+0.0 % saved" in said
+    assert "keep the parameters as they are" in said
+
+
+def test_a_bound_on_the_slo_goes_first(trace: Path) -> None:
+    """Fewest GPU-seconds alone are those of no keep-alive at all."""
+    cheap = tuned(trace, *TUNE, "--objective", "gpu_s")
+    kept = tuned(trace, *TUNE, "--objective", "gpu_s", "--slo", "0.8")
+    assert cheap["keep_alive_s"] < 30
+    assert cheap["evidence"]["slo_attainment"] < 0.2
+    assert kept["keep_alive_s"] > 95
+    assert kept["evidence"]["slo_attainment"] >= 0.8
+
+
+def test_its_file_is_used_live(trace: Path, tmp_path: Path, cluster: Cluster) -> None:
+    file = tmp_path / "policy.json"
+    said = says("tune", trace, *TUNE, "--out", file)
+    assert f"relight policy set MODEL --file {file}" in said.replace("\n", "")
+    value = json.loads(file.read_text())
+    fleet = tmp_path / "fleet.yaml"
+    scaling = {name: each for name, each in value.items() if name != "evidence"}
+    fleet.write_text(json.dumps({"models": [{"id": SMALL, "source": "org/small", "scaling": scaling}]}))
+    cluster.says("policy", "validate", str(fleet), "--file", str(file))
+    cluster.says("policy", "validate", str(fleet))
+    cluster.says("policy", "set", SMALL, "--file", str(file))
+    spec = cluster.json("policy", "show", SMALL)["spec"]
+    assert (spec["policy"], spec["keep_alive_s"]) == ("keep-alive", value["keep_alive_s"])
+    # What is said beside the file goes before it.
+    cluster.says("policy", "set", SMALL, "--file", str(file), "--keep-alive", "7s")
+    assert cluster.json("policy", "show", SMALL)["spec"]["keep_alive_s"] == 7.0
+    file.write_text("{}")
+    assert "is no policy file" in cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--objective", "foo"), "objective 'foo' is unknown; there are total_cost_gpu_s"),
+        (("--parameters", "foo"), "policy keep-alive has no parameter 'foo'; it has"),
+        (("--policy", "oracle"), "policy 'oracle' can't be tuned"),
+        (("--learn-until", "100d"), "nothing comes 8,640,000 s after its beginning"),
+        (("--out", "/nowhere/at/all.json"), "--out: /nowhere/at/all.json is in no folder"),
+    ],
+    ids=["objective", "parameter", "policy", "nothing-left", "folder"],
+)
+def test_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    file = requests(tmp_path, range(0, 9000, 300))
+    assert words in fails("tune", file, "--policy", "keep-alive", "--trials", 1, *arguments)
