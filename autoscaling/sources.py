@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,15 @@ from autoscaling.ports import Clock
 from autoscaling.traces import Row, Source, TraceError, open_trace
 
 if TYPE_CHECKING:
+    from autoscaling.core.types import Rung
     from autoscaling.live.importer.names import Names
     from autoscaling.live.importer.sources import Log
     from autoscaling.live.store import Store
+    from autoscaling.traffic import Buckets, Traffic
 
 SHUFFLED_BY = 4096
 """By how many lines a log may be out of order: a request is written when it ends."""
-CHUNK_S = 6 * 3600
-"""Of a store, so much is in memory at once."""
-STEP_S = 60.0
-"""The finest windows that are read from a store."""
+MOST_STARTS = 10_000
 
 
 def open_source(
@@ -143,7 +143,7 @@ def _clock() -> Clock:
 
 @dataclass(slots=True)
 class StoredSource:
-    """All traffic that a store knows, as windows: of a minute where it is that fine (two days), longer before."""
+    """All traffic that a store knows, as windows: of a second in its last hour, longer ones before."""
 
     url: str
     clock: Clock = field(default_factory=_clock)
@@ -185,33 +185,45 @@ class StoredSource:
         finally:
             store.close()
 
+    def starts(self) -> dict[Rung | None, list[float]]:
+        """Rung -> seconds of the newest starts that were measured from there."""
+        with self._opened() as store:
+            rows = store.cold_starts(None, 0.0, MOST_STARTS)
+        found: dict[Rung | None, list[float]] = {}
+        for row in rows:
+            found.setdefault(row.rung, []).append(row.total_s)
+        return found
+
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""
         now_s = self.clock.now_s()
         with self._opened() as store:
-            begins_s = min(
-                level.start_s for name in self.models for level in store.traffic(name, now_s).levels
-            )
-            at_s = begins_s // CHUNK_S * CHUNK_S
-            while at_s < now_s:
-                found: list[Row] = []
-                for name in self.models:
-                    found += _windows(name, store.history(name, at_s, at_s + CHUNK_S, STEP_S))
-                yield from sorted(found)
-                at_s += CHUNK_S
+            known = [store.traffic(name, now_s) for name in self.models]
+        yield from heapq.merge(*map(_windows, known))
 
 
-def _windows(model: str, steps: Sequence[Mapping[str, float]]) -> Iterator[Row]:
-    arrivals = sum(step["arrivals"] for step in steps)
-    if not arrivals:
-        return
-    # A long request is in progress in windows after its own, so no window knows how long its requests took.
-    exec_s = sum(step["busy_s"] for step in steps) / arrivals
-    for step in steps:
-        count = int(step["arrivals"])
-        if count:
-            each_in, each_out = round(step["input_tokens"] / count), round(step["output_tokens"] / count)
-            yield Row(step["start_s"], model, count, step["step_s"], each_in, each_out, exec_s)
+def _windows(traffic: Traffic) -> Iterator[Row]:
+    """Buckets as windows, each from the finest level that knows of it."""
+    coarsest = traffic.levels[-1]
+    arrivals = float(coarsest.arrivals.sum())
+    # A long request is in progress in buckets after its own, so no bucket knows how long its requests took.
+    exec_s = float(coarsest.busy_s.sum()) / arrivals if arrivals else 0.0
+    begins = [*(_begins_s(*pair) for pair in pairwise(traffic.levels)), -math.inf]
+    ends = [math.inf, *begins]
+    for level, begins_s, ends_s in reversed(list(zip(traffic.levels, begins, ends, strict=False))):
+        for i, at in enumerate((level.index * level.step_s).tolist()):
+            count = int(level.arrivals[i])
+            if count and begins_s <= at < ends_s:
+                each_in = round(float(level.input_tokens[i]) / count)
+                each_out = round(float(level.output_tokens[i]) / count)
+                yield Row(at, traffic.model, count, level.step_s, each_in, each_out, exec_s)
+
+
+def _begins_s(fine: Buckets, coarse: Buckets) -> float:
+    """From when on the finer level tells all: a bucket of the coarser one is told by one of them only."""
+    if fine.start_s < coarse.start_s + coarse.step_s:
+        return -math.inf
+    return math.ceil(fine.start_s / coarse.step_s) * coarse.step_s
 
 
 @dataclass(slots=True)

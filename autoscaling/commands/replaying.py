@@ -34,7 +34,11 @@ ProfileFile = Annotated[
 ]
 ColdStart = Annotated[
     str | None,
-    typer.Option("--cold-start", help=f"Dark or lit, with this start time: {times.DURATIONS}."),
+    typer.Option(
+        "--cold-start",
+        help=f"How long a start takes: {times.DURATIONS}; or a file of measured ones, as `relight coldstarts --json` "
+        "prints them or CSV with total_s. Default: the store's own, else the profile's.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

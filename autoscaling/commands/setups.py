@@ -41,7 +41,7 @@ def base_of(source: Source, given: Given) -> Base:
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
-    profile = _priced(_profile(given), given, prices)
+    profile = _priced(_profile(source, given), given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     if fleet is not None:
         profile = _limited(profile, fleet)
@@ -83,15 +83,20 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
     return table
 
 
-def _profile(given: Given) -> Profile:
+def _profile(source: Source, given: Given) -> Profile:
     from autoscaling.sim.profile import Profile, ProfileError, load_profile
+    from autoscaling.sim.starts import measured, read_starts
+    from autoscaling.sources import StoredSource
 
     try:
         profile = Profile() if given.profile is None else load_profile(given.profile)
+        if given.cold_start is None:
+            known = source.starts() if isinstance(source, StoredSource) and given.profile is None else {}
+            return measured(profile, known) if known else profile
+        if Path(given.cold_start).is_file():
+            return measured(profile, read_starts(given.cold_start))
     except ProfileError as error:
         raise CommandError(str(error), WRONG) from None
-    if given.cold_start is None:
-        return profile
     return profile.two_states(options.duration(given.cold_start, "--cold-start") or 0.0)
 
 

@@ -38,15 +38,8 @@ BATCH = 4
 """Settings that are tried at once, on however many cores, so that the same seed finds the same everywhere."""
 LEARNED = 2 / 3
 """Of the trace, where it is not said how much."""
-LIVE_FIELDS = (
-    "wait_cost",
-    "keep_alive_s",
-    "min_replicas",
-    "max_replicas",
-    "target_ongoing_requests",
-    "priority",
-)
-"""Of SPEC_FIELDS, what a policy file may say."""
+LIVE_FIELDS = ("wait_cost", "keep_alive_s", "target_ongoing_requests")
+"""Of SPEC_FIELDS, what a policy file says. How many replicas a model may have is not the policy's to say."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +100,7 @@ class Tuned:
         settings = self.variant.settings
         fields = {name: settings[name] for name in LIVE_FIELDS if name in settings}
         params = {name: value for name, value in settings.items() if name not in SPEC_FIELDS}
-        whole = ("min_replicas", "max_replicas", "priority")
-        return {
-            "policy": self.variant.policy,
-            "params": params,
-            **{name: int(value) if name in whole else value for name, value in fields.items()},
-        }
+        return {"policy": self.variant.policy, "params": params, **fields}
 
     def to_plain(self) -> dict[str, Any]:
         """The same, with how sure it is. Whoever reads the policy passes over `evidence`."""
@@ -215,7 +203,7 @@ def tune(
         raise SettingError(f"policy {policy} has no parameter to be tuned")
     check(Variant(policy, kept))
     if learn_until_s is None:
-        learn_until_s = LEARNED * _length_s(base)
+        learn_until_s = float(round(LEARNED * _length_s(base)))
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=base.setup.seed, constant_liar=True)
