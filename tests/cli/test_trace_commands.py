@@ -177,7 +177,7 @@ BAD = {
     ),
     "json-field": ('{"timestamp": 1, "input_length": 1}\n', "t.csv:1: "),
     "log": (
-        CLF.format(second=1, method="POST", path="/x", status=200) + "junk\n",
+        CLF.format(second=11, method="POST", path="/x", status=200) + "junk\n",
         "t.csv: line 2: the line is 'junk'",
     ),
     "no-date": (

@@ -58,8 +58,10 @@ def test_it_finds_the_gap(trace: Path) -> None:
 def test_what_is_scored_is_not_looked_at(trace: Path, tmp_path: Path) -> None:
     """Another rest of the trace changes what the parameters are worth, not what they are."""
     as_it_was = tuned(trace, *TUNE, "--learn-until", "4d")
-    days = [time_s for time_s in chats(80) if time_s < 4 * 86400]
-    other = requests(tmp_path, [*days, *(4 * 86400 + 40_000 + 3 * i for i in range(200))], model="other")
+    times = chats(80)
+    seen_s = times[0] + 4 * 86400
+    rest = [seen_s + 3600 * i for i in range(40)]
+    other = requests(tmp_path, [*(time_s for time_s in times if time_s < seen_s), *rest], model="other")
     changed = tuned(other, *TUNE, "--learn-until", "4d")
     assert changed["keep_alive_s"] == as_it_was["keep_alive_s"]
     assert changed["evidence"]["learned"] == as_it_was["evidence"]["learned"]
@@ -94,7 +96,7 @@ def test_a_bound_on_the_slo_goes_first(trace: Path) -> None:
     """Fewest GPU-seconds alone are those of no keep-alive at all."""
     cheap = tuned(trace, *TUNE, "--objective", "gpu_s")
     kept = tuned(trace, *TUNE, "--objective", "gpu_s", "--slo", "0.8")
-    assert cheap["keep_alive_s"] < 30
+    assert cheap["keep_alive_s"] < 75
     assert cheap["evidence"]["slo_attainment"] < 0.2
     assert kept["keep_alive_s"] > 95
     assert kept["evidence"]["slo_attainment"] >= 0.8
@@ -114,6 +116,7 @@ def test_its_file_is_used_live(trace: Path, tmp_path: Path, cluster: Cluster) ->
     spec = cluster.json("policy", "show", SMALL)["spec"]
     assert (spec["policy"], spec["keep_alive_s"]) == ("keep-alive", value["keep_alive_s"])
     # What is said beside the file goes before it.
+    cluster.clock.time_s += 60
     cluster.says("policy", "set", SMALL, "--file", str(file), "--keep-alive", "7s")
     assert cluster.json("policy", "show", SMALL)["spec"]["keep_alive_s"] == 7.0
     file.write_text("{}")
