@@ -217,7 +217,9 @@ def tune(
         if done is not None:
             done(first + len(asked), trials)
     improved = study.best_value < default
-    best = Variant(policy, {**kept, **_short(study.best_params)} if improved else kept)
+    best = Variant(
+        policy, {**kept, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
+    )
     score = sampled(
         replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)), _span_s(base, learn_until_s)
     )
