@@ -248,11 +248,12 @@ def cell(name: str, value: float) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
-def said(report: Report) -> None:
-    """What the reader should know beside the figures."""
+def said(reports: Sequence[Report]) -> None:
+    """What the reader should know beside the figures, once."""
     from autoscaling.commands import output
 
-    if report.skipped_rows:
-        output.say(f"{report.skipped_rows} bad rows were skipped.", style="yellow")
-    for note in report.notes:
+    skipped = max((report.skipped_rows for report in reports), default=0)
+    if skipped:
+        output.say(f"{output.count(skipped, 'bad row')} skipped.", style="yellow")
+    for note in dict.fromkeys(note for report in reports for note in report.notes):
         output.say(note, style="yellow")

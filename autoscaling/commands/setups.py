@@ -44,7 +44,7 @@ def base_of(source: Source, given: Given) -> Base:
     profile = _priced(_profile(source, given), given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     if fleet is not None:
-        profile = _limited(profile, fleet)
+        profile = _limited(profile, fleet, given)
         source = _by_id(source, fleet)
     setup = Setup(
         profile=profile,
@@ -135,9 +135,18 @@ def _fleet(file: Path) -> Fleet:
     return load_fleet(file)
 
 
-def _limited(profile: Profile, fleet: Fleet) -> Profile:
-    budget = fleet.controller.gpu_budget
-    return profile if budget is None or profile.gpus is not None else replace(profile, gpus=budget)
+def _limited(profile: Profile, fleet: Fleet, given: Given) -> Profile:
+    """The fleet's budget and limits, where no profile says its own; the widest limits, where models differ."""
+    if profile.gpus is None and fleet.controller.gpu_budget is not None:
+        profile = replace(profile, gpus=fleet.controller.gpu_budget)
+    if given.profile is not None:
+        return profile
+    limits = [model.limits for model in fleet.models]
+    return replace(
+        profile,
+        deadline_s=max(each.request_deadline_s for each in limits),
+        queue_limit=float(fleet.gateway.max_replicas * max(each.max_queued for each in limits)),
+    )
 
 
 def _by_id(source: Source, fleet: Fleet) -> Source:

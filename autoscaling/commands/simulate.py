@@ -115,7 +115,7 @@ def _show(report: Report) -> None:
         output.say(f"best-fixed is keep_alive_s = {report.keep_alive_s:g}.", style="dim")
     if len(models) > MOST_MODELS:
         output.say(f"The {MOST_MODELS} costliest of {len(models)} models; --json has all.", style="dim")
-    replaying.said(report)
+    replaying.said([report])
 
 
 def compare(
@@ -192,7 +192,7 @@ def compare(
     output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
     if report is not None:
         output.say(f"Plots: {report}", style="dim")
-    replaying.said(found[0][1])
+    replaying.said(reports)
 
 
 def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float]) -> list[Variant]:

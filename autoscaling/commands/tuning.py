@@ -116,7 +116,7 @@ def _show(tuned: Tuned, written: Path | None) -> None:
             f"Use it live: relight policy set MODEL --file {written} (or --all); `relight policy validate` checks it.",
             style="dim",
         )
-    replaying.said(tuned.scored)
+    replaying.said([tuned.scored])
 
 
 __all__ = ["register"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -69,6 +70,9 @@ class Variant:
         policy = "predictive" if self.policy == ORACLE else self.policy
         fields = {name: value for name, value in self.settings.items() if name in SPEC_FIELDS}
         params = {name: value for name, value in self.settings.items() if name not in SPEC_FIELDS}
+        if self.policy == ORACLE:
+            # Who knows what comes needs no time to see that less would do.
+            params = {"stable_s": 0.0, **params}
         kept = spec.params if spec.policy == policy else {}
         for name in _WHOLE:
             if name in fields:
@@ -271,8 +275,13 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
         yield from map(_job, jobs)
         return
     # Forked: what is imported and compiled is so once. Nothing here has threads that could hold a lock.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(jobs))) as pool:
+    with multiprocessing.get_context("fork").Pool(min(processes, len(jobs)), _quietly) as pool:
         yield from pool.imap_unordered(_job, jobs)
+
+
+def _quietly() -> None:
+    """Who interrupts the command interrupts the parent, which ends the pool."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _job(job: tuple[int, Base, Variant]) -> tuple[int, Report]:

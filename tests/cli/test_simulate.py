@@ -151,7 +151,7 @@ class TestOptions:
         file.write_text("timestamp_s,model\n0,a\nx,a\n5,a\n3,a\n9\n")
         found = report("simulate", file, *KEEP, "--skip-bad")
         assert (found["skipped_rows"], found["total"]["requests"]) == (3, 2)
-        assert "3 bad rows were skipped" in says("simulate", file, *KEEP, "--skip-bad")
+        assert "3 bad rows skipped" in says("simulate", file, *KEEP, "--skip-bad")
 
     def test_best_fixed_is_the_best_of_all_keep_alives(self, tmp_path: Path) -> None:
         file = requests(tmp_path, range(0, 9000, 300))
@@ -231,6 +231,13 @@ class TestFleet:
         short = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES)["total"]
         assert free["wait_max_s"] < 31
         assert short["wait_max_s"] > 60
+
+    def test_its_limits_turn_requests_away(self, fleet: Path, tmp_path: Path) -> None:
+        trace = self.written(tmp_path, "0,small\n1,small\n2,small\n")
+        assert report("simulate", trace, "--fleet", fleet, *TWO_STATES)["total"]["rejected"] == 0
+        limits = "limits: {max_queued: 1}\n    scaling: {policy: keep-alive"
+        fleet.write_text(FLEET.replace("scaling: {policy: keep-alive", limits).partition("  - id: big")[0])
+        assert report("simulate", trace, "--fleet", fleet, *TWO_STATES)["total"]["rejected"] == 2
 
     def test_a_trace_of_other_models_is_an_error(self, fleet: Path, tmp_path: Path) -> None:
         said = fails("simulate", self.written(tmp_path, "0,x\n"), "--fleet", fleet)
