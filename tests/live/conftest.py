@@ -23,10 +23,14 @@ EMBED: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """These share a cluster, and so a process; where there are several, the others take the rest of the suite."""
+    """Those that share the cluster share a process, and so do those of a file that has one of its own.
+
+    Where there are several processes, the others take the rest of the suite.
+    """
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.xdist_group("live"))
+            shared = "relight" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("live" if shared else item.path.stem))
 
 
 def scaling(**changes: Any) -> dict[str, Any]:

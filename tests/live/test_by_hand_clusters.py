@@ -1,5 +1,4 @@
-"""Serve's own commands, as the README shows them, on a cluster that was started by hand. Before the other live tests,
-since it has a cluster of its own."""
+"""Serve's own commands, as the README shows them, on a cluster that was started by hand."""
 
 from __future__ import annotations
 
