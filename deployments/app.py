@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from autoscaling.core.codec import to_json, to_plain
 from autoscaling.live.controller import Controller
+from autoscaling.live.node_waits import ACCELERATOR
 from autoscaling.live.setup import ControllerSetup, ModelSetup
 from deployments.engine.protocol import EngineSpec, default_run_dir
 from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
@@ -100,6 +101,7 @@ def controller_setup(fleet: Fleet, specs: Mapping[str, EngineSpec]) -> Controlle
         tick_s=section.tick_s,
         plan_every_s=section.plan_every_s,
         plan_expires_s=section.plan_expires_s,
+        node_wait_s=section.node_wait_s,
         gpu_budget=section.gpu_budget,
         spend_gpu_s_per_day=section.spend_gpu_s_per_day,
         shadow=section.shadow.model_dump(mode="json") if section.shadow else None,
@@ -302,7 +304,7 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
             name="controller",
             num_replicas=1,
             max_ongoing_requests=1000,
-            ray_actor_options={"num_cpus": 0},
+            ray_actor_options=_off_accelerators(fleet),
             # One that was killed is missed at the next check, and plans expire meanwhile.
             health_check_period_s=2,
             health_check_timeout_s=30,
@@ -327,7 +329,7 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
         .options(
             name="gateway",
             max_ongoing_requests=GATEWAY_MAX_ONGOING,
-            ray_actor_options={"num_cpus": 0},
+            ray_actor_options=_off_accelerators(fleet),
             graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=5,
@@ -340,6 +342,19 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
     return application
 
 
+def _off_accelerators(fleet: Fleet) -> dict[str, Any]:
+    """Where gateways and the controller run: a node with an accelerator only if there is no other.
+
+    Ray ends no node on which an actor lives, also one that takes no CPU.
+    """
+    from ray.util import accelerators
+
+    known = {str(value) for name, value in vars(accelerators).items() if name.isupper()}
+    named = {kind for model in fleet.models for kind in model.resources.accelerator_types}
+    others = {ACCELERATOR: f"!in({','.join(sorted(known | named))})"}
+    return {"num_cpus": 0, "label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
+
+
 def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) -> serve.Application:
     scaling, resources = model.scaling, model.resources
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
@@ -348,9 +363,7 @@ def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) ->
     if len(resources.accelerator_types) == 1:
         options["accelerator_type"] = resources.accelerator_types[0]
     elif resources.accelerator_types:
-        options["label_selector"] = {
-            "ray.io/accelerator-type": f"in({','.join(resources.accelerator_types)})"
-        }
+        options["label_selector"] = {ACCELERATOR: f"in({','.join(resources.accelerator_types)})"}
     application: serve.Application = (
         serve.deployment(ModelReplica)
         .options(

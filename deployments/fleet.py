@@ -455,6 +455,9 @@ class ControllerConfig(_Config):
     """How often it publishes its plan though nothing has changed."""
     plan_expires_s: float = Field(default=10, gt=0, le=600)
     """How long a plan holds when the controller goes silent; models then scale reactively."""
+    node_wait_s: float = Field(default=300, ge=1)
+    """How long a model waits for a kind of node before the next one that would do is asked for. Should be longer
+    than a node takes to start, or two are started where one would have come."""
     gpu_budget: float | None = Field(default=None, gt=0)
     """GPUs that all models together may hold; null means all there are."""
     spend_gpu_s_per_day: float | None = Field(default=None, gt=0)

@@ -12,6 +12,7 @@ from typing import Any
 from autoscaling.core.plan import Entry, Plan, make_plan
 from autoscaling.core.types import Decision, Rung, Spec
 from autoscaling.live.metrics import LiveMetrics
+from autoscaling.live.node_waits import NodeWaits
 from autoscaling.live.nodes import Node, NodeRequests, bundles
 from autoscaling.live.rungs import scarcity
 from autoscaling.ports import Clock
@@ -225,6 +226,7 @@ class LiveActuator:
         publisher: Publisher,
         rungs: RungKeeper,
         nodes: NodeRequests,
+        waits: NodeWaits,
         metrics: LiveMetrics,
         *,
         clock: Clock,
@@ -235,6 +237,7 @@ class LiveActuator:
         self._publisher = publisher
         self._rungs = rungs
         self._nodes = nodes
+        self._waits = waits
         self._metrics = metrics
         self._clock = clock
         self._mode = mode
@@ -251,5 +254,18 @@ class LiveActuator:
             self._rungs.apply(decisions)
         known = self._metrics.nodes()
         if known is not None and known[1]:
-            wanted = bundles(self._metrics.models, decisions) if active else []
+            metrics = self._metrics
+            unplaced = metrics.unplaced()
+
+            def waiting(model: str) -> int:
+                return unplaced.get(model, 0)
+
+            self._waits.look(
+                decisions if active else (), unplaced=waiting, has_node=lambda m: bool(metrics.eligible(m))
+            )
+            wanted = (
+                bundles(metrics.models, decisions, unplaced=waiting, instead=self._waits.asked)
+                if active
+                else []
+            )
             self._nodes.ask(self._clock.monotonic_s(), wanted)

@@ -150,7 +150,10 @@ class Controller:
     # What it is called with
 
     async def report(self, gateway: str, report: dict[str, Any]) -> dict[str, Any]:
-        """One gateway's view, replacing its last. Returns {"sequence": up to where its counts are kept here}."""
+        """One gateway's view, replacing its last.
+
+        Returns {"sequence": up to where its counts are kept here, "node_waits": model -> which node it waits for}.
+        """
         for model, seen in report["models"].items():
             start = seen["last_cold_start"]
             if start and start["ready_s"] >= self._last_starts.get(model, {"ready_s": 0})["ready_s"]:
@@ -158,8 +161,9 @@ class Controller:
         planner = self._planner
         if planner is None or not self._decides:
             self._metrics.take_report(gateway, report, ())
-            return {"sequence": 0}
-        return {"sequence": await asyncio.to_thread(planner.take_report, gateway, report)}
+            return {"sequence": 0, "node_waits": {}}
+        sequence = await asyncio.to_thread(planner.take_report, gateway, report)
+        return {"sequence": sequence, "node_waits": planner.node_waits()}
 
     async def snapshot(self) -> dict[str, Any]:
         """The fleet as `relight status --json` prints it."""
@@ -181,6 +185,7 @@ class Controller:
             list(self._metrics.reports().values()),
             {name: view.states for name, view in deployments.items()},
             self._last_starts,
+            self._planner.node_waits() if self._planner is not None else {},
         )
         return {**status, "controller": self._health()}
 
@@ -232,6 +237,10 @@ class Controller:
         for thread in self._threads:
             thread.join(LET_GO_S)
         if self._planner is not None:
+            if self._decides:
+                # Nobody has come after us. Where Serve ends as a whole, nobody is left to end the lease.
+                with contextlib.suppress(Exception):
+                    self._planner.let_nodes_go()
             self._planner.close()
         with contextlib.suppress(Exception):
             self._owner.release()

@@ -39,6 +39,8 @@ class ServeView:
     target: int
     states: Mapping[str, int]
     """Replica state -> count."""
+    unplaced: int = 0
+    """Of those that are starting: on no node yet."""
 
 
 def serve_view(details: Mapping[str, Any]) -> dict[str, ServeView]:
@@ -47,14 +49,17 @@ def serve_view(details: Mapping[str, Any]) -> dict[str, ServeView]:
     for application in details.get("applications", {}).values():
         for name, deployment in application.get("deployments", {}).items():
             states: dict[str, int] = {}
+            unplaced = 0
             for replica in deployment.get("replicas", ()):
                 state = str(getattr(replica["state"], "value", replica["state"]))
                 states[state] = states.get(state, 0) + 1
+                unplaced += state in _STARTING and replica.get("node_id") is None
             found[name] = ServeView(
                 running=sum(states.get(state, 0) for state in _RUNNING),
                 starting=sum(states.get(state, 0) for state in _STARTING),
                 target=int(deployment["target_num_replicas"]),
                 states=states,
+                unplaced=unplaced,
             )
     return found
 
@@ -185,6 +190,12 @@ class LiveMetrics:
         """None if Serve has not answered lately."""
         with self._lock:
             return self._fresh_serve()
+
+    def unplaced(self) -> dict[str, int]:
+        """Model -> replicas that wait for a node with room, where there are any; empty if Serve has not answered."""
+        serve = self.serve() or {}
+        found = {m.id: serve[m.deployment].unplaced for m in self.models.values() if m.deployment in serve}
+        return {model: count for model, count in found.items() if count}
 
     def nodes(self) -> tuple[Sequence[Node], bool] | None:
         """(alive nodes, whether there is an autoscaler); None if that is not known."""

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from autoscaling.core.types import Decision, Rung
+from autoscaling.live.node_waits import ACCELERATOR, Labels, labels_of
+from autoscaling.live.plan_store import kv_get, kv_put
 from autoscaling.live.setup import ModelSetup
+from autoscaling.ports import Clock
 
 log = logging.getLogger("ray.serve")
 
-REASSERT_S = 60.0
+REASSERT_S = 20.0
 """How often the autoscaler is told again what it was told: it forgets when the head restarts."""
+LEASE_S = 3 * REASSERT_S
+"""How long nodes are held ahead when nobody says any more that they are wanted: the controller was killed for good."""
+LEASE_KEY = b"nodes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,7 @@ class Node:
 
     id: str
     resources: Mapping[str, float]
+    labels: Labels = field(default_factory=dict)
 
     @property
     def gpus(self) -> float:
@@ -35,7 +42,9 @@ def fits(node: Node, model: ModelSetup) -> bool:
     if any(node.resources.get(name, 0.0) < amount for name, amount in model.resources.items()):
         return False
     kinds = model.accelerator_types
-    return not kinds or any(node.resources.get(f"accelerator_type:{kind}", 0.0) > 0 for kind in kinds)
+    if not kinds or node.labels.get(ACCELERATOR) in kinds:
+        return True
+    return any(node.resources.get(f"accelerator_type:{kind}", 0.0) > 0 for kind in kinds)
 
 
 def alive_nodes() -> list[Node]:
@@ -43,7 +52,11 @@ def alive_nodes() -> list[Node]:
     import ray
 
     return [
-        Node(node["NodeID"], {name: float(amount) for name, amount in node["Resources"].items()})
+        Node(
+            node["NodeID"],
+            {name: float(amount) for name, amount in node["Resources"].items()},
+            dict(node.get("Labels") or {}),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
@@ -75,47 +88,123 @@ def _node_types() -> set[str]:
     return set((report or {}).get("active_nodes", {}))
 
 
-def bundles(models: Mapping[str, ModelSetup], decisions: Iterable[Decision]) -> list[dict[str, float]]:
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Room for one replica, on a node with these labels."""
+
+    resources: Mapping[str, float]
+    labels: Labels = field(default_factory=dict)
+
+
+def bundles(
+    models: Mapping[str, ModelSetup],
+    decisions: Iterable[Decision],
+    *,
+    unplaced: Callable[[str], int] = lambda _: 0,
+    instead: Callable[[str], Labels | None] = lambda _: None,
+) -> list[Bundle]:
     """What the cluster must have room for; empty if nobody waits for a node that replicas would not ask for anyway.
 
     A request to Ray's autoscaler is for the whole cluster, what runs included, so that once one model is to have a
-    node ahead of its replicas, all replicas stand in it.
+    node ahead of its replicas, all replicas stand in it. `unplaced` replicas of a model that waits in vain are to be on
+    the nodes that are asked for `instead`.
     """
-    found: list[dict[str, float]] = []
+    found: list[Bundle] = []
     ahead = False
     for decision in decisions:
         model = models.get(decision.model)
         if model is None:
             continue
-        count = decision.replicas or 0
+        count, other = decision.replicas or 0, instead(decision.model)
+        lacking = min(count, unplaced(decision.model)) if other is not None else 0
         if not count and Rung.NODE <= decision.rung < Rung.SERVING:
             count, ahead = 1, True
-        found += [dict(model.resources)] * count
+            lacking = 1 if other is not None else 0
+        ahead = ahead or lacking > 0
+        found += [Bundle(model.resources, labels_of(model))] * (count - lacking)
+        if other is not None:
+            found += [Bundle(model.resources, other)] * lacking
     return found if ahead else []
 
 
 class NodeRequests:
-    """The one who asks the autoscaler for nodes: the last call of the whole cluster wins."""
+    """The one who asks the autoscaler for nodes: the last call of the whole cluster wins.
 
-    def __init__(self, request: Callable[[list[dict[str, float]]], None]) -> None:
+    Ray holds a request until the next one, also when who made it is dead. So it is made under a lease, which
+    `NodeLease` ends where it is not renewed; a successor takes back what it does not want itself.
+    """
+
+    def __init__(
+        self,
+        request: Callable[[list[Bundle]], None],
+        *,
+        get: Callable[[bytes], bytes | None] = kv_get,
+        put: Callable[[bytes, bytes], None] = kv_put,
+    ) -> None:
         self._request = request
-        self._asked: Sequence[Mapping[str, float]] = ()
-        self._asked_s: float | None = None
+        self._get = get
+        self._put = put
+        self._asked: Sequence[Bundle] | None = None
+        self._asked_s = 0.0
 
-    def ask(self, monotonic_s: float, wanted: list[dict[str, float]]) -> None:
-        """Say what the cluster must have room for, when that is new, or was said a minute ago."""
-        due = self._asked_s is None or monotonic_s - self._asked_s >= REASSERT_S
-        if wanted == list(self._asked) and not (due and wanted):
+    def ask(self, monotonic_s: float, wanted: list[Bundle]) -> None:
+        """Say what the cluster must have room for, when that is new, or was said some time ago.
+
+        Raises what Ray raises; then it is said at the next call.
+        """
+        if self._asked is None and not wanted and not self._get(LEASE_KEY):
+            self._asked = ()  # nobody before us asked for anything: what others ask for is theirs
+        due = monotonic_s - self._asked_s >= REASSERT_S
+        if self._asked is not None and wanted == list(self._asked) and not (due and wanted):
             return
+        if wanted:
+            # First, so that a request whose maker dies here ends as well.
+            self._put(LEASE_KEY, f"{monotonic_s}".encode())
         self._request(wanted)
+        if not wanted:
+            self._put(LEASE_KEY, b"")
         self._asked, self._asked_s = wanted, monotonic_s
 
 
-def request_nodes(wanted: list[dict[str, float]]) -> None:
+class NodeLease:
+    """Ends a request for nodes that nobody renews. Runs in Serve's controller, which outlives ours."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        get: Callable[[bytes], bytes | None] = kv_get,
+        put: Callable[[bytes, bytes], None] = kv_put,
+        request: Callable[[list[Bundle]], None] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._get = get
+        self._put = put
+        self._request = request or request_nodes
+        self._seen: bytes | None = None
+        self._since_s = 0.0
+
+    def look(self) -> None:
+        """Call it every few seconds. Raises what Ray raises."""
+        text, now_s = self._get(LEASE_KEY), self._clock.monotonic_s()
+        if text != self._seen:
+            self._seen, self._since_s = text, now_s
+        elif text and now_s - self._since_s >= LEASE_S:
+            log.warning(
+                "nodes that were asked for ahead are let go: nobody has wanted them for %.0f s", LEASE_S
+            )
+            self._request([])
+            self._put(LEASE_KEY, b"")
+
+
+def request_nodes(wanted: list[Bundle]) -> None:
     """Ray's own call. Needs a connection to Ray."""
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=wanted)
+    request_resources(
+        bundles=[dict(bundle.resources) for bundle in wanted],
+        bundle_label_selectors=[dict(bundle.labels) for bundle in wanted],
+    )
 
 
 class Warming:

@@ -11,8 +11,12 @@ def fleet_status(
     reports: Sequence[Mapping[str, Any]],
     replicas: Mapping[str, Mapping[str, int]],
     last_starts: Mapping[str, Mapping[str, Any]],
+    node_waits: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The fleet as `relight status --json` prints it. `replicas` is deployment -> replica state -> count."""
+    """The fleet as `relight status --json` prints it. `replicas` is deployment -> replica state -> count.
+
+    `node_waits` is model -> which node it waits for, of those that wait for one.
+    """
     nodes: dict[str, dict[str, Any]] = {}
     for report in reports:
         nodes[report["node"]] = dict(report)
@@ -36,7 +40,7 @@ def fleet_status(
                 "queued": sum(s["queued"] for s in seen),
                 "in_flight": sum(s["in_flight"] for s in seen),
                 "last_cold_start": last_starts.get(model["id"]),
-                "reason": failures[0] if failures else None,
+                "reason": failures[0] if failures else (node_waits or {}).get(model["id"]),
             }
         )
     return {

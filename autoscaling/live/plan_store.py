@@ -24,6 +24,7 @@ PLAN_KEY = b"plan"
 SEEN_KEY = b"policies"
 READ_EVERY_S = 0.5
 TELL_EVERY_S = 5.0
+LEASE_EVERY_S = 5.0
 
 
 def kv_put(key: bytes, value: bytes) -> None:
@@ -79,7 +80,11 @@ class PlanReader:
         get: Callable[[bytes], bytes | None] = kv_get,
         put: Callable[[bytes, bytes], None] = kv_put,
         clock: Clock | None = None,
+        beside: Callable[[], None] = lambda: None,
     ) -> None:
+        """`beside` is called every LEASE_EVERY_S; what it raises is passed over."""
+        self._beside = beside
+        self._beside_s = -LEASE_EVERY_S
         self._get = get
         self._put = put
         self._clock = clock or SystemClock()
@@ -102,6 +107,7 @@ class PlanReader:
         while True:
             self.read_once()
             self.tell_once()
+            self.look_beside()
             wait.wait(READ_EVERY_S)
 
     def read_once(self) -> None:
@@ -140,6 +146,17 @@ class PlanReader:
             return
         self._told, self._told_s = seen, now_s
 
+    def look_beside(self) -> None:
+        """Do what else this process does for the controller, if it is time. Never raises."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._beside_s < LEASE_EVERY_S:
+            return
+        self._beside_s = now_s
+        try:
+            self._beside()
+        except Exception as error:  # noqa: BLE001 - as above; it is called again
+            log.debug("%r", error)
+
 
 _shared: PlanReader | None = None
 _lock = threading.Lock()
@@ -148,9 +165,11 @@ _lock = threading.Lock()
 def shared_reader() -> PlanReader:
     """The process's one reader, started."""
     global _shared  # noqa: PLW0603 - one thread for all policies of the process
+    from autoscaling.live.nodes import NodeLease
+
     with _lock:
         if _shared is None:
-            _shared = PlanReader()
+            _shared = PlanReader(beside=NodeLease(SystemClock()).look)
             _shared.start()
         return _shared
 

@@ -25,6 +25,7 @@ from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
 from autoscaling.live.intake import Intake
 from autoscaling.live.ledger import TokenLedger
 from autoscaling.live.metrics import LiveMetrics
+from autoscaling.live.node_waits import NodeWaits
 from autoscaling.live.nodes import NodeRequests, request_nodes
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
 from autoscaling.live.setup import ControllerSetup
@@ -114,7 +115,7 @@ class Planner:
         publish: Callable[[Plan], None],
         warm: Callable[[str, Mapping[str, Any], int, float], dict[str, Any]],
         forecasts: Callable[[Store, Callable[[str], float]], ForecastService],
-        request: Callable[[list[dict[str, float]]], None] = request_nodes,
+        nodes: NodeRequests | None = None,
     ) -> None:
         self._setup = setup
         self._metrics = metrics
@@ -149,6 +150,8 @@ class Planner:
         self._restore(states)
         self.forecasts = self._start_forecasts(forecasts)
         self._publisher = Publisher(self._put_plan, clock, every_s=setup.plan_every_s)
+        self._nodes = nodes or NodeRequests(request_nodes)
+        self._waits = NodeWaits(metrics.models, clock.monotonic_s, setup.node_wait_s)
         self._rungs = RungKeeper(metrics, warm, self._executor, clock, setup.host_config)
         self._loop = self._active = Loop(
             self,
@@ -157,7 +160,8 @@ class Planner:
             LiveActuator(
                 self._publisher,
                 self._rungs,
-                NodeRequests(request),
+                self._nodes,
+                self._waits,
                 metrics,
                 clock=clock,
                 mode=self.mode,
@@ -530,6 +534,14 @@ class Planner:
             "tick_ms": round(self._tick_ms, 3),
             "errors": errors,
         }
+
+    def node_waits(self) -> Mapping[str, str]:
+        """Model -> which node it waits for, of those that wait for one."""
+        return self._waits.texts()
+
+    def let_nodes_go(self) -> None:
+        """Ask for no nodes ahead any more. Raises what Ray raises."""
+        self._nodes.ask(self._clock.monotonic_s(), [])
 
     def close(self) -> None:
         """Write what waits, and end what was started."""

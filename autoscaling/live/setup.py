@@ -43,6 +43,7 @@ class ControllerSetup:
     tick_s: float = 1.0
     plan_every_s: float = 5.0
     plan_expires_s: float = 10.0
+    node_wait_s: float = 300.0
     gpu_budget: float | None = None
     spend_gpu_s_per_day: float | None = None
     shadow: Mapping[str, Any] | None = None

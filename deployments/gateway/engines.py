@@ -41,6 +41,7 @@ class Progress:
     phase: str
     elapsed_s: float
     estimate_s: float | None  # median of earlier cold starts of this model; None before the first
+    detail: str | None = None  # what it waits for, in words
 
 
 class EngineResponse(Protocol):

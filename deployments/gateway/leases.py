@@ -433,7 +433,10 @@ class ServeEngines:
             phase = "download"
         elif model in self._ready_models:
             phase = "queue"
-        return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model))
+        detail = None
+        if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
+            phase = "node"
+        return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model), detail)
 
     def state(self, model: str) -> str:
         states = {i.state for i in self._local_engines(model)}

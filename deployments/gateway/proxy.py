@@ -419,7 +419,8 @@ class Proxy:
             )
         estimate = "unknown" if progress.estimate_s is None else f"{progress.estimate_s:.1f} s"
         return DeadlineExceeded(
-            f"{model.id!r} is still being lit: phase {progress.phase}, {progress.elapsed_s:.1f} s so far, "
+            f"{model.id!r} is still being lit: phase {progress.phase}"
+            f"{f' ({progress.detail})' if progress.detail else ''}, {progress.elapsed_s:.1f} s so far, "
             f"estimate {estimate}; held for {held}. It goes on being lit: try again."
         )
 

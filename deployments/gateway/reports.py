@@ -51,6 +51,8 @@ class Reports:
         self._counts = counts
         self._id = secrets.token_hex(4)
         self._engines: dict[str, dict[str, Any]] = {}
+        self.node_waits: Mapping[str, str] = {}
+        """Model -> which node it waits for, as the controller told last."""
         self._sending = asyncio.Lock()
 
     def report(self) -> dict[str, Any]:
@@ -81,7 +83,13 @@ class Reports:
         last_s = 0.0
         while True:
             report = self.report()
-            if report != last or report["batches"] or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S:
+            waits = bool(self.node_waits)
+            if (
+                report != last
+                or report["batches"]
+                or waits
+                or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S
+            ):
                 await self.send()
                 last, last_s = report, time.monotonic()
             await asyncio.sleep(REPORT_EVERY_S)
@@ -94,8 +102,10 @@ class Reports:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     answer = await self._controller.report.remote(self._id, report)
             except (RayError, TimeoutError) as error:
+                self.node_waits = {}
                 log.warning("the controller did not take the report: %r", error)
                 return
+            self.node_waits = answer.get("node_waits", {})
             self._traffic.acknowledge(answer["sequence"])
             self._known.starts.told(report["starts"])
             for engine_id in report["engine_counters"]:

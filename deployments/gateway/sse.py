@@ -35,9 +35,9 @@ def comment(progress: Progress | None, waited_s: float) -> bytes:
         return f": relight waiting elapsed={waited_s:.1f}s\n\n".encode()
     phase = "".join(c for c in progress.phase if c.isprintable()) or "unknown"
     estimate = "unknown" if progress.estimate_s is None else f"{progress.estimate_s:.1f}s"
-    return (
-        f": relight lighting phase={phase} elapsed={progress.elapsed_s:.1f}s estimate={estimate}\n\n".encode()
-    )
+    detail = "".join(c for c in progress.detail or "" if c.isprintable())
+    line = f": relight lighting phase={phase} elapsed={progress.elapsed_s:.1f}s estimate={estimate}"
+    return (f"{line} ({detail})" if detail else line).encode() + b"\n\n"
 
 
 def data_event(document: Any) -> bytes:

@@ -11,7 +11,7 @@ from autoscaling.core.plan import Plan
 from autoscaling.core.types import Forecast, Rung, Spec
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.metrics import LiveMetrics, ServeView
-from autoscaling.live.nodes import Node
+from autoscaling.live.nodes import Bundle, Node, NodeRequests
 from autoscaling.live.planner import Planner
 from autoscaling.live.rungs import RungBook
 from autoscaling.live.setup import ControllerSetup, ModelSetup
@@ -158,7 +158,8 @@ class World:
         self.plans: list[Plan] = []
         self.publish: Callable[[Plan], None] = self.plans.append
         self.warmed: list[tuple[str, Mapping[str, Any]]] = []
-        self.requests: list[list[dict[str, float]]] = []
+        self.requests: list[list[Bundle]] = []
+        self.kv: dict[bytes, bytes] = {}
         self.forecasts = Forecasts()
         self.make_forecasts: Callable[..., Any] = lambda store, horizon_s: self.forecasts
         self.running: dict[str, ServeView] = {m.deployment: serve_view() for m in self.models}
@@ -178,7 +179,7 @@ class World:
             publish=self._publish,
             warm=self._warm,
             forecasts=self.make_forecasts,
-            request=self.requests.append,
+            nodes=NodeRequests(self.requests.append, get=self.kv.get, put=self.kv.__setitem__),
         )
         try:
             yield planner

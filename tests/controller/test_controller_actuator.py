@@ -13,7 +13,7 @@ from autoscaling.core.types import Decision, Reason, Rung, Window
 from autoscaling.live.actuator import LOWER_AFTER_S, RAISE_AFTER_S, Publisher, RungKeeper, plan_of
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.metrics import LiveMetrics
-from autoscaling.live.nodes import REASSERT_S, Node, NodeRequests, bundles
+from autoscaling.live.nodes import Node
 from autoscaling.live.rungs import RungBook
 from tests.controller.lab import GIB, NODE, NOW_S, HandClock, engine, report, setup, spec
 from tests.controller.lab import serve_view as view
@@ -207,36 +207,3 @@ def test_what_can_t_be_warmed_is_told_and_tried_ever_more_seldom(kind: str) -> N
     hosts.go(decision(rung=Rung.TEMPLATE), 1000)
     assert 3 <= len(hosts.asked) <= 6
     assert "no room" in hosts.keeper.failures["m"]
-
-
-# Nodes
-
-
-def test_replicas_alone_ask_for_no_node_ahead() -> None:
-    """Serve's own replicas make the autoscaler start nodes."""
-    models = {"m": setup(), "n": setup("n", resources={"GPU": 1.0})}
-    assert bundles(models, [decision(3), decision(0, Rung.COLD, "n")]) == []
-
-
-def test_a_node_that_is_wanted_ahead_is_asked_for_with_all_that_runs() -> None:
-    """The request is for the whole cluster, what runs included."""
-    models = {"m": setup(), "n": setup("n", resources={"GPU": 1.0})}
-    wanted = bundles(models, [decision(2), decision(0, Rung.WEIGHTS, "n"), decision(1, model="gone")])
-    assert wanted == [{"CPU": 1.0}, {"CPU": 1.0}, {"GPU": 1.0}]
-
-
-def test_requests_for_nodes_are_said_when_they_change_and_again_each_minute() -> None:
-    """And taken back once."""
-    asked: list[Any] = []
-    nodes = NodeRequests(asked.append)
-    nodes.ask(0, [])
-    assert asked == []
-    nodes.ask(1, [{"GPU": 1.0}])
-    nodes.ask(2, [{"GPU": 1.0}])
-    assert asked == [[{"GPU": 1.0}]]
-    nodes.ask(1 + REASSERT_S, [{"GPU": 1.0}])
-    assert len(asked) == 2
-    nodes.ask(63, [])
-    nodes.ask(64, [])
-    nodes.ask(63 + 2 * REASSERT_S, [])
-    assert asked[2:] == [[]]

@@ -18,6 +18,8 @@ def test_a_comment_tells_phase_time_and_estimate() -> None:
     """The comment has the documented form."""
     text = sse.comment(Progress("weights", 2.1, 4.0), 3.0)
     assert text == b": relight lighting phase=weights elapsed=2.1s estimate=4.0s\n\n"
+    text = sse.comment(Progress("node", 2.1, None, "waits for a node (L4)\n"), 3.0)
+    assert text.endswith(b"estimate=unknown (waits for a node (L4))\n\n")
     assert b"estimate=unknown" in sse.comment(Progress("weights", 2.1, None), 3.0)
 
 
