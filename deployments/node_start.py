@@ -51,13 +51,18 @@ def _processes() -> list[tuple[int, list[str]]]:
     ]
 
 
+def find_raylets() -> list[Raylet]:
+    """Those of this user on this machine."""
+    return raylets(_processes())
+
+
 def start(wait_s: float) -> list[Raylet]:
     """Start the engine hosts of this machine's raylets, waiting for the first raylet for `wait_s` seconds.
 
     Returns those raylets; none where none came. Raises OSError or TimeoutError where a host does not start.
     """
     deadline_s = time.monotonic() + wait_s
-    while not (found := raylets(_processes())) and time.monotonic() < deadline_s:
+    while not (found := find_raylets()) and time.monotonic() < deadline_s:
         time.sleep(0.2)
     for raylet in found:
         # A host that a replica starts has the raylet's environment; this one must be no other.

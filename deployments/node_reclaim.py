@@ -1,0 +1,157 @@
+"""`python -m deployments.node_reclaim --provider aws|gcp|azure`: tells Ray that the cloud takes this spot machine back.
+
+For the commands that start a spot node (cluster-configs/): clouds tell the machine itself, half a minute (Google,
+Azure) or two minutes (AWS) ahead. Ray then drains its node, and Serve starts each replica's successor elsewhere before
+it lets the replica go. It runs for as long as the node's raylet does, and imports no Ray.
+
+Notices: AWS https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html, Google
+https://cloud.google.com/compute/docs/instances/spot, Azure
+https://learn.microsoft.com/azure/virtual-machines/linux/scheduled-events.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import math
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import psutil
+
+from deployments.node_start import Raylet, find_raylets
+
+EVERY_S = 2.0
+ASK_TIMEOUT_S = 2.0
+NOTICE_S = 30.0
+"""What Google and Azure give at least; the time of a notice that names none."""
+_GCS = ("--gcs-address=", "--gcs_address=")
+
+Ask = Callable[[str, str, Mapping[str, str]], "str | None"]
+"""(method, URL, headers) -> the answer; None where there is none (404). Raises OSError."""
+
+
+def ask(method: str, url: str, headers: Mapping[str, str]) -> str | None:
+    """Of the cloud's metadata service, which is never behind a proxy."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(url, headers=dict(headers), method=method)
+    try:
+        with opener.open(request, timeout=ASK_TIMEOUT_S) as response:
+            text: str = response.read().decode()
+            return text
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # how AWS says that there is no notice
+            return None
+        raise
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from error
+
+
+def aws(ask: Ask, now_s: float) -> float | None:
+    """When the machine will be taken (Unix time); None while nobody says so."""
+    base = "http://169.254.169.254/latest"
+    token = ask("PUT", f"{base}/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}) or ""
+    text = ask("GET", f"{base}/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+    if text is None:
+        return None
+    notice = json.loads(text)
+    if notice.get("action") == "none":
+        return None
+    return datetime.fromisoformat(notice["time"].replace("Z", "+00:00")).timestamp()
+
+
+def gcp(ask: Ask, now_s: float) -> float | None:
+    """As `aws`. Google names no time."""
+    url = "http://metadata.google.internal/computeMetadata/v1/instance/preempted"
+    text = ask("GET", url, {"Metadata-Flavor": "Google"})
+    return now_s + NOTICE_S if text is not None and text.strip().upper() == "TRUE" else None
+
+
+def azure(ask: Ask, now_s: float) -> float | None:
+    """As `aws`. An event that has begun names no time."""
+    url = "http://169.254.169.254/metadata/scheduledevents?api-version=2020-07-01"
+    document: Any = json.loads(ask("GET", url, {"Metadata": "true"}) or "{}")
+    times = [
+        parsedate_to_datetime(event["NotBefore"]).timestamp() if event.get("NotBefore") else now_s + NOTICE_S
+        for event in document.get("Events", ())
+        if event.get("EventType") in ("Preempt", "Terminate")
+    ]
+    return min(times, default=None)
+
+
+PROVIDERS: Mapping[str, Callable[[Ask, float], float | None]] = {"aws": aws, "gcp": gcp, "azure": azure}
+
+
+def drain(raylet: Raylet, in_s: float) -> None:
+    """Tell Ray that the node goes in so many seconds. Raises CalledProcessError, or psutil.Error if it has gone."""
+    process = psutil.Process(raylet.pid)
+    gcs = [part.partition("=")[2] for part in process.cmdline() if part.startswith(_GCS)]
+    if not gcs:
+        raise ValueError(f"the raylet {raylet.pid} names no GCS")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", gcs[0]]
+    command += ["--node-id", raylet.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "the cloud takes this machine back"]
+    command += ["--deadline-remaining-seconds", str(max(1, math.floor(in_s)))]
+    subprocess.run(command, env=process.environ(), stdin=subprocess.DEVNULL, check=True, timeout=60)
+
+
+def watch(
+    notice: Callable[[float], float | None],
+    find: Callable[[], list[Raylet]],
+    drain: Callable[[Raylet, float], None],
+    sleep: Callable[[float], object] = time.sleep,
+    now: Callable[[], float] = time.time,
+) -> bool:
+    """Until a notice has come and its raylets were drained (true), or until no raylet is left (false).
+
+    A metadata service or a GCS that does not answer is asked again: the notice stands.
+    """
+    drained: set[str] = set()
+    failure = ""
+    while found := find():
+        try:
+            if (until_s := notice(now())) is not None:
+                for raylet in found:
+                    if raylet.node_id not in drained:
+                        drain(raylet, until_s - now())
+                        drained.add(raylet.node_id)
+                return True
+            failure = ""
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            subprocess.SubprocessError,
+            psutil.Error,
+        ) as error:
+            if failure != (failure := repr(error)):
+                print(f"node_reclaim: {error}", file=sys.stderr, flush=True)
+        sleep(EVERY_S)
+    return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.node_reclaim", description=__doc__)
+    parser.add_argument("--provider", choices=sorted(PROVIDERS), required=True, help="whose machine this is")
+    options = parser.parse_args(arguments)
+    provider = PROVIDERS[options.provider]
+    if not find_raylets():
+        print("node_reclaim: no raylet runs here; start Ray first", file=sys.stderr)
+        return 1
+    if watch(lambda now_s: provider(ask, now_s), find_raylets, drain):
+        print("node_reclaim: Ray drains this node: the cloud takes the machine back", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
