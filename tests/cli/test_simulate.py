@@ -71,6 +71,13 @@ class TestSchema:
 
         documented(json.loads(says("simulate", "--schema"))["properties"])
 
+    def test_the_page_lists_the_same_fields(self) -> None:
+        page = (Path(__file__).parents[2] / "docs" / "simulate.md").read_text()
+        listed = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page, flags=re.MULTILINE))
+        schema = json.loads(says("simulate", "--schema"))["properties"]
+        fields = {**schema, **schema["total"]["properties"]}
+        assert listed == {name: each["description"] for name, each in fields.items()}
+
     def test_a_comparison_too(self, tmp_path: Path) -> None:
         found = report(
             "compare", requests(tmp_path, [0, 90]), "--policies", "keep-alive,best-fixed", *TWO_STATES
