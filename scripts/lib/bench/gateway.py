@@ -1,7 +1,8 @@
 """The way of a request through Serve's HTTP proxy and the gateway, before an engine that costs nothing.
 
-Three sides, in turn, in one cluster: the engine itself on its socket; a bare Serve application that sends the same
-bytes from memory; and Relight, whose gateway gets a lease from a replica through Serve for each request.
+Four sides, in turn, in one cluster: the engine itself on its socket; a bare Serve application that sends the same
+bytes from memory; and Relight, whose gateway gets a lease from a replica through Serve for each request, through Serve's
+proxy and by the gateway's own door (`gateway.listen`, as scripts/up has it).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from bench import clusters, null, usage
 from bench.client import Load, Target, closed_loop, request
 from bench.clusters import MODEL, say
 from bench.numbers import percentile, ratio, summary, table
-from deployments.local.state import MARK
+from deployments.local.state import MARK, pick_port
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def measure(options: Namespace) -> dict[str, Any]:
         )
         clusters.wait_for("the null engine", socket.exists, 30)
         content = clusters.fleet(prebuilt="off", early_wake="off", min_replicas=1, keep_alive_s=900)
+        door = pick_port(None)
+        content["gateway"]["listen"] = f"127.0.0.1:{door}"
         say("starting a cluster with the gateway and a bare application")
         with clusters.cluster(
             "gateway", content, app="bench.null:build", env={null.SOCKET: str(socket), **extra}
@@ -96,6 +99,7 @@ def measure(options: Namespace) -> dict[str, Any]:
                 "engine alone": (Target(uds=str(socket)), "/v1/chat/completions"),
                 "bare Serve": (running.target, "/bare"),
                 "relight": (running.target, "/v1/chat/completions"),
+                "relight, own door": (Target(port=door), "/v1/chat/completions"),
             }
             clusters.wait_for("the routes", lambda: _answers(sides), 60)
             for round_ in range(options.runs):
