@@ -1,8 +1,8 @@
 """The way of a request through Serve's HTTP proxy and the gateway, before an engine that costs nothing.
 
 Four sides, in turn, in one cluster: the engine itself on its socket; a bare Serve application that sends the same
-bytes from memory; and Relight, whose gateway gets a lease from a replica through Serve for each request, through Serve's
-proxy and by the gateway's own door (`gateway.listen`, as scripts/up has it).
+bytes from memory; and Relight, whose gateway gets a lease from a replica through Serve for each request:
+through Serve's proxy, and by the gateway's own door (`gateway.listen`, as scripts/up has it).
 """
 
 from __future__ import annotations
