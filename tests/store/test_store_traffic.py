@@ -227,6 +227,15 @@ def test_history_is_coarser_where_only_that_reaches_back(store: Store, clock: Fa
     assert sum(row["arrivals"] for row in rows) == 2
 
 
+def test_history_of_a_time_whose_short_buckets_are_gone(store: Store, clock: FakeClock) -> None:
+    """A past day is told in what is still kept of it, and ends where it was asked to."""
+    store.add_traffic([second("m", NOON - 8 * DAY), second("m", NOON - 7 * DAY), second("m", NOON - 60)])
+    rows = store.history("m", NOON - 8 * DAY - 3600, NOON - 8 * DAY + 3600, 60)
+    assert {row["step_s"] for row in rows} == {300.0}
+    assert sum(row["arrivals"] for row in rows) == 1
+    assert rows[-1]["start_s"] == NOON - 8 * DAY + 3300
+
+
 @pytest.mark.parametrize("step_s", [0, -1, math.nan])
 def test_history_refuses_a_step_that_is_none(store: Store, step_s: float) -> None:
     with pytest.raises(ConfigError, match="step"):

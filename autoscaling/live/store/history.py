@@ -14,15 +14,17 @@ from deployments.errors import ConfigError
 MAX_STEPS = 200_000
 
 
-def history(series: Sequence[Series], since_s: float, until_s: float, step_s: float) -> list[dict[str, Any]]:
-    """What `Store.history` says, of all these models together."""
+def history(
+    series: Sequence[Series], since_s: float, until_s: float, step_s: float, now_s: float
+) -> list[dict[str, Any]]:
+    """What `Store.history` says, of all these models together. `now_s` tells which buckets are still kept."""
     if not step_s > 0:
         raise ConfigError(f"history: step is {step_s:g} s. It must be longer than 0.")
     if not series or not since_s < until_s:
         return []
-    level_s = _level(series, since_s, until_s, step_s)
+    level_s = _level(series, since_s, now_s, step_s)
     step = max(1, round(step_s / level_s)) * level_s
-    windows = [one.window(level_s, until_s) for one in series]
+    windows = [one.window(level_s, now_s) for one in series]
     first = max(int(since_s // step), min(start for start, _ in windows) * level_s // step)
     end = int(-(-until_s // step))
     if end - first > MAX_STEPS:
@@ -48,11 +50,11 @@ def history(series: Sequence[Series], since_s: float, until_s: float, step_s: fl
     ]
 
 
-def _level(series: Sequence[Series], since_s: float, until_s: float, step_s: float) -> int:
+def _level(series: Sequence[Series], since_s: float, now_s: float, step_s: float) -> int:
     """The longest bucket that the step can be made of; a longer one where only that reaches back far enough."""
     fitting = [level_s for level_s in STEPS if level_s <= step_s] or [STEPS[0]]
     fitting.sort(key=lambda level_s: (step_s % level_s != 0, -level_s))
-    known = {level_s: min(one.window(level_s, until_s)[0] * level_s for one in series) for level_s in STEPS}
+    known = {level_s: min(one.window(level_s, now_s)[0] * level_s for one in series) for level_s in STEPS}
     wanted = max(since_s, min(known.values()))
     for level_s in (*fitting, *STEPS):
         # A level's first bucket may begin a little later than the span that was asked for.

@@ -247,9 +247,10 @@ class Store:
             series = [
                 self._memory.mirror.models[name] for name in models if name in self._memory.mirror.models
             ]
+            now_s = self._clock.now_s()
             for one in series:
-                one.fold(self._clock.now_s())
-            return history(series, since_s, min(until_s, self._clock.now_s()), step_s)
+                one.fold(now_s)
+            return history(series, since_s, min(until_s, now_s), step_s, now_s)
 
     def _load(self, model: str) -> None:
         with self._memory.lock:
