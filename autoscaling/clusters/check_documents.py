@@ -109,10 +109,10 @@ def check_serve(document: Mapping[str, Any], *, cluster: bool, place: Place = ()
             text = "a replica with a runtime_env starts from nothing instead of in an idle worker: put it in the image"
             yield Problem((*here, "runtime_env"), text, note=True)
         if application.get("import_path") == "deployments.app:build":
-            yield from _relight(application, here, cluster=cluster)
+            yield from _relight(application, here)
 
 
-def _relight(application: Mapping[str, Any], here: Place, *, cluster: bool) -> Iterator[Problem]:
+def _relight(application: Mapping[str, Any], here: Place) -> Iterator[Problem]:
     given = {d.get("name"): (i, d) for i, d in enumerate(application.get("deployments") or [])}
     known = {"gateway", "controller"}
     if isinstance(fleet := (application.get("args") or {}).get("fleet"), Mapping):
@@ -130,10 +130,10 @@ def _relight(application: Mapping[str, Any], here: Place, *, cluster: bool) -> I
             continue
         at: Place = (*here, "deployments", *(() if at_index is None else (at_index,)))
         text = (
-            f"{name} may land on any node, and keeps a GPU node from ever being idle; give it ray_actor_options: "
-            f'{{num_cpus: 0, resources: {{"{ON_HEAD}": 0.001}}}}'
+            f"{name} may land on a worker node, which is then never idle; ray_actor_options: "
+            f'{{num_cpus: 0, resources: {{"{ON_HEAD}": 0.001}}}} keep it on the head'
         )
-        yield Problem(at, text, note=not cluster)
+        yield Problem(at, text, note=True)
 
 
 # --- what is left to fill in --------------------------------------------------------------------------------

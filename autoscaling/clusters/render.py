@@ -89,7 +89,7 @@ def render(fleet: Fleet, choice: Choice, wanted: Wanted) -> dict[str, str]:
     }
     if choice.provider != "kuberay":
         files["serve.yaml"] = env.get_template("serve.yaml.j2").render(**context, standalone=True)
-    return {name: text.rstrip() + "\n" for name, text in files.items()}
+    return {name: text.strip() + "\n" for name, text in files.items()}
 
 
 def _yaml(value: Any) -> str:

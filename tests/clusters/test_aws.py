@@ -6,8 +6,8 @@ It does not resolve `resolve:ssm:` in RunInstances either; the request is looked
 
 from __future__ import annotations
 
+import ast
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ def test_launch_requests(foundation: dict[str, str], monkeypatch: pytest.MonkeyP
         # moto takes the name of a parameter for that of an image.
         params["ImageId"] = image
 
-    # After the client has built its request from its own model, which refuses what EC2 has no name for.
+    # botocore checks the request against EC2's own model after this, and refuses what EC2 has no name for.
     events = provider.ec2_fail_fast.meta.client.meta.events
     events.register("provide-client-params.ec2.RunInstances", before)
     for name, node in config["available_node_types"].items():
@@ -210,18 +210,24 @@ def test_launch_requests(foundation: dict[str, str], monkeypatch: pytest.MonkeyP
     assert states == {"terminated"}
 
 
+def _policy(role: str, name: str) -> dict[str, Any]:
+    document = boto3.client("iam").get_role_policy(RoleName=role, PolicyName=name)["PolicyDocument"]
+    # moto's CloudFormation hands IAM the text of a Python mapping where AWS' hands it JSON.
+    found: dict[str, Any] = ast.literal_eval(document) if isinstance(document, str) else document
+    return found
+
+
 def test_roles_say_no_more_than_they_need(foundation: dict[str, str]) -> None:
     iam = boto3.client("iam")
     for role in ("relight-head", "relight-worker"):
         assert iam.list_attached_role_policies(RoleName=role)["AttachedPolicies"] == []
-    document = iam.get_role_policy(RoleName="relight-head", PolicyName="autoscaler")["PolicyDocument"]
-    head = document if isinstance(document, dict) else json.loads(document)
+    head = _policy("relight-head", "autoscaler")
     by_action = {action: s for s in head["Statement"] for action in s["Action"]}
     assert not any(action in ("*", "ec2:*", "iam:*") for action in by_action)
     assert by_action["iam:PassRole"]["Resource"].endswith(":role/relight-worker")
     only = {"StringEquals": {"aws:ResourceTag/ray-cluster-name": "relight"}}
     assert by_action["ec2:TerminateInstances"]["Condition"] == only
-    weights = iam.get_role_policy(RoleName="relight-worker", PolicyName="weights")["PolicyDocument"]
+    weights = _policy("relight-worker", "weights")
     allowed = {a for s in weights["Statement"] for a in s["Action"]}
     assert allowed == {"s3:GetObject", "s3:ListBucket"}
 

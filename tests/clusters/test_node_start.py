@@ -60,7 +60,7 @@ def test_the_host_has_the_raylets_environment(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    assert started == [(tmp_path / NODE[:12], raylet.pid, "/elsewhere")]
+    assert started == [(tmp_path / NODE[-12:], raylet.pid, "/elsewhere")]
 
 
 def test_own_processes_are_looked_at(raylet: subprocess.Popen[bytes]) -> None:
