@@ -9,7 +9,17 @@ import pytest
 
 from autoscaling.core.decide import decide
 from autoscaling.core.policies import POLICIES, wrong_choice
-from autoscaling.core.types import Capacity, Forecast, Observation, Reason, Rung, Spec, State, Window
+from autoscaling.core.types import (
+    Capacity,
+    Forecast,
+    Observation,
+    Reason,
+    Rung,
+    RungProfile,
+    Spec,
+    State,
+    Window,
+)
 from tests.core.lab import RUNGS, T0, Cluster, demand, later, lit, seen, spec, timer
 
 
@@ -100,6 +110,15 @@ def test_a_model_that_is_being_parked_is_not_asked_for_less_meanwhile() -> None:
     assert (decision.replicas, decision.rung, decision.reason) == (0, Rung.TEMPLATE, Reason.DARK)
 
 
+@pytest.mark.parametrize("policy", ["keep-alive", "reactive", "kpa", "ray-default"])
+def test_where_nodes_come_and_go_none_is_held_for_a_dark_model(policy: str) -> None:
+    """Warmth holds a node there, with its GPU; a policy that weighs no costs asks for none."""
+    rungs = (RungProfile(Rung.COLD, 240.0, 300.0, 0.0), RungProfile(Rung.NODE, 60.0, 90.0, 1.0), *RUNGS)
+    for rung in (Rung.COLD, Rung.NODE, Rung.TEMPLATE, Rung.PARKED):
+        _, decision = decide(spec(policy), State(), seen(last_busy_s=T0 - 9999, rung=rung, rungs=rungs), None)
+        assert (decision.replicas, decision.rung) == (0, Rung.COLD)
+
+
 # predictive
 
 
@@ -181,7 +200,17 @@ def test_predictive_starts_nothing_for_requests_that_will_be_through_before() ->
     assert (soon_gone.replicas, stays.replicas) == (1, 2)
     # So many more can't be chance, whatever is forecast.
     _, jumped = decide(spec(), State(), lit(in_flight=10, queued=30), calm)
-    assert jumped.replicas == 3
+    assert jumped.replicas == 4
+
+
+def test_predictive_takes_the_forecast_for_too_low_where_more_is_in_progress() -> None:
+    """20 are forecast, and 30 in half a minute; 40 are in progress, of which sqrt(40) may be chance."""
+    foreseen = Forecast(T0, "dense", demand=demand(20, 30, step_s=30.0, spread=0.0))
+    asked = spec(wait_cost=0.0)
+    later_s = T0 + 26
+    _, as_told = decide(asked, State(), lit(later_s, replicas=5, in_flight=20), foreseen)
+    _, more = decide(asked, State(), lit(later_s, replicas=5, in_flight=40), foreseen)
+    assert (as_told.numbers["forecast_replicas"], more.numbers["forecast_replicas"]) == (3, 5)
 
 
 @pytest.mark.parametrize("working", [1, 2, 3])

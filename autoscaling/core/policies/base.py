@@ -82,8 +82,13 @@ class Policy(Protocol):
 
 
 def rest(context: Context) -> tuple[Rung, Reason]:
-    """Where a model without a view of its own rests at zero: parked if its spec parks, else on what is there anyway."""
+    """Where a model without a view of its own rests at zero: parked if its spec parks, else on what is there anyway.
+
+    Where nodes come and go, none is there anyway: whatever is held holds a node, and nobody asked for that.
+    """
     seen = context.seen
+    if Rung.COLD in seen.prices:
+        return Rung.COLD, Reason.GO_DARK if seen.present > 0 or seen.rung > Rung.COLD else Reason.DARK
     below = [rung for rung in seen.prices if rung < Rung.PARKED]
     if seen.present > 0:
         if context.spec.park and Rung.PARKED in seen.prices:
