@@ -28,6 +28,11 @@ VERBS = {
     ),
     "forecast": ("bench.forecast", 1, "the forecasts: how good on real traces, and how fast"),
     "prewarm": ("bench.prewarm", 1, "live: traffic that comes and goes, under several policies at once"),
+    "nodes": (
+        "bench.nodes",
+        3,
+        "GPU nodes on demand, pretended: from no node to the first token, and prewarmed",
+    ),
     "controller": ("bench.controller", 1, "what deciding for a thousand models costs"),
     "profile": ("bench.engine_profile", 2, "the engine's rates by batch size, as the simulator reads them"),
     "simulator": ("bench.simulator", 1, "the simulator: its speed and memory, on real traces"),
