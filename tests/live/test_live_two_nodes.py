@@ -16,11 +16,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 BODY = {"model": "far", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def second(relight: Relight) -> Iterator[str]:
-    """The id of a node that has the resource `far`, which no other has."""
+def start_node(relight: Relight, resources: dict[str, float]) -> str:
+    """Another node of the cluster, with resources that no other has. Returns its id."""
     known = set(relight.ray("nodes"))
-    raylets = {p.pid for p in relight.processes("raylet/raylet")}
     command = [
         sys.executable,
         "-m",
@@ -28,7 +26,7 @@ def second(relight: Relight) -> Iterator[str]:
         "start",
         f"--address={relight.cluster.ray_address}",
     ]
-    command += ["--node-ip-address=127.0.0.3", "--num-cpus=2", "--resources", json.dumps({"far": 1})]
+    command += ["--node-ip-address=127.0.0.3", "--num-cpus=2", "--resources", json.dumps(resources)]
     command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
     command += ["--object-store-memory=100000000", "--disable-usage-stats"]
     done = subprocess.run(
@@ -36,7 +34,14 @@ def second(relight: Relight) -> Iterator[str]:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (node,) = until("the second node", lambda: set(relight.ray("nodes")) - known)
-    yield node
+    return node
+
+
+@pytest.fixture(scope="module")
+def second(relight: Relight) -> Iterator[str]:
+    """The id of a node that has the resource `far`, which no other has."""
+    raylets = {p.pid for p in relight.processes("raylet/raylet")}
+    yield start_node(relight, {"far": 1})
     for process in relight.processes("raylet/raylet"):
         if process.pid not in raylets:
             kill(process)

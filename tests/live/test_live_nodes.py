@@ -1,0 +1,103 @@
+"""Nodes that come and go: one machine on which Ray's autoscaler starts raylets that pretend to have GPUs.
+
+The H100 is in the cluster's file, is what Ray takes first, and never comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.local.fake_nodes import NodeType, deploy, start_head
+from tests.live.conftest import CHAT, EMBED, scaling
+from tests.live.lab import ROOT, Relight, until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+PATIENCE_S = 6.0
+TYPES = [
+    NodeType("h100", "H100", priority=9, idle_timeout_s=4),
+    NodeType("l4", "L4", max_nodes=3, idle_timeout_s=4),
+]
+FLEET: dict[str, Any] = {
+    "models": [
+        {
+            "id": "chat",
+            **CHAT,
+            # A pretended GPU has the CPU build's engine, which takes all memory unless it is told otherwise.
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            "resources": {"gpus": 1, "accelerator_types": ["H100", "L4"]},
+            "scaling": scaling(keep_alive_s=2),
+        },
+        {
+            "id": "embed",
+            **EMBED,
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            "resources": {"gpus": 1, "accelerator_types": ["L4"]},
+            "scaling": scaling(keep_alive_s=2),
+        },
+    ],
+    "controller": {"node_wait_s": PATIENCE_S},
+    "gateway": {"progress_after_s": 0.5, "progress_every_s": 0.5},
+    "engine_host": {"prebuilt": "off"},
+}
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relight]:
+    """The cluster, with no node but the head."""
+    relight = Relight(tmp_path_factory.mktemp("nodes"))
+    env = {"PYTHONPATH": str(ROOT), "RELIGHT_DATA": str(relight.data)}
+    relight.fleet_file.write_text(yaml.safe_dump(FLEET))
+    try:
+        start_head(
+            relight.checkout,
+            relight.port,
+            TYPES,
+            provider="tests.fakes.nodes.ScarceProvider",
+            env=env,
+            scarce=["h100"],
+        )
+        deploy(relight.checkout, relight.fleet_file, env=env)
+        yield relight
+    finally:
+        relight.down()
+        assert relight.processes() == []
+
+
+def test_dark_is_no_gpu_node(nodes: Relight) -> None:
+    """Gateway and controller run on the head, which has neither GPU nor a CPU for replicas."""
+    assert len(nodes.processes("raylet/raylet")) == 1
+    assert nodes.ray("resources")["total"].get("GPU", 0) == 0
+
+
+def test_a_type_that_does_not_come_is_given_up_for_the_next(nodes: Relight) -> None:
+    """Who waits is told, and so is the status; a model that takes only the other type waits for nothing."""
+    body = {"model": "chat", "prompt": "The capital of France is", "max_tokens": 4, "temperature": 0}
+    comments, reasons = [], set()
+    with nodes.stream(body) as response:
+        for line in response:
+            if line.startswith(b"data: "):
+                break
+            comments.append(line.decode())
+            reasons.add(nodes.model("chat")["reason"])
+        else:
+            raise AssertionError(comments)
+    told = [comment for comment in comments if "phase=node" in comment]
+    assert any("waits for a node (H100 or L4)" in comment for comment in told), told
+    assert any("no node came (H100)" in comment and "asking for L4" in comment for comment in told), told
+    assert any(reason and "no node came (H100)" in reason for reason in reasons), reasons
+    answer = nodes.embed("embed")
+    assert (answer.status, answer.header("x-relight-cold-start")) == (200, "true"), answer
+    types = {labels.get("ray.io/accelerator-type") for labels in nodes.ray("labels").values()} - {None}
+    assert types == {"L4"}
+
+
+def test_at_the_end_no_gpu_node_is_left(nodes: Relight) -> None:
+    """Every one has gone for being idle."""
+    nodes.dark("chat", "embed")
+    until("the nodes to go", lambda: len(nodes.processes("raylet/raylet")) == 1)
+    assert nodes.ray("resources")["total"].get("GPU", 0) == 0
