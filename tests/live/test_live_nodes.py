@@ -5,6 +5,7 @@ The H100 is in the cluster's file, is what Ray takes first, and never comes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ import yaml
 
 from deployments.local.fake_nodes import NodeType, deploy, start_head
 from tests.live.conftest import CHAT, EMBED, scaling
-from tests.live.lab import ROOT, Relight, until
+from tests.live.lab import ROOT, Relight, kill, until
+from tests.live.test_live_kills import CLIENTS, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -96,8 +98,61 @@ def test_a_type_that_does_not_come_is_given_up_for_the_next(nodes: Relight) -> N
     assert types == {"L4"}
 
 
+def test_a_node_that_is_killed_under_load_is_replaced(nodes: Relight) -> None:
+    """Requests that had no byte yet are served by the next node; nothing is lost."""
+    load = Load(nodes)
+    with load.running():
+        until("the load to be served", lambda: load.whole_since(0) >= CLIENTS, patience_s=120)
+        where = node_of(nodes, "chat")
+        victim = next(p for p in nodes.processes("raylet/raylet") if where in p.command)
+        kill(victim)
+        killed_s = time.monotonic()
+        until(
+            "requests after its death to be served",
+            lambda: load.whole_since(killed_s) >= 2 * CLIENTS,
+            patience_s=150,
+        )
+        assert node_of(nodes, "chat") != where
+    bad = [o for o in load.outcomes if o.kind in ("lost", "broken")]
+    assert not bad, bad
+    errors = [o for o in load.outcomes if o.kind == "error"]
+    # Those in whose stream it died; they were told.
+    assert len(errors) <= CLIENTS and not [o for o in errors if o.begun_s > killed_s], errors
+
+
+def test_a_reclaimed_node_is_replaced_before_it_is_drained(nodes: Relight) -> None:
+    """What a cloud says two minutes before it takes a spot machine: no request fails, and the next node serves."""
+    load = Load(nodes)
+    with load.running():
+        until("the load to be served", lambda: load.whole_since(0) >= CLIENTS, patience_s=120)
+        where = node_of(nodes, "chat")
+        assert nodes.ray(f"reclaim {where} 120") is True
+        told_s = time.monotonic()
+        until("another node to serve", lambda: node_of(nodes, "chat") != where, patience_s=120)
+        moved_s = time.monotonic()
+        until("its load to be served", lambda: load.whole_since(moved_s) >= CLIENTS)
+    assert [o for o in load.outcomes if o.kind == "whole" and told_s < o.begun_s < moved_s]
+    bad = [o for o in load.outcomes if o.kind != "whole"]
+    assert not bad, bad
+
+
 def test_at_the_end_no_gpu_node_is_left(nodes: Relight) -> None:
     """Every one has gone for being idle."""
     nodes.dark("chat", "embed")
     until("the nodes to go", lambda: len(nodes.processes("raylet/raylet")) == 1)
     assert nodes.ray("resources")["total"].get("GPU", 0) == 0
+
+
+def node_of(relight: Relight, model: str) -> str:
+    """The node on which the model's newest engine serves."""
+
+    def look() -> str | None:
+        found = [
+            (engine["ready_s"], node["id"])
+            for node in relight.status()["nodes"]
+            for engine in node["engines"]
+            if engine["model"] == model and engine["ready_s"]
+        ]
+        return max(found)[1] if found else None
+
+    return until(f"an engine of {model}", look)
