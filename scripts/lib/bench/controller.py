@@ -223,6 +223,7 @@ def _plan(options: Namespace, setup: Any, clock: Any) -> dict[str, Any]:
     from autoscaling.forecast.service import ForecastService
     from autoscaling.live.capacity import CapacityBook
     from autoscaling.live.metrics import LiveMetrics
+    from autoscaling.live.nodes import NodeRequests
     from autoscaling.live.planner import Planner
     from autoscaling.live.rungs import RungBook
 
@@ -246,7 +247,7 @@ def _plan(options: Namespace, setup: Any, clock: Any) -> dict[str, Any]:
         publish=plans.append,
         warm=lambda *_: {},
         forecasts=forecasts,
-        request=lambda _: None,
+        nodes=NodeRequests(lambda _: None, get={}.get, put=lambda _key, _value: None),
     )
     opened_s = time.perf_counter() - began_s
     ticks: list[float] = []
