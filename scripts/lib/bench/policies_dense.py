@@ -192,15 +192,14 @@ def _points(
     prepared: Prepared, cold_s: float, variants: Sequence[Variant], processes: int
 ) -> Iterator[Point]:
     # Forked, one run a process: what was learned is learned once, and no run changes it for the next.
-    global _JOB
-    _JOB = (prepared, cold_s, learned(prepared, cold_s))
+    _JOB[:] = [(prepared, cold_s, learned(prepared, cold_s))]
     with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
         for point in pool.imap(_run, variants, chunksize=1):
             say(f"  {point.policy} {dict(point.settings)}: {point.attainment:.4f}, {point.gpu_s:.0f} GPU-s")
             yield point
 
 
-_JOB: tuple[Prepared, float, SimForecasts]
+_JOB: list[tuple[Prepared, float, SimForecasts]] = []
 
 
 def learned(prepared: Prepared, cold_s: float) -> SimForecasts:
@@ -216,7 +215,7 @@ def learned(prepared: Prepared, cold_s: float) -> SimForecasts:
 
 
 def _run(variant: Variant) -> Point:
-    prepared, cold_s, forecasts = _JOB
+    prepared, cold_s, forecasts = _JOB[0]
     return run(prepared, cold_s, variant, forecasts)
 
 
@@ -303,8 +302,8 @@ def at_attainment(points: Sequence[Point], wanted: float) -> float | None:
 
 def text(result: Mapping[str, Any]) -> str:
     parts = [
-        f"GPU-seconds at {result['attainment']:.0%} of the requests waiting at most {result['slo_s']:g} s, as multiples "
-        "of the work itself (every place of every replica always taken)."
+        f"GPU-seconds at {result['attainment']:.0%} of the requests waiting at most {result['slo_s']:g} s, as "
+        "multiples of the work itself (every place of every replica always taken)."
     ]
     rows = []
     for case in result["cases"]:
