@@ -48,6 +48,7 @@ class VirtualModel:
         self._moved = False
         self._random = np.random.default_rng([seed, zlib.crc32(spec.model.encode()), 1])
         self._starts: list[tuple[float, float, Rung]] = []  # (ready, begun, from), a heap
+        self._stops: list[tuple[float, float]] = []  # (ends, begun), oldest first
         self._pending = 0
         self._target = 0
         self._ceiling: int | None = None
@@ -76,6 +77,8 @@ class VirtualModel:
     def next_s(self) -> float:
         """When something happens next by itself."""
         next_s = min(self.queue.next_s(), self._acts_s, self._rest.next_s)
+        if self._stops:
+            next_s = min(next_s, self._stops[0][0])
         return min(next_s, self._starts[0][0]) if self._starts else next_s
 
     @property
@@ -95,17 +98,21 @@ class VirtualModel:
             to_s = min(until_s, self._acts_s, self._rest.next_s)
             if self._starts:
                 to_s = min(to_s, self._starts[0][0])
+            if self._stops:
+                to_s = min(to_s, self._stops[0][0])
             why = queue.advance(to_s, (0 if self._wakes_not else 1) | (2 if queue.held > queue.ready else 0))
             if why == DARK:
                 self._wake()
             elif why == FREED:
-                self.pool.give(self.gpus)
+                self._stop(self.now_s)
                 self._may_be_dark()
                 if queue.queued and not queue.ready and not self._wakes_not:
                     self._wake()
             elif self._starts and self._starts[0][0] <= to_s:
                 # Who waits for it begins at the same moment.
                 self._started()
+            elif self._stops and self._stops[0][0] <= to_s:
+                self._stopped()
             elif self._acts_s <= to_s:
                 self._act()
             elif self._rest.next_s <= to_s:
@@ -116,7 +123,8 @@ class VirtualModel:
     @property
     def _wakes_not(self) -> bool:
         """A replica is on its way, or a budget forbids it: a request that finds none starts none."""
-        return bool(self._starts or self._pending or self._ceiling == 0 or self._acts_s < math.inf)
+        soon_s = self.now_s + self.profile.wake_s
+        return bool(self._starts or self._pending or self._ceiling == 0 or self._acts_s <= soon_s)
 
     # What the controller sees and does
 
@@ -164,7 +172,7 @@ class VirtualModel:
         self._rest.ask(decision.rung)
         if wanted != self._there:
             self._moved = True
-            self._acts(now_s)
+            self._acts(now_s, self._applies_s if wanted == decision.replicas else self.profile.wake_s)
         if wanted == 0:
             self._rest.hold(now_s)
 
@@ -187,12 +195,17 @@ class VirtualModel:
         """Replicas that are ready or on their way."""
         return self.queue.ready + len(self._starts) + self._pending
 
-    def _acts(self, now_s: float) -> None:
-        """Serve does what it was told at the next turn of its control loop."""
-        if self.profile.wake_s <= 0:
+    @property
+    def _applies_s(self) -> float:
+        """What a decision takes until Serve acts on it."""
+        return self.profile.wake_s if self.profile.apply_s is None else self.profile.apply_s
+
+    def _acts(self, now_s: float, delay_s: float) -> None:
+        """Serve does what it was told at a turn of its control loop."""
+        if delay_s <= 0:
             self._act()
         else:
-            self._acts_s = min(self._acts_s, now_s + self.profile.wake_s)
+            self._acts_s = min(self._acts_s, now_s + delay_s)
 
     def _act(self) -> None:
         """From several replicas to none in two turns."""
@@ -213,7 +226,7 @@ class VirtualModel:
             if self._target == 0:
                 self._target = 1
                 self.used.scale_ups += 1
-            self._acts(self.now_s)
+            self._acts(self.now_s, self.profile.wake_s)
 
     def _begin(self, now_s: float) -> None:
         left_s = self._rest.left_s(now_s)
@@ -261,10 +274,22 @@ class VirtualModel:
             heapq.heapify(self._starts)
             self.used.starting(begun_s, now_s, self.gpus)
             self.used.cancelled_starts += 1
-            self.pool.give(self.gpus)
+            self._stop(now_s)
         elif self.queue.drain_replica():
-            self.pool.give(self.gpus)
+            self._stop(now_s)
         self._may_be_dark()
+
+    def _stop(self, now_s: float) -> None:
+        """A replica has no requests any more: it is ended."""
+        if self.profile.stop_s <= 0:
+            self.pool.give(self.gpus)
+        else:
+            self._stops.append((now_s + self.profile.stop_s, now_s))
+
+    def _stopped(self) -> None:
+        ends_s, begun_s = self._stops.pop(0)
+        self.used.stopping(begun_s, ends_s, self.gpus)
+        self.pool.give(self.gpus)
 
     def _may_be_dark(self) -> None:
         if not (self._rest.dark or self._starts or self._pending or self.queue.held):
@@ -286,6 +311,8 @@ class VirtualModel:
         self._rest.close(now_s)
         for _, begun_s, _ in self._starts:
             self.used.starting(begun_s, now_s, self.gpus)
+        for _, begun_s in self._stops:
+            self.used.stopping(begun_s, now_s, self.gpus)
 
     @property
     def used(self) -> Used:

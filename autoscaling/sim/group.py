@@ -232,6 +232,7 @@ class Group:
             "starting_gpu_s": used.starting_s,
             "busy_gpu_s": busy,
             "idle_gpu_s": idle,
+            "stopping_gpu_s": used.stopping_s,
             "parked_gpu_s": used.parked_s,
             "node_gpu_s": used.node_s,
             "cost": gpu_s / 3600 * price_per_gpu_h,
@@ -250,7 +251,8 @@ class Group:
 
 def _gpu_s(model: VirtualModel) -> float:
     used = model.used
-    return used.starting_s + model.busy_gpu_s + model.idle_gpu_s + used.parked_s + used.node_s
+    held_s = model.busy_gpu_s + model.idle_gpu_s
+    return used.starting_s + held_s + used.stopping_s + used.parked_s + used.node_s
 
 
 __all__ = ["Group", "Sample", "Setup"]

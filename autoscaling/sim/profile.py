@@ -128,6 +128,11 @@ class Profile:
     """A request that waits longer has missed the SLO."""
     wake_s: float = 0.1
     """From a request at zero replicas to the beginning of a start: one turn of Serve's control loop."""
+    apply_s: float | None = None
+    """From a decision of the controller to Serve's acting on it: the plan is written, read, and followed at a turn of
+    the control loop. None: as long as `wake_s`."""
+    stop_s: float = 0.0
+    """How long a replica without requests still holds its GPUs when it is let go, while Serve ends it."""
     price_per_gpu_h: float = GPU_PRICES_PER_H["H100"]
 
     def rungs(self, gpus_per_replica: float, *, park: bool = True) -> tuple[RungProfile, ...]:

@@ -52,6 +52,8 @@ class Figures:
     """At least one request in progress."""
     idle_gpu_s: float = 0.0
     """Ready, without a request."""
+    stopping_gpu_s: float = 0.0
+    """Let go and without requests, while Serve ends it."""
     parked_gpu_s: float = 0.0
     """What the host memory of parked engines is charged."""
     node_gpu_s: float = 0.0

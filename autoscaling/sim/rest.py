@@ -17,6 +17,7 @@ class Used:
 
     since_s: float = -math.inf
     starting_s: float = 0.0
+    stopping_s: float = 0.0
     parked_s: float = 0.0
     """What the parked engine's memory is charged."""
     node_s: float = 0.0
@@ -32,6 +33,10 @@ class Used:
     def starting(self, begun_s: float, until_s: float, gpus: float) -> None:
         """GPUs that a start held, from when it is measured."""
         self.starting_s += max(0.0, until_s - max(begun_s, self.since_s)) * gpus
+
+    def stopping(self, begun_s: float, until_s: float, gpus: float) -> None:
+        """GPUs that a replica held while it was ended, from when it is measured."""
+        self.stopping_s += max(0.0, until_s - max(begun_s, self.since_s)) * gpus
 
 
 class Rest:

@@ -286,3 +286,46 @@ def test_a_replica_that_is_let_go_ends_its_requests_first() -> None:
     found.advance(12.5)
     assert found.queue.held == 1
     assert found.queue.f[WAITED_S] == pytest.approx(1.0)
+
+
+def test_a_decision_acts_after_the_plans_way_and_demand_after_serves_own() -> None:
+    found = model(lab.profile(5.0, wake_s=0.1, apply_s=2.0))
+    told(found, 10.0, 1)
+    found.advance(16.9)
+    assert (found.queue.ready, found.observe(16.9).starting) == (0, 1)
+    found.advance(17.0)
+    assert found.queue.ready == 1
+    # A request that comes while a decision is still on its way does not wait for that.
+    early = model(lab.profile(5.0, wake_s=0.1, apply_s=2.0))
+    told(early, 10.0, 1)
+    early.feed(np.asarray([10.5]), np.asarray([1.0]))
+    early.advance(20.0)
+    assert early.queue.f[WAITED_S] == pytest.approx(5.1)
+    # Nor does the replica that was let go by a decision go before that has come: who asks meanwhile meets it.
+    told(found, 20.0, 0)
+    found.feed(np.asarray([21.5]), np.asarray([0.25]))
+    found.advance(21.99)
+    assert (found.queue.ready, found.queue.f[WAITED_S]) == (1, 0.0)
+    found.advance(22.0)
+    assert found.queue.held == 0
+
+
+def test_a_replica_that_is_ended_holds_its_gpu_for_as_long_as_that_takes() -> None:
+    # Starting from 10 to 40, working until 45, idle until 105, stopping until 109; the end is at 200.
+    rows = [*lab.requests([10.0]), lab.Row(200.0, "end", exec_s=1.0)]
+    plain, stopping = (lab.run(rows, lab.profile(stop_s=stop_s)) for stop_s in (0.0, 4.0))
+    one, other = of(plain, "m"), of(stopping, "m")
+    assert (one.stopping_gpu_s, other.stopping_gpu_s) == (0.0, pytest.approx(4.0))
+    assert other.gpu_s == pytest.approx(one.gpu_s + 4.0)
+    # Whoever waits for that GPU waits for the stop, too.
+    rows = [lab.Row(10.0, "a", exec_s=5.0), lab.Row(90.0, "b", exec_s=5.0)]
+    waited = [of(two(rows, lab.profile(gpus=1.0, stop_s=s)), "b").waited_s for s in (0.0, 4.0)]
+    assert waited[1] - waited[0] == pytest.approx(4.0, abs=1.0)
+    # Of one that is ended when the span begins and when it closes, what is within counts.
+    found = model(lab.profile(stop_s=4.0))
+    told(found, 0.0, 1)
+    told(found, 50.0, 0)
+    for now_s, account in ((51.0, found.measure), (53.0, found.close)):
+        found.advance(now_s)
+        account(now_s)
+    assert found.used.stopping_s == pytest.approx(2.0)

@@ -71,8 +71,8 @@ def measure(options: Namespace) -> dict[str, Any]:
     return result
 
 
-def _prompt(drawn: random.Random, words: int) -> str:
-    """Begins differently each time."""
+def prompt_of(drawn: random.Random, words: int) -> str:
+    """Of so many words; begins differently each time, so that nothing comes from the prefix cache."""
     return " ".join(drawn.choice(WORDS) for _ in range(words))
 
 
@@ -80,15 +80,15 @@ async def _reads(target: Target, drawn: random.Random) -> list[tuple[float, floa
     """(tokens of a prompt, seconds to its answer's first token), one at a time."""
     found = []
     for words in drawn.sample(LENGTHS, len(LENGTHS)) * 2:
-        prompt = _prompt(drawn, words)
+        prompt = prompt_of(drawn, words)
         load = await closed_loop(target, [chat(MODEL, prompt, 4)], 1)
-        found.append((float(_tokens(target, prompt)), load.timings[0].first_token_s))
+        found.append((float(tokens(target, prompt)), load.timings[0].first_token_s))
     return found
 
 
-def _tokens(target: Target, prompt: str) -> int:
-    """As the engine counts them in a chat."""
-    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": prompt}]}).encode()
+def tokens(target: Target, prompt: str, model: str = MODEL) -> int:
+    """As the engine counts them in a chat. Raises RequestFailed."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": prompt}]}).encode()
     asked = urllib.request.Request(
         f"http://127.0.0.1:{target.port}/tokenize", body, {"Content-Type": "application/json"}
     )
@@ -101,7 +101,7 @@ def _tokens(target: Target, prompt: str) -> int:
 
 
 async def _batch(target: Target, drawn: random.Random, size: int, each: int) -> Load:
-    prompts = [_prompt(drawn, 16) for _ in range(size * each)]
+    prompts = [prompt_of(drawn, 16) for _ in range(size * each)]
     return await closed_loop(target, [chat(MODEL, prompt, OUTPUT_TOKENS) for prompt in prompts], size)
 
 
