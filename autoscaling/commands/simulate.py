@@ -105,8 +105,9 @@ def _show(report: Report) -> None:
     total = report.total
     output.say(
         f"{report.policy}. GPU-seconds: {total.busy_gpu_s:,.0f} busy, {total.idle_gpu_s:,.0f} idle, "
-        f"{total.starting_gpu_s:,.0f} starting, {total.parked_gpu_s:,.0f} for parked memory, "
-        f"{total.node_gpu_s:,.0f} for idle nodes. Waited in all: {total.waited_s:,.0f} s, "
+        f"{total.starting_gpu_s:,.0f} starting, {total.stopping_gpu_s:,.0f} stopping, "
+        f"{total.parked_gpu_s:,.0f} for parked memory, {total.node_gpu_s:,.0f} for idle nodes. "
+        f"Waited in all: {total.waited_s:,.0f} s, "
         f"{total.cold_waited_s:,.0f} s of it by {output.count(total.cold_requests, 'cold request')}. "
         f"Rejected: {total.rejected:,}. Took {report.took_s:.1f} s.",
         style="dim",

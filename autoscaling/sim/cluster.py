@@ -43,6 +43,7 @@ class VirtualModel:
             deadline_s=profile.deadline_s,
             queue_limit=profile.queue_limit,
             slo_s=profile.slo_s,
+            handoff_s=profile.handoff_s,
         )
         self.rungs = profile.rungs(self.gpus, park=spec.park)
         self._moved = False

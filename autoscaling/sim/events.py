@@ -42,9 +42,10 @@ def _count_wait(  # noqa: PLR0917 - the loop's own arrays
     f: Floats,
     n: NDArray[np.int64],
     histogram: NDArray[np.int64],
+    least_s: float,
 ) -> float:
-    """Request i stops waiting now, whatever for."""
-    waited: float = f[NOW] - times[i]
+    """Request i stops waiting now, whatever for; it has waited so long at least."""
+    waited: float = max(f[NOW] - times[i], least_s)
     n[STARTED] += 1
     f[WAITED_S] += waited
     f[LONGEST_S] = max(f[LONGEST_S], waited)
@@ -78,7 +79,7 @@ def _advance(  # noqa: PLR0912, PLR0915, PLR0917 - one event loop, compiled as a
     slowdown: Floats,
     histogram: NDArray[np.int64],
 ) -> int:
-    deadline_s, queue_limit, measure_s, slo_s = limits[0], limits[1], limits[2], limits[3]
+    deadline_s, queue_limit, measure_s, slo_s, handoff_s = limits
     most = len(slowdown) - 1
     # Where no replica has room, none has until one ends a request.
     full = False
@@ -119,7 +120,7 @@ def _advance(  # noqa: PLR0912, PLR0915, PLR0917 - one event loop, compiled as a
             load[r] = b + 1
             ends[r] = since[r] + (heap[r, 0] - virtual[r]) * slowdown[b + 1]
             n[IN_FLIGHT] += 1
-            if times[i] >= measure_s and count_wait(i, times, cold, f, n, histogram) <= slo_s:
+            if times[i] >= measure_s and count_wait(i, times, cold, f, n, histogram, handoff_s) <= slo_s:
                 n[IN_TIME] += 1
         # What comes next.
         next_s, kind, which = math.inf, 0, -1
@@ -217,7 +218,7 @@ def _advance(  # noqa: PLR0912, PLR0915, PLR0917 - one event loop, compiled as a
             f[LAST_BUSY] = f[NOW]
             if times[i] >= measure_s:
                 n[REJECTED] += 1
-                count_wait(i, times, cold, f, n, histogram)
+                count_wait(i, times, cold, f, n, histogram, 0.0)
 
 
 def _room(state: NDArray[np.uint8], load: NDArray[np.int64], slots: int, most: int) -> bool:
@@ -235,7 +236,8 @@ advance: Callable[..., int] = njit(cache=True)(_advance)
 Args:
     until_s: everything up to and at this moment happens, but that a deadline at that very moment has not passed yet.
     stop: 1 comes back when a request comes and no replica accepts, 2 when a draining replica has ended, 3 both.
-    limits: (deadline_s of waiting, requests that may wait, Unix second from which is measured, slo_s of waiting).
+    limits: (deadline_s of waiting, requests that may wait, Unix second from which is measured, slo_s of waiting,
+        seconds that a request waits at least before a replica begins with it), shape (5,).
     times, work, cold: of the requests, shape (m,). Those that came and have not begun are from n[HEAD] to n[TAIL],
         known to come those up to n[END]; work is in seconds alone on a replica, negative for one that was rejected.
     f, n: see the columns above. Sums over time and counts of requests that came from measure_s on. f[NEXT] is when

@@ -126,6 +126,8 @@ class Profile:
     """How many requests of one model may wait."""
     slo_s: float = 5.0
     """A request that waits longer has missed the SLO."""
+    handoff_s: float = 0.0
+    """What a request waits at least: the way through gateway and router to a replica that is ready."""
     wake_s: float = 0.1
     """From a request at zero replicas to the beginning of a start: one turn of Serve's control loop."""
     apply_s: float | None = None

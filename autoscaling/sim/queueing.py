@@ -54,9 +54,17 @@ from autoscaling.sim.events import (
 class Queue:
     """Of one model."""
 
-    def __init__(self, slowdown: Floats, *, deadline_s: float, queue_limit: float, slo_s: float) -> None:
+    def __init__(
+        self,
+        slowdown: Floats,
+        *,
+        deadline_s: float,
+        queue_limit: float,
+        slo_s: float,
+        handoff_s: float = 0.0,
+    ) -> None:
         self.slowdown = slowdown
-        self.limits = np.asarray([deadline_s, queue_limit, -math.inf, slo_s])
+        self.limits = np.asarray([deadline_s, queue_limit, -math.inf, slo_s, handoff_s])
         self.f = np.zeros(FLOATS)
         self.f[NOW] = self.f[LAST_ARRIVAL] = self.f[LAST_BUSY] = -math.inf
         self.n = np.zeros(WHOLES, np.int64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from bench import fidelity, fidelity_figures, fidelity_live
+from bench import calibration, fidelity, fidelity_figures, fidelity_live
 from bench.calibration import Cycle, calibrated
 from bench.client import Timing
 from bench.clusters import BenchError
@@ -13,7 +15,7 @@ from bench.fidelity_traffic import Pattern, arrivals
 from bench.replica_watch import Life, Sample, held_s, life
 
 from autoscaling.core.types import Rung, Spec
-from autoscaling.sim.profile import Engine, Profile, Start
+from autoscaling.sim.profile import Engine, Profile, Start, parse_profile
 from autoscaling.sim.replay import Setup
 from autoscaling.traces import Row
 from deployments.fleet import parse_fleet
@@ -87,7 +89,10 @@ def test_who_is_given_a_new_engine_at_once_waited_for_the_same_start() -> None:
 
 
 def _timing(sent_s: float, wait_ms: int, cold: bool) -> Timing:
-    headers = {"x-relight-wait-ms": str(wait_ms), "x-relight-cold-start": "true" if cold else "false"}
+    headers = {
+        "server-timing": f"queue;dur={wait_ms:.1f}",
+        "x-relight-cold-start": "true" if cold else "false",
+    }
     return Timing(sent_s, headers=headers)
 
 
@@ -111,10 +116,21 @@ def test_what_is_seen_live_has_the_simulators_names() -> None:
 # Calibration
 
 
-def _cycle(wait_s: float, **changes: float) -> Cycle:
-    return Cycle(
-        **{"wake_s": 0.3, "wait_s": wait_s, "answer_s": 1.0, "overdue_s": 1.1, "stop_s": 0.5, **changes}
-    )
+def test_a_gateway_that_does_not_tell_the_wait_is_an_error() -> None:
+    assert calibration.waited_s(_timing(0.0, 1234, cold=False)) == pytest.approx(1.234)
+    with pytest.raises(BenchError, match=r"queue;dur=MILLISECONDS"):
+        calibration.waited_s(Timing(0.0, headers={"server-timing": "engine;dur=3.0"}))
+
+
+def _cycle(
+    wait_s: float,
+    *,
+    wake_s: float = 0.3,
+    overdue_s: float = 1.1,
+    stop_s: float = 0.5,
+    handoff_s: float = 0.006,
+) -> Cycle:
+    return Cycle(wake_s, wait_s, 1.0, (handoff_s, handoff_s + 0.001), overdue_s, stop_s)
 
 
 def test_a_simulated_cold_request_waits_as_long_as_a_calibrated_one() -> None:
@@ -123,13 +139,17 @@ def test_a_simulated_cold_request_waits_as_long_as_a_calibrated_one() -> None:
     (start,) = found.starts.values()
     assert found.wake_s == pytest.approx(0.3)
     assert [delay_s + found.wake_s for delay_s in start.delay_s] == pytest.approx([1.8, 2.0, 1.9])
-    assert (found.apply_s, found.stop_s) == (
-        pytest.approx(1.1667 - 0.5, abs=1e-3),
-        pytest.approx(0.5667, abs=1e-3),
-    )
+    assert found.apply_s == pytest.approx(1.1667 - 0.5, abs=1e-3)
+    assert found.stop_s == pytest.approx(0.5667, abs=1e-3)
+    assert found.handoff_s == pytest.approx(0.0065)
+    # It can be used elsewhere, too.
+    engine = Engine(4, 400.0, 0.05, slowdown=(1.0, 1.5))
+    made = replace(found, engine=engine)
+    assert parse_profile(json.loads(json.dumps(fidelity_figures.profile_of(made)))) == made
     # Moments are halfway between samples: nothing becomes negative for that.
     short = calibrated(Profile(), [_cycle(0.2, overdue_s=0.1)], tick_s=1.0)
-    assert (short.wake_s, short.apply_s) == (pytest.approx(0.2), 0.0)
+    assert short.wake_s == pytest.approx(0.2)
+    assert short.apply_s == 0.0
 
 
 def test_the_calibration_of_a_simulated_cluster_gives_its_own_profile_back() -> None:

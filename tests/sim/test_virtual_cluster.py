@@ -329,3 +329,10 @@ def test_a_replica_that_is_ended_holds_its_gpu_for_as_long_as_that_takes() -> No
         found.advance(now_s)
         account(now_s)
     assert found.used.stopping_s == pytest.approx(2.0)
+
+
+def test_a_request_that_finds_a_replica_waits_for_the_way_to_it() -> None:
+    report = lab.run(lab.requests([10.0, 45.0, 60.0]), lab.profile(handoff_s=0.25))
+    # The first waits for the start, in which its way is; the second comes as that has ended.
+    assert report.total.waited_s == pytest.approx(30.0 + 0.25 + 0.25)
+    assert report.total.wait_p50_s == pytest.approx(0.25, rel=0.01)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -89,12 +90,14 @@ def measure(options: Namespace) -> dict[str, Any]:
         replays.append(found)
         row = _row(policy, seen(live), [each.figures for each in found])
         rows.append(row | {"profile": profile_of(profile)} | _raw(live))
+    path = folder / "profile.json"
+    path.write_text(json.dumps(rows[-1]["profile"], indent=2) + "\n", encoding="utf-8")
     whole = _row(
         "all", seen_together([r["live"] for r in rows]), [together(s) for s in zip(*replays, strict=True)]
     )
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"},
-        "engine": dataclasses.asdict(engine.engine),
+        "file": str(path),
         "arrivals_s": times,
         "input_tokens": input_tokens,
         "rows": rows,
@@ -195,14 +198,16 @@ def text(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         live, sim, profile = row["live"], row["simulated"], row["profile"]
         low, high = sim["cold_starts_range"]
+        (starts,) = profile["starts"].values()
         told += (
             f"\n\n{row['policy']}: {live['requests']} requests, {live['failed']} failed, {live['cold_requests']} cold"
             f" (simulated {sim['cold_requests']:g}; cold starts {low} to {high} over the seeds). An answer took"
             f" {row['answer_s']:.2f} s (median). Calibrated before it, in seconds: start after {profile['wake_s']:.2f},"
-            f" which takes {min(profile['start_s']):.2f} to {max(profile['start_s']):.2f}; a decision acts after"
-            f" {profile['apply_s']:.2f}; a stop takes {profile['stop_s']:.2f}."
+            f" which takes {min(starts):.2f} to {max(starts):.2f}; a decision acts after"
+            f" {profile['apply_s']:.2f}; a stop takes {profile['stop_s']:.2f}. Who finds a replica waits"
+            f" {profile['handoff_s'] * 1e3:.1f} ms."
         )
-    return told
+    return told + f"\n\nThe last of these profiles: relight simulate TRACE --profile {result['file']}"
 
 
 __all__ = ["arguments", "fleet", "measure", "text"]

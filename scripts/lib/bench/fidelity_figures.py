@@ -69,11 +69,19 @@ def compared(live: Mapping[str, Any], sim: Mapping[str, Any]) -> dict[str, dict[
 
 
 def profile_of(profile: Profile) -> dict[str, Any]:
-    """The parts that were calibrated, in seconds."""
-    (start,) = profile.starts.values()
+    """What was measured of it, as `relight simulate --profile` reads it."""
+    engine = profile.engine
     return {
+        "engine": {
+            "concurrency": engine.concurrency,
+            "prefill_tokens_per_s": engine.prefill_tokens_per_s,
+            "decode_s": engine.decode_s,
+            "slowdown": list(engine.slowdown),
+        },
+        "starts": {rung.name.lower(): list(start.delay_s) for rung, start in profile.starts.items()},
+        "base": profile.base.name.lower(),
+        "handoff_s": profile.handoff_s,
         "wake_s": profile.wake_s,
-        "start_s": list(start.delay_s),
         "apply_s": profile.apply_s,
         "stop_s": profile.stop_s,
     }

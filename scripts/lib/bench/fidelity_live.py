@@ -144,7 +144,7 @@ def seen(live: Live) -> dict[str, Any]:
         "wait_p50_s": percentile(waits, 0.5),
         "wait_p95_s": percentile(waits, 0.95),
         "gpu_s": live.gpu_s,
-        "wait_s": [round(wait_s, 3) for wait_s in waits],
+        "wait_s": [round(wait_s, 4) for wait_s in waits],
     }
 
 
