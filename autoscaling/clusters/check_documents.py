@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from autoscaling.clusters.problems import Place, Problem, show
+from autoscaling.clusters.problems import Place, Problem
 from autoscaling.clusters.render import OWNER, PROJECT, RAY_VERSION
+from deployments.config_text import show
 
 ON_HEAD = "node:__internal_head__"
 """The resource that Ray gives to the head alone."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from deployments.config_text import path_of
 
 Place = tuple[str | int, ...]
 
@@ -22,28 +22,6 @@ class Problem:
     def line(self, where: str) -> str:
         path = path_of(self.place)
         return f"{where}: {path}: {self.text}" if path else f"{where}: {self.text}"
-
-
-def path_of(place: Place) -> str:
-    """`("available_node_types", "l4", "labels")` as one writes it: available_node_types.l4.labels."""
-    path = ""
-    for step in place:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif re.fullmatch(r"[\w.-]+", step):
-            path += f".{step}" if path else step
-        else:
-            path += f"[{step!r}]"
-    return path
-
-
-def show(value: object, limit: int = 80) -> str:
-    """A value as the file would write it, shortened."""
-    try:
-        text = repr(value) if isinstance(value, str) else json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def unknown_key(place: Place, key: str, known: Iterable[str]) -> Problem:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from deployments.config_text import UniqueKeys, yaml_errors
 from deployments.errors import ConfigError
 
 # libyaml's parser, where PyYAML was built with it: the files of Kubernetes are long.
@@ -18,32 +19,14 @@ else:
 Kind = Literal["ray", "rayservice", "raycluster", "serve", "fleet", "cloudformation"]
 
 
-class _Loader(_Fast):
+class _Loader(UniqueKeys, _Fast):
     """As Ray reads (YAML 1.1), but a key that stands twice in a mapping is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key.value!r} stands twice in one mapping", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def documents(text: str, where: str) -> list[Any]:
     """The documents of a YAML file that are not empty. Raises ConfigError."""
-    try:
+    with yaml_errors(where):
         found = [document for document in yaml.load_all(text, Loader=_Loader) if document is not None]
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        at = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        reason = ", ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"{where}: {at}{reason}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
     if not found:
         raise ConfigError(f"{where}: is empty")
     return found

@@ -14,7 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from autoscaling.clusters.problems import Place, Problem, show, unknown_key
+from autoscaling.clusters.problems import Place, Problem, unknown_key
+from deployments.config_text import show
 
 AZURE_PARAMETERS = ("availability_zone",)
 """What Ray takes from azure_arm_parameters itself, before its template sees them."""

@@ -239,8 +239,10 @@ class Controller:
         if self._planner is not None:
             if self._decides:
                 # Nobody has come after us. Where Serve ends as a whole, nobody is left to end the lease.
-                with contextlib.suppress(Exception):
+                try:
                     self._planner.let_nodes_go()
+                except Exception as error:  # noqa: BLE001 - what is left must end all the same
+                    log.warning("nodes that were asked for ahead are not let go: %r", error)
             self._planner.close()
         with contextlib.suppress(Exception):
             self._owner.release()

@@ -82,9 +82,10 @@ class PlanReader:
         clock: Clock | None = None,
         beside: Callable[[], None] = lambda: None,
     ) -> None:
-        """`beside` is called every LEASE_EVERY_S; what it raises is passed over."""
+        """`beside` is called every LEASE_EVERY_S; what it raises is logged."""
         self._beside = beside
         self._beside_s = -LEASE_EVERY_S
+        self._beside_error: str | None = None
         self._get = get
         self._put = put
         self._clock = clock or SystemClock()
@@ -154,8 +155,11 @@ class PlanReader:
         self._beside_s = now_s
         try:
             self._beside()
+            self._beside_error = None
         except Exception as error:  # noqa: BLE001 - as above; it is called again
-            log.debug("%r", error)
+            if repr(error) != self._beside_error:  # once, not every few seconds
+                self._beside_error = repr(error)
+                log.warning("nodes that nobody wants any more can't be let go: %r", error)
 
 
 _shared: PlanReader | None = None

@@ -105,9 +105,7 @@ class ModelEntry:
     template_state: str = "none"  # building, ready, failed, off
     template_reason: str | None = None
     template_tried_s: float = 0.0
-    flat: str | None = (
-        None  # its mapped weights, once a template that was built from them has passed its self-test
-    )
+    flat: str | None = None  # its mapped weights, once a template built from them has passed its self-test
     failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
     template_wanted: bool = True  # False once its memory was asked back
     parked_bytes: int | None = None  # what its engine took when it was last parked
