@@ -38,6 +38,8 @@ from bench.traces import Trace, exact, load, traffic
 
 HORIZON_S = 120.0
 LEARN_SHARE = 0.6
+POOLINGS = 4
+"""Rounds of fits from which the fleet's regression is learned; it takes one step in each."""
 CHOSEN = "chosen"
 NAIVE = "last value"
 Row = tuple[float, ...]
@@ -89,11 +91,11 @@ def _file(traces: list[Trace], options: argparse.Namespace, pool: ProcessPoolExe
     seen = [trace for trace in traces if trace.time_s[0] < learn_s]
     order = np.random.default_rng(0).permutation(len(seen))[: options.models]
     picked = [seen[i] for i in sorted(order)]
-    prior = pooled(
-        fitted.share
-        for trace in picked
-        if (fitted := fit_standard(Job(traffic(trace, since_s, learn_s), learn_s, HORIZON_S, NO_FLEET)))
-    )
+    known = [traffic(trace, since_s, learn_s) for trace in picked]
+    prior = NO_FLEET
+    for _ in range(POOLINGS):
+        found = [fit_standard(Job(each, learn_s, HORIZON_S, prior)) for each in known]
+        prior = pooled((fitted.share for fitted in found if fitted is not None), prior)
     moments = np.linspace(learn_s, until_s, options.refits + 1)
     kinds = dict(demand.CHEAP)
     if options.statsforecast:
@@ -134,7 +136,7 @@ def _judge_arrivals(judged: Judged, history: History, whole: History, end_s: flo
     choice = arrival_choice.choose(history, prior)
     judged.chosen[choice.fitted.name] += 1
     fits: dict[str, Any] = {CHOSEN: choice.fitted}
-    for forecaster in arrival_choice.FORECASTERS:
+    for forecaster in arrival_choice.forecasters_for(prior):
         try:
             fits[forecaster.name] = forecaster.fit(history, prior)
         except NotApplicable:
