@@ -1,8 +1,12 @@
 """`python -m deployments.node_reclaim --provider aws|gcp|azure`: tells Ray that the cloud takes this spot machine back.
 
-For the commands that start a spot node (cluster-configs/): clouds tell the machine itself, half a minute (Google,
-Azure) or two minutes (AWS) ahead. Ray then drains its node, and Serve starts each replica's successor elsewhere before
-it lets the replica go. It runs for as long as the node's raylet does, and imports no Ray.
+For the commands that start a node (cluster-configs/), which all types share: on one that is on demand it ends at once.
+Clouds tell the machine itself, half a minute (Google, Azure) or two minutes (AWS) ahead. Ray then drains its node, and
+Serve starts each replica's successor elsewhere before it lets the replica go. It runs for as long as the node's raylet
+does, and imports no Ray.
+
+`--in-s SECONDS` in its place is for Kubernetes, which tells the pod, by its preStop hook: the node is drained at once,
+and the command ends when its raylet has gone, or when the time is over.
 
 Notices: AWS https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html, Google
 https://cloud.google.com/compute/docs/instances/spot, Azure
@@ -139,17 +143,56 @@ def watch(
     return False
 
 
+def leave(
+    in_s: float,
+    find: Callable[[], list[Raylet]],
+    drain: Callable[[Raylet, float], None],
+    sleep: Callable[[float], object] = time.sleep,
+    now: Callable[[], float] = time.time,
+) -> bool:
+    """Drain at once, and wait for the raylets' end. Whether they have gone within `in_s`, which they were given.
+
+    A drained raylet ends by itself, when its last replica has gone or its time is over. Raises what draining raises.
+    """
+    end_s = now() + in_s
+    for raylet in find():
+        drain(raylet, in_s)
+    while find():
+        if now() >= end_s:
+            return False
+        sleep(EVERY_S)
+    return True
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m deployments.node_reclaim", description=__doc__)
-    parser.add_argument("--provider", choices=sorted(PROVIDERS), required=True, help="whose machine this is")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--provider", choices=sorted(PROVIDERS), help="whose machine this is")
+    what.add_argument("--in-s", type=float, help="drain now; the node goes in so many seconds")
     options = parser.parse_args(arguments)
+    if options.in_s is not None:
+        return _leave(options.in_s)
     provider = PROVIDERS[options.provider]
-    if not find_raylets():
+    found = find_raylets()
+    if not found:
         print("node_reclaim: no raylet runs here; start Ray first", file=sys.stderr)
         return 1
+    if all(raylet.market == "on-demand" for raylet in found):
+        print("node_reclaim: this node is on demand, which no cloud takes back")
+        return 0
     if watch(lambda now_s: provider(ask, now_s), find_raylets, drain):
         print("node_reclaim: Ray drains this node: the cloud takes the machine back", flush=True)
+    return 0
+
+
+def _leave(in_s: float) -> int:
+    try:
+        gone = leave(in_s, find_raylets, drain)
+    except (OSError, ValueError, subprocess.SubprocessError, psutil.Error) as error:
+        print(f"node_reclaim: {error}", file=sys.stderr)
+        return 1
+    print(f"node_reclaim: the raylet {'has gone' if gone else f'still runs after {in_s:g} s'}")
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ from deployments.engine.client import ensure_host
 from deployments.engine.protocol import default_run_dir
 
 _NODE_ID = ("--node_id=", "--node-id=")
+_LABELS = "--labels="
+_MARKET = "ray.io/market-type"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,8 @@ class Raylet:
 
     pid: int
     node_id: str
+    market: str = ""
+    """`spot` or `on-demand`; empty where its labels don't say."""
 
 
 def raylets(processes: Iterable[tuple[int, list[str]]]) -> list[Raylet]:
@@ -38,8 +43,15 @@ def raylets(processes: Iterable[tuple[int, list[str]]]) -> list[Raylet]:
         if not command or Path(command[0]).name != "raylet":
             continue
         ids = [part.partition("=")[2] for part in command[1:] if part.startswith(_NODE_ID)]
-        found += [Raylet(pid, node_id) for node_id in ids[:1]]
+        found += [Raylet(pid, node_id, _market(command)) for node_id in ids[:1]]
     return found
+
+
+def _market(command: list[str]) -> str:
+    for part in command:
+        if part.startswith(_LABELS) and (text := part.removeprefix(_LABELS)):
+            return str(json.loads(text).get(_MARKET, ""))
+    return ""
 
 
 def _processes() -> list[tuple[int, list[str]]]:

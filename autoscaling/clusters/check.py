@@ -90,6 +90,14 @@ def _fleet_times(cluster: Cluster, fleet: Fleet, node_start_s: float) -> Iterato
     # What is pretended starts in seconds, and is to be tried in seconds.
     if cluster.provider == "external" or not dynamic:
         return
+    wait_s = fleet.controller.node_wait_s
+    if wait_s < node_start_s:
+        text = (
+            f"fleet: controller.node_wait_s: {wait_s:g} is less than the {node_start_s:g} s that a node takes to start "
+            f"(--node-start), so that the next kind of node would be started, and paid for, while the first is on its "
+            f"way; say at least {node_start_s:g}"
+        )
+        yield Problem((), text)
     for index, model in enumerate(fleet.models):
         fitting = [n for n in dynamic if _misfit(model, n) is None]
         if not fitting:
@@ -201,6 +209,16 @@ def _what_stays_lit(cluster: Cluster) -> Iterator[Problem]:
             text = (
                 "the engine host starts with the first replica, not with the node: add "
                 "`python -m deployments.node_start` after `ray start`"
+            )
+            yield Problem(node.place, text, note=True)
+        if not node.hears_notice and node.market == "spot":
+            how = (
+                "a preStop hook with `python -m deployments.node_reclaim --in-s SECONDS`"
+                if cluster.provider == "kuberay"
+                else f"`python -m deployments.node_reclaim --provider {cluster.provider}` after `ray start`"
+            )
+            text = (
+                f"Ray is not told when the cloud takes this spot machine back, and drains nothing: add {how}"
             )
             yield Problem(node.place, text, note=True)
 

@@ -12,6 +12,7 @@ from autoscaling.clusters.nodes import ACCELERATOR_LABEL, MARKET_LABEL
 from autoscaling.clusters.problems import Place
 
 _ACCELERATOR = "accelerator_type:"
+_HOST, _RECLAIM = "node_start", "node_reclaim"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class Node:
     environ: Mapping[str, str] = field(default_factory=dict)
     starts_host: bool = True
     """Whether the engine host starts with the node, or that can't be seen."""
+    hears_notice: bool = True
+    """Whether Ray is told when the cloud takes the node back, or that can't be seen."""
 
     @property
     def market(self) -> Market:
@@ -84,7 +87,8 @@ def of_ray(document: Mapping[str, Any]) -> Cluster:
         [*docker.get("run_options", []), *docker.get("head_run_options", [])],
         document.get("head_start_ray_commands", []),
     )
-    host = any("deployments.node_start" in c for c in document.get("worker_start_ray_commands", []))
+    commands = document.get("worker_start_ray_commands", [])
+    host, hears = (any(f"deployments.{module}" in c for c in commands) for module in (_HOST, _RECLAIM))
     default_idle = document.get("idle_timeout_minutes")
     managed = provider != "external"
     nodes = {
@@ -94,7 +98,8 @@ def of_ray(document: Mapping[str, Any]) -> Cluster:
             provider,
             default_idle_s=60 * default_idle if default_idle is not None else 300.0,
             environ={**shared, **_environ((node.get("docker") or {}).get("worker_run_options", []), [])},
-            host=host or not managed or not document.get("worker_start_ray_commands"),
+            host=host or not managed or not commands,
+            hears=hears or not managed or not commands,
         )
         for name, node in types.items()
     }
@@ -121,6 +126,7 @@ def _ray_node(
     default_idle_s: float,
     environ: Mapping[str, str],
     host: bool,
+    hears: bool,
 ) -> Node:
     config = node.get("node_config") or {}
     place: Place = ("available_node_types", name)
@@ -138,6 +144,7 @@ def _ray_node(
         machine=_machine(config, provider),
         environ=environ,
         starts_host=host,
+        hears_notice=hears,
     )
 
 
@@ -213,8 +220,9 @@ def _group(group: Mapping[str, Any], name: str, place: Place, idle_s: float, idl
     labels = dict(group.get("labels") or {})
     market = (pod.get("nodeSelector") or {}).get(MARKET_LABEL)
     own = group.get("idleTimeoutSeconds")
-    command = " ".join(
-        (container.get("lifecycle") or {}).get("postStart", {}).get("exec", {}).get("command", [])
+    hooks = container.get("lifecycle") or {}
+    start, stop = (
+        " ".join(hooks.get(hook, {}).get("exec", {}).get("command", [])) for hook in ("postStart", "preStop")
     )
     hosts = max(1, group.get("numOfHosts", 1))
     return Node(
@@ -232,5 +240,6 @@ def _group(group: Mapping[str, Any], name: str, place: Place, idle_s: float, idl
         idle_place=(*place, "idleTimeoutSeconds") if own is not None else (*idle, "idleTimeoutSeconds"),
         spot=None if market is None else market == "spot",
         environ={e["name"]: e.get("value", "") for e in container.get("env", [])},
-        starts_host="deployments.node_start" in command,
+        starts_host=f"deployments.{_HOST}" in start,
+        hears_notice=f"deployments.{_RECLAIM}" in stop,
     )

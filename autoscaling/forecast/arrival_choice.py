@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from autoscaling.forecast.arrivals import ArrivalFitted, Poisson, Renewal, idle, silent_from
 from autoscaling.forecast.base import Forecaster, NotApplicable
 from autoscaling.forecast.calibration import Calibrated, learn
-from autoscaling.forecast.history import Floats, History, Recent, onset_times
+from autoscaling.forecast.fleet import FittedFleet, Fleet
+from autoscaling.forecast.gap_record import Record, rates_at
+from autoscaling.forecast.history import Events, Floats, History, Recent, onset_times
 from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.timer import Timer
 
@@ -23,6 +24,14 @@ FORECASTERS: tuple[Forecaster, ...] = (
     Timer(),
     Poisson(),
 )
+FLEET_FORECASTERS: tuple[Forecaster, ...] = (
+    Fleet(),
+    Renewal(),
+    Renewal("recent-renewal", by_gaps=8),
+    Timer(),
+    Poisson(),
+)
+"""Where the fleet's silences are enough for a regression."""
 LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
@@ -91,30 +100,58 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
     first = max(0, int(where[0]) - 500)
     made_s = silent_from(events)
     half = (events.hi_s - events.lo_s) / 2
-    onsets = onset_times(events.mid_s[first:])
+    late = Events(*(column[first:] for column in (events.lo_s, events.hi_s, events.count, events.busy_s)))
+    onsets = onset_times(late.mid_s)
+    rates = rates_at(late, where - first)
     return [
         Silence(
             made_s=float(made_s[i]),
             recent=Recent(
                 last_s=float(events.mid_s[i]),
                 onsets_s=tuple(onsets[:, i - first].tolist()),
-                rates=(),
-                rates_s=float(made_s[i]),
+                rates=tuple(rate.tolist()),
+                rates_s=float(events.mid_s[i]),
             ),
             lo_s=max(0.0, float(events.lo_s[i + 1] - made_s[i] - half[i])),
             hi_s=float(events.hi_s[i + 1] - made_s[i] + half[i]),
         )
-        for i in where
+        for i, rate in zip(where, rates, strict=True)
     ]
 
 
-def choose(
-    history: History, prior: Prior, forecasters: Sequence[Forecaster] = FORECASTERS, known: Any = None
-) -> ArrivalChoice:
+def forecasters_for(prior: Prior) -> tuple[Forecaster, ...]:
+    """The default one first."""
+    return FLEET_FORECASTERS if prior.hazard.knows else FORECASTERS
+
+
+def again(
+    before: ArrivalFitted, scores: Mapping[str, ArrivalScore], history: History, prior: Prior
+) -> ArrivalFitted | None:
+    """The forecaster that was chosen before by those scores, with what is known by now; None: choose anew."""
+    known = {forecaster.name: forecaster for forecaster in forecasters_for(prior)}
+    inner = before.inner if isinstance(before, Calibrated) else before
+    if inner.name not in known or next(iter(known)) not in scores:
+        return None
+    try:
+        fitted: ArrivalFitted = known[inner.name].fit(history, prior)  # type: ignore[assignment]
+    except NotApplicable:
+        return None
+    return replace(before, inner=fitted) if isinstance(before, Calibrated) else fitted
+
+
+def with_record(fitted: ArrivalFitted, record: Record) -> ArrivalFitted:
+    """The same, with a better record of the model's silences where it goes by that."""
+    if isinstance(fitted, Calibrated):
+        return replace(fitted, inner=with_record(fitted.inner, record))
+    return fitted.knowing(record) if isinstance(fitted, FittedFleet) else fitted
+
+
+def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | None = None) -> ArrivalChoice:
     """Fit each on what was known, score it on the silences that came after, several times over; then fit the best anew.
 
     The first of `forecasters` must always apply; another is chosen only if it is better by the margin in sum.
     """
+    forecasters = forecasters_for(prior) if forecasters is None else forecasters
     silences = silences_of(history)
     scores: dict[str, ArrivalScore] = {}
     failures: dict[str, str] = {}

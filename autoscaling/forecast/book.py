@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoscaling.core.types import Forecast
-from autoscaling.forecast.fit import FittedModel
+from autoscaling.forecast.arrivals import MIN_SILENCE_S
+from autoscaling.forecast.fit import FittedModel, Seen
+from autoscaling.forecast.gap_record import MOST, Silence, silence_from
 from autoscaling.forecast.history import THETAS_S, Recent, arrived
 
 STALE_SHARE = 0.1
@@ -34,6 +36,8 @@ class Page:
     """Since the last fit began."""
     silences: int = 0
     """That ended since the last fit began."""
+    ended: deque[Silence] = field(default_factory=lambda: deque(maxlen=MOST))
+    """Those silences, to the second."""
     error: str = ""
 
 
@@ -57,6 +61,8 @@ class Book:
             page.arrivals += count
             if before is not None and page.recent is not None:
                 page.silences += page.recent.onsets_s[SILENCE] != before.onsets_s[SILENCE]
+                if time_s - before.last_s >= MIN_SILENCE_S:
+                    page.ended.append(silence_from(before, time_s))
 
     def install(self, model: str, fitted: FittedModel) -> None:
         """Forecast with this from now on."""
@@ -71,11 +77,14 @@ class Book:
                 page.log.clear()
             page.fitted, page.shown, page.error = fitted, None, ""
 
-    def begin_fit(self, model: str) -> None:
+    def begin_fit(self, model: str) -> Seen:
         """Count what comes from here on as not yet learned from."""
         with self._lock:
             page = self._pages.setdefault(model, Page())
+            seen = Seen(page.fitted, tuple(page.ended), page.recent)
             page.arrivals, page.silences = 0.0, 0
+            page.ended.clear()
+            return seen
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """None where nothing was learned. May be up to MAX_STALE_S old; its `made_s` says so."""

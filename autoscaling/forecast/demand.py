@@ -18,6 +18,7 @@ from autoscaling.forecast.demand_model import (
     TAUS,
     FittedDemand,
     Model,
+    Smoothed,
     Swing,
     demand_of,
     factors,
@@ -31,6 +32,7 @@ from autoscaling.forecast.profile import Profile, decayed_sums
 POWERS = (0.0, 0.5, 1.0)
 MAX_STEPS = 2880
 MIN_STEPS = 60
+YOUNG_STEP_S = 10.0
 FOLDS = 3
 STRETCH = (0.9, 2.5)
 WORTH = 5.0
@@ -80,18 +82,23 @@ class _Series:
 
 
 def series_of(history: History) -> _Series:
-    """Raises NotApplicable where fewer than MIN_STEPS steps are known."""
+    """In steps of STEP_S, or as short as those known are longer; of YOUNG_STEP_S while fewer than MIN_STEPS are known.
+
+    Raises NotApplicable where fewer than MIN_STEPS steps are known even so.
+    """
     level = history.level(STEP_S)
     if level is None:
         raise NotApplicable("nothing is known in steps of a minute or more")
     step_s = level.step_s
+    if history.now_s - level.start_s < (MIN_STEPS + 2) * step_s and history.levels[0].step_s < YOUNG_STEP_S:
+        level, step_s = history.levels[0], YOUNG_STEP_S
     last = int(history.now_s // step_s)
     first = max(int(np.ceil(level.start_s / step_s)), last - MAX_STEPS)
     if last - first < MIN_STEPS:
         raise NotApplicable(f"fewer than {MIN_STEPS} steps of {step_s:g} s are known")
-    counts = np.zeros(last - first)
-    keep = (level.index >= first) & (level.index < last)
-    counts[level.index[keep] - first] = level.arrivals[keep]
+    steps = (level.index * level.step_s // step_s).astype(np.int64)
+    keep = (steps >= first) & (steps < last)
+    counts = np.bincount(steps[keep] - first, level.arrivals[keep], last - first)
     age = np.arange(1, len(counts) + 1) * step_s
     rates = recent_rates(counts, step_s) / np.stack([-np.expm1(-age / tau) for tau in TAUS_S])
     return _Series(step_s, (np.arange(first, last) + 1) * step_s, counts, rates)
@@ -216,7 +223,7 @@ def _fitted(  # noqa: PLR0917 - what `choose` has found
         swing=swing,
         known_since_s=since_s,
         service_s=service_s,
-        smoothed=tuple(tried.model.profile.smoothed(tau_s) for tau_s in TAUS_S),
+        smoothed=Smoothed.of(tried.model.profile),
     )
 
 

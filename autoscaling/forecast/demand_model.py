@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,36 @@ class Swing:
 
 
 @dataclass(frozen=True, slots=True)
+class Smoothed:
+    """A profile as an average over the past, exponentially weighted with each of TAUS_S: what recent rates are compared
+    to. In single precision, since one is kept for each model."""
+
+    step_s: float
+    start_s: float
+    period_s: float | None
+    values: Floats
+    """Shape (steps, len(TAUS_S))."""
+
+    @staticmethod
+    def of(profile: Profile) -> Smoothed:
+        values = np.stack([profile.smoothed(tau_s).values for tau_s in TAUS_S], axis=1)
+        return Smoothed(profile.step_s, profile.start_s, profile.period_s, values.astype(np.float32))
+
+    def at(self, now_s: float) -> Floats:
+        """As Profile.at, at one moment: shape (len(TAUS_S),)."""
+        last = len(self.values) - 1
+        place = (now_s - self.start_s) / self.step_s - 0.5
+        if self.period_s is None:
+            place = min(max(place, 0.0), float(last))
+        whole = math.floor(place)
+        part = place - whole
+        low, high = whole % (last + 1), (whole + 1) % (last + 1)
+        if self.period_s is None:
+            high = min(whole + 1, last)
+        return np.asarray((1 - part) * self.values[low] + part * self.values[high], np.float64)
+
+
+@dataclass(frozen=True, slots=True)
 class FittedDemand:
     name: str
     model: Model
@@ -68,16 +99,14 @@ class FittedDemand:
     swing: Swing
     known_since_s: float
     service_s: float | None
-    smoothed: tuple[Profile, ...]
-    """The profile as an average over each of TAUS_S."""
+    smoothed: Smoothed
 
     def counts(self, now_s: float, recent: Recent, steps: int) -> Floats:
         """Quantiles of the arrivals in each step as a continuous variable (the count plus a uniform one in ±1/2, which
         makes the quantiles of counts exact: Machado and Santos Silva 2005, JASA 100): shape (steps, len(QUANTILES))."""
         rates = np.asarray(recent.rates_at(now_s))
         rates = rates / -np.expm1(-max(now_s - self.known_since_s, self.step_s) / TAUS)
-        moment = np.asarray([now_s])
-        ratios = log_ratios(rates, np.asarray([profile.at(moment)[0] for profile in self.smoothed]))
+        ratios = log_ratios(rates, self.smoothed.at(now_s))
         at_ahead = factors(ratios, self.model.weights)
         ahead = np.arange(1, steps + 1)
         place = np.clip(np.interp(ahead, self.ahead, np.arange(len(self.ahead))), 0, None)
@@ -150,6 +179,7 @@ __all__ = [
     "TAUS",
     "FittedDemand",
     "Model",
+    "Smoothed",
     "Swing",
     "demand_of",
     "factors",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,17 @@ from autoscaling.forecast import arrival_choice, demand
 from autoscaling.forecast.arrivals import ArrivalFitted, Renewal, batch_size, idle, next_arrival
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.demand import CHEAP, FittedDemand, Kind, demand_of, steps_of
+from autoscaling.forecast.gap_record import (
+    EMPTY,
+    MOST,
+    Record,
+    Silence,
+    active,
+    learn,
+    silence_from,
+    silences_in,
+)
+from autoscaling.forecast.hazard import ROUNDS, Expansion
 from autoscaling.forecast.history import History, Recent, history_of, recent_of
 from autoscaling.forecast.prior import Prior, Share
 from autoscaling.forecast.season import FLAT, activity
@@ -25,6 +36,22 @@ MIN_DEMAND_BUCKETS = 30
 FULL: Mapping[str, Kind] = {**CHEAP, "mstl": mstl}
 
 
+CHOICE_SHARE = 1.5
+CHOICE_MORE = 3
+"""The backtest chooses anew when a model has so many times the silences that it then had, and so many more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a fit may learn from besides the store: to the second, where that keeps minutes. Picklable."""
+
+    fitted: FittedModel | None
+    """The fit before."""
+    ended: tuple[Silence, ...]
+    """Silences since then, oldest first."""
+    recent: Recent | None
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One fit. Picklable."""
@@ -32,8 +59,22 @@ class Job:
     traffic: Traffic
     now_s: float
     horizon_s: float
-    """How far ahead demand is asked for: the model's cold start."""
+    """How far ahead demand is asked for: the model's cold start. 0: not at all."""
     prior: Prior
+    seen: Seen | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """What one model adds to the fleet's regression. Picklable."""
+
+    record: Record
+    """What its silences were like."""
+    hazard: Expansion
+    silences: tuple[Silence, ...]
+    """All that it is made of, while the regression still comes from nowhere; then they are forgotten."""
+    began: Record
+    """What was known before the first of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +93,9 @@ class FittedModel:
     known_arrivals: float
     known_silences: int
     share: Share
+    learned: Learned
+    chosen_at: int
+    """How many silences were known when the backtest chose."""
     scores: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -87,7 +131,11 @@ def fit_simple(job: Job) -> FittedModel | None:
     history = history_of(job.traffic, job.now_s)
     if not len(history.events):
         return None
-    return _assemble(job, history, Renewal().fit(history, job.prior), None, ({}, {"effort": "simple"}))
+    learned = _learned(job, history)
+    fitted = Renewal().fit(history, job.prior)
+    return _assemble(
+        job, history, fitted, None, told=({}, {"effort": "simple"}), learned=learned, chosen_at=0
+    )
 
 
 def _fit(job: Job, kinds: Mapping[str, Kind]) -> FittedModel | None:
@@ -95,13 +143,10 @@ def _fit(job: Job, kinds: Mapping[str, Kind]) -> FittedModel | None:
     history = history_of(job.traffic, job.now_s)
     if not len(history.events):
         return None
-    choice = arrival_choice.choose(history, job.prior)
-    scores: dict[str, Any] = {"next_arrival": choice.scores}
-    details: dict[str, Any] = {}
-    if choice.failures:
-        details["next_arrival_without"] = choice.failures
+    learned = _learned(job, history)
+    arrivals, scores, details, chosen_at = _next_arrival(job, history, learned.record)
     fitted = None
-    reason = _too_thin(history)
+    reason = _too_thin(history) if job.horizon_s > 0 else "not asked for"
     if reason is None:
         service_s = service_time_s(history) or job.prior.service_s
         if service_s is None:
@@ -116,7 +161,56 @@ def _fit(job: Job, kinds: Mapping[str, Kind]) -> FittedModel | None:
             reason = str(error)
     if reason is not None:
         details["demand"] = reason
-    return _assemble(job, history, choice.fitted, fitted, (scores, details))
+    return _assemble(
+        job, history, arrivals, fitted, told=(scores, details), learned=learned, chosen_at=chosen_at
+    )
+
+
+def _learned(job: Job, history: History) -> Learned:
+    seen, now_s, regression = job.seen, job.now_s, job.prior.hazard
+    known = active(history.events, now_s)
+    before = seen.fitted.learned if seen is not None and seen.fitted is not None else None
+    if before is None or seen is None:
+        silences, began = silences_in(history), EMPTY
+        recent = recent_of(history.events, now_s)
+    else:
+        silences, began = [*before.silences, *seen.ended][-MOST:], before.began
+        recent = seen.recent
+    again = before is None or bool(before.silences) or before.hazard.round < ROUNDS
+    record, since_s = (began, -np.inf) if again or before is None else (before.record, before.hazard.until_s)
+    open_ = [] if recent is None else [silence_from(recent, np.inf)]
+    record = replace(record, active_s=known)
+    hazard, record = learn([*silences, *open_], record, since_s, now_s, regression)
+    if not again and before is not None:
+        hazard = hazard.plus(before.hazard.faded(now_s))
+    kept = () if regression.round >= ROUNDS else tuple(silences)
+    return Learned(record, hazard, kept, began)
+
+
+def _next_arrival(
+    job: Job, history: History, record: Record
+) -> tuple[ArrivalFitted, dict[str, Any], dict[str, Any], int]:
+    """The best forecaster, what the backtest said, details, and when it did: again when there is more to judge by."""
+    silences = int(idle(history.events).sum())
+    before = job.seen.fitted if job.seen is not None else None
+    fitted: ArrivalFitted | None = None
+    scores: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    chosen_at = silences
+    if before is not None and silences <= CHOICE_SHARE * before.chosen_at + CHOICE_MORE:
+        known = before.scores.get("next_arrival", {})
+        fitted = arrival_choice.again(before.arrivals, known, history, job.prior)
+        if fitted is not None:
+            scores["next_arrival"] = known
+            details = {k: v for k, v in before.details.items() if k == "next_arrival_without"}
+            chosen_at = before.chosen_at
+    if fitted is None:
+        choice = arrival_choice.choose(history, job.prior)
+        fitted = choice.fitted
+        scores["next_arrival"] = choice.scores
+        if choice.failures:
+            details["next_arrival_without"] = choice.failures
+    return arrival_choice.with_record(fitted, record), scores, details, chosen_at
 
 
 def _too_thin(history: History) -> str | None:
@@ -133,7 +227,10 @@ def _assemble(
     history: History,
     arrivals: ArrivalFitted,
     fitted: FittedDemand | None,
+    *,
     told: tuple[Mapping[str, Any], Mapping[str, Any]],
+    learned: Learned,
+    chosen_at: int,
 ) -> FittedModel:
     scores, reasons = told
     recent = recent_of(history.events, job.now_s)
@@ -166,7 +263,10 @@ def _assemble(
             gap_count=float(silences),
             season=active.astype(np.float32),
             service_s=service_time_s(history),
+            hazard=learned.hazard,
         ),
+        learned=learned,
+        chosen_at=chosen_at,
         scores=scores,
         details=details,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoscaling.forecast.gaps import default_prior
+from autoscaling.forecast.hazard import NOTHING, Expansion, Regression
 from autoscaling.forecast.history import Floats
 from autoscaling.forecast.season import HOURS
 
@@ -22,6 +23,7 @@ class Share:
     season: Floats
     """Activity by hour of the week, shape (HOURS,)."""
     service_s: float | None
+    hazard: Expansion | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +34,23 @@ class Prior:
     season: Floats | None = None
     service_s: float | None = None
     models: int = 0
+    hazard: Regression = NOTHING
 
 
 NO_FLEET = Prior(default_prior())
 
 
-def pooled(shares: Iterable[Share]) -> Prior:
+def pooled(shares: Iterable[Share], before: Prior = NO_FLEET) -> Prior:
     """The mean over the models (a mixture, which the single model's posterior mean shrinks to: empirical Bayes).
 
     A model with few gaps weighs less, and the default distribution weighs as one model, so that a fleet of two is not
-    taken for the world.
+    taken for the world. The regression goes a step on from `before`'s.
     """
     shares = list(shares)
     if not shares:
         return NO_FLEET
+    hazards = [share.hazard for share in shares if share.hazard is not None]
+    latest_s = max((hazard.until_s for hazard in hazards), default=0.0)
     weights = np.asarray([share.gap_count / (share.gap_count + 10.0) for share in shares])
     gaps = default_prior() + sum(w * share.gaps for w, share in zip(weights, shares, strict=True))
     active = [share.season / share.season.mean() for share in shares if share.season.sum() >= 10]
@@ -56,4 +61,5 @@ def pooled(shares: Iterable[Share]) -> Prior:
         season=season,
         service_s=float(np.median(services)) if services else None,
         models=len(shares),
+        hazard=before.hazard.next(hazard.faded(latest_s) for hazard in hazards),
     )

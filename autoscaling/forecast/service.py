@@ -171,7 +171,7 @@ class ForecastService:
                     continue
                 self._tasks += 1
                 self._given[self._tasks] = following
-                self._book.begin_fit(following.model)
+                job = replace(job, seen=self._book.begin_fit(following.model))
                 try:
                     worker.give(
                         Task(self._tasks, self._fitters[following.effort], job, self._time_budget_s), now_s
@@ -194,7 +194,7 @@ class ForecastService:
     def _fleet(self) -> Prior:
         now_s = self._clock.monotonic_s()
         if now_s - self._prior_s >= POOL_S:
-            self._prior = pooled(fit.share for fit in self._book.fits().values())
+            self._prior = pooled((fit.share for fit in self._book.fits().values()), self._prior)
             self._prior_s = now_s
         return self._prior
 

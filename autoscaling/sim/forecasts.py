@@ -178,10 +178,10 @@ class SimForecasts:
             return
         turn.due_s, turn.fitted_s = math.inf, now_s
         turn.shown = None
-        self._book.begin_fit(model)
+        seen = self._book.begin_fit(model)
         self.fits += 1
         try:
-            fitted = self._fitter(Job(turn.recorder.traffic(now_s), now_s, turn.horizon_s, self._prior))
+            fitted = self._fitter(Job(turn.recorder.traffic(now_s), now_s, turn.horizon_s, self._prior, seen))
         except Exception as error:  # noqa: BLE001 - as live: the model keeps its last fit, and it is told
             self.failures = {**self.failures, model: f"{type(error).__name__}: {error}"}
             return
@@ -192,7 +192,7 @@ class SimForecasts:
         """What the fleet's models have in common by now. All of them must have got to the same moment."""
         fits = self._book.fits()
         if fits:
-            self._prior = pooled(fit.share for _, fit in sorted(fits.items()))
+            self._prior = pooled((fit.share for _, fit in sorted(fits.items())), self._prior)
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """Of the last fit, as of about now."""

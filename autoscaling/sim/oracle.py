@@ -23,13 +23,26 @@ class Oracle:
     It is told of each request a tick early, since what is decided at a tick takes effect there.
     """
 
-    def __init__(self, slowdown: Floats, tick_s: float = 1.0) -> None:
-        """`slowdown` as in `queueing`: how much longer requests take in a full replica counts in the demand."""
+    def __init__(
+        self, slowdown: Floats, tick_s: float = 1.0, *, share: float = 1.0, over_s: float = 0.0
+    ) -> None:
+        """`slowdown` as in `queueing`: how much longer requests take in a full replica counts in the demand.
+
+        With 0 as `stable_s` of the policy, what it has is the least that serves every request at once: the nth replica
+        is needed while more than n - 1 are full, and held in between where that is shorter than a start, which costs as
+        much. Two numbers bring it to a lower SLO attainment instead.
+
+        Args:
+            share: of the demand that is told of.
+            over_s: tell of the mean demand over so many seconds, not of its peaks: requests may wait about as long.
+        """
         self.fits = 0
         self.failures: Mapping[str, str] = {}
         self.pools = False
         self._slow = float(slowdown[-1])
         self._tick_s = tick_s
+        self._share = share
+        self._over_s = over_s
         self._times: dict[str, Floats] = {}
         self._peaks: dict[str, tuple[float, Floats]] = {}
         self._at: dict[str, int] = {}
@@ -43,22 +56,15 @@ class Oracle:
         """All that will ever come."""
         self._times[model] = times
         self._at[model] = 0
-        ends = times + work * self._slow
-        moments = np.concatenate([times, ends])
+        moments = np.concatenate([times, times + work * self._slow])
         order = np.argsort(moments, kind="stable")
         load = np.cumsum(np.where(order < len(times), 1, -1))
+        moments = moments[order]
         first_s = math.floor(float(times[0]) / STEP_S) * STEP_S
-        steps = np.floor((moments[order] - first_s) / STEP_S).astype(np.int64)
-        peaks = np.zeros(int(steps[-1]) + 1)
-        np.maximum.at(peaks, steps, load)
-        # What a step begins with.
-        last = np.zeros(len(peaks))
-        last[steps] = load
-        filled = np.zeros(len(peaks), bool)
-        filled[steps] = True
-        where = np.maximum.accumulate(np.where(filled, np.arange(len(peaks)), 0))
-        begins = np.concatenate([[0.0], last[where][:-1]])
-        self._peaks[model] = first_s, np.maximum(peaks, begins)
+        demand = (
+            _means(moments, load, first_s, self._over_s) if self._over_s else _peaks(moments, load, first_s)
+        )
+        self._peaks[model] = first_s, demand * self._share
 
     def arrived(self, model: str, times: Floats, work: Floats) -> None:
         """Known before."""
@@ -99,6 +105,28 @@ class Oracle:
         steps = range(begin, begin + math.ceil(self._ahead_s / STEP_S))
         rows = tuple((float(peaks[i]),) * 2 if 0 <= i < len(peaks) else (0.0, 0.0) for i in steps)
         return Demand(first_s + begin * STEP_S, STEP_S, QUANTILES, rows, rows)
+
+
+def _peaks(moments: Floats, load: Floats, first_s: float) -> Floats:
+    """The most requests in progress in each step; `load` is from each of the moments on."""
+    steps = np.floor((moments - first_s) / STEP_S).astype(np.int64)
+    peaks = np.zeros(int(steps[-1]) + 1)
+    np.maximum.at(peaks, steps, load)
+    # What a step begins with.
+    last = np.zeros(len(peaks))
+    last[steps] = load
+    filled = np.zeros(len(peaks), bool)
+    filled[steps] = True
+    where = np.maximum.accumulate(np.where(filled, np.arange(len(peaks)), 0))
+    return np.asarray(np.maximum(peaks, np.concatenate([[0.0], last[where][:-1]])))
+
+
+def _means(moments: Floats, load: Floats, first_s: float, over_s: float) -> Floats:
+    """The mean over `over_s` around the middle of each step."""
+    total = np.concatenate([[0.0], np.cumsum(load[:-1] * np.diff(moments))])
+    middle = np.arange(first_s, float(moments[-1]) + STEP_S, STEP_S) + STEP_S / 2
+    after, before = (np.interp(middle + side * over_s / 2, moments, total) for side in (1, -1))
+    return np.asarray((after - before) / over_s)
 
 
 __all__ = ["Oracle"]

@@ -17,8 +17,10 @@ from autoscaling.traces import Row, Trace
 
 FORESEES = frozenset({"predictive", "hybrid-histogram"})
 """Policies that look at the forecast."""
-EPOCH_S = 6 * 3600.0
-"""How often what the fleet's models have in common is pooled."""
+EPOCH_S, SHORTEST_EPOCH_S, EPOCH_SHARE = 6 * 3600.0, 600.0, 0.25
+"""How often what the fleet's models have in common is pooled: at first more often, when a quarter more is known.
+
+Live it is every half minute."""
 
 
 SpecOf = Callable[[str], Spec]
@@ -109,13 +111,20 @@ class Replay:
 
     def _epochs(self, whole: Iterator[Piece]) -> Iterator[Piece]:
         """Pieces that are no longer than an epoch, if forecasts are made: the fleet's models then meet at its end."""
+        begin_s: float | None = None
+
+        def following(moment_s: float) -> float:
+            assert begin_s is not None
+            return moment_s + min(EPOCH_S, max(SHORTEST_EPOCH_S, EPOCH_SHARE * (moment_s - begin_s)))
+
         for piece in whole:
             if not piece.requests or not self._foresees:
                 yield piece
                 continue
             first_s = min(float(times[0]) for times, _ in piece.requests.values())
             last_s = max(float(times[-1]) for times, _ in piece.requests.values())
-            edge_s = (math.floor(first_s / EPOCH_S) + 1) * EPOCH_S
+            begin_s = first_s if begin_s is None else begin_s
+            edge_s = math.ceil(following(first_s))
             rest = piece.requests
             while edge_s <= last_s and edge_s < piece.until_s:
                 now, later = {}, {}
@@ -127,7 +136,7 @@ class Replay:
                         later[model] = (times[until:], work[until:])
                 yield Piece(edge_s, now)
                 rest = later
-                edge_s += EPOCH_S
+                edge_s = math.ceil(following(edge_s))
             yield Piece(piece.until_s, rest)
 
     @property

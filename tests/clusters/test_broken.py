@@ -379,6 +379,18 @@ def test_a_deadline_that_no_node_meets(fleet: Fleet) -> None:
     assert errors_of(parsed("aws.yaml"), fleet=lit) == []
 
 
+def test_a_next_node_that_is_asked_for_before_the_first_can_come(fleet: Fleet) -> None:
+    document = fleet.model_dump(mode="json")
+    document["controller"]["node_wait_s"] = 120
+    hasty = parse_fleet(document)
+    errors = errors_of(parsed("aws.yaml"), fleet=hasty)
+    assert len(errors) == 1
+    assert "fleet: controller.node_wait_s: 120 is less than the 300 s that a node takes to start" in errors[0]
+    assert errors_of(parsed("aws.yaml"), fleet=hasty, node_start_s=120) == []
+    # Pretended nodes start in seconds.
+    assert errors_of(parsed("fake-gpu.yaml"), fleet=hasty) == []
+
+
 def test_a_fleet_that_fits_nowhere(fleet: Fleet) -> None:
     large = _changed(fleet, 0, resources={"gpus": 8, "accelerator_types": ["L4"]})
     errors = errors_of(parsed("aws.yaml"), fleet=large)
@@ -434,12 +446,23 @@ def test_what_is_no_cluster_file(text: str, message: str) -> None:
 def test_notes_do_not_refuse(fleet: Fleet) -> None:
     document = parsed("aws.yaml")
     _types(document)["l4-ondemand"]["min_workers"] = 1
-    document["worker_start_ray_commands"].pop()
+    document["worker_start_ray_commands"] = document["worker_start_ray_commands"][:-2]
     notes = [p.line("f") for p in problems_of(document, fleet=fleet) if p.note]
     assert errors_of(document, fleet=fleet) == []
     assert any("1 of l4-ondemand are paid for while every model is dark" in n for n in notes)
     assert any("python -m deployments.node_start" in n for n in notes)
+    told = [n for n in notes if "python -m deployments.node_reclaim --provider aws" in n]
+    assert told and all("-spot: Ray is not told when the cloud takes this spot" in n for n in told)
     assert any("OWNER stands for the registry of your images" in n for n in notes)
+
+
+def test_a_pod_that_ends_without_draining(fleet: Fleet) -> None:
+    document = parsed("kuberay/raycluster.yaml")
+    notes = lambda: [p.line("f") for p in problems_of(document, fleet=fleet) if p.note]  # noqa: E731
+    assert not any("node_reclaim" in n for n in notes())
+    for group in document["spec"]["workerGroupSpecs"]:
+        del group["template"]["spec"]["containers"][0]["lifecycle"]["preStop"]
+    assert any("add a preStop hook with `python -m deployments.node_reclaim --in-s" in n for n in notes())
 
 
 def test_files_say_what_is_left_to_fill_in() -> None:

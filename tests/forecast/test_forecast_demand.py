@@ -9,8 +9,10 @@ from made_traffic import DAY_S, START_S, daily, fitted, poisson, traffic
 from autoscaling.forecast import demand
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.conformal import QUANTILES, calibrate
+from autoscaling.forecast.demand_model import Smoothed
 from autoscaling.forecast.fit import FULL
 from autoscaling.forecast.history import TAUS_S, Recent, history_of, recent_of
+from autoscaling.forecast.profile import Profile
 
 MEDIAN, HIGH = QUANTILES.index(0.5), QUANTILES.index(0.95)
 
@@ -109,9 +111,49 @@ def test_conformal_quantiles_hold_for_any_distribution() -> None:
     assert 0.88 <= ((errors[2000:, 0] >= low) & (errors[2000:, 0] <= high)).mean() <= 0.93
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [
+        Profile(300.0, np.linspace(1, 9, 288), 0.0, DAY_S),
+        Profile(60.0, np.asarray([0.3]), period_s=60.0),
+        Profile(3600.0, np.linspace(9, 1, 96), start_s=START_S),
+    ],
+)
+def test_all_recent_rates_are_compared_to_the_profile_as_each_of_them_sees_it(profile: Profile) -> None:
+    together = Smoothed.of(profile)
+    for now_s in START_S + np.asarray([-DAY_S, 0, 5000.0, 3 * DAY_S, 40 * DAY_S]):
+        one_by_one = [float(profile.smoothed(tau_s).at(np.asarray([now_s]))[0]) for tau_s in TAUS_S]
+        assert together.at(float(now_s)) == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_errors_are_wider_while_the_recent_rates_disagree() -> None:
+    """A rate that holds for hours, and then jumps about for an hour."""
+    random = np.random.default_rng(4)
+    minutes = np.arange(3 * 1440)
+    wild = (minutes // 60) % 6 == 5
+    rate = 60 * np.where(wild, np.exp(random.normal(0, 0.5, len(minutes) // 5).repeat(5)), 1.0)
+    counts = random.poisson(rate)
+    times = START_S + np.repeat(minutes * 60.0, counts) + random.uniform(0, 60, counts.sum())
+    now_s = START_S + 3 * DAY_S
+    found = demand.choose(history_of(traffic(times, now_s), now_s), 120.0, 2.0).fitted
+    calm = Recent(now_s, (now_s,) * 15, (1.0,) * len(TAUS_S), now_s)
+    jumpy = Recent(now_s, (now_s,) * 15, (1.0, 1.6, 1.0, 1.0, 1.0), now_s)
+    widths = [np.ptp(found.counts(now_s, recent, 1)[0]) for recent in (calm, jumpy)]
+    assert widths[1] > 1.5 * widths[0]
+
+
 def test_a_short_history_does_not_apply() -> None:
-    with pytest.raises(NotApplicable, match="60 steps"):
-        demand.choose(history_of(traffic(poisson(1.0, 0.01), START_S + 900), START_S + 900), 60.0, 1.0)
+    with pytest.raises(NotApplicable, match="60 steps of 10 s"):
+        demand.choose(history_of(traffic(poisson(1.0, 0.005), START_S + 432), START_S + 432), 60.0, 1.0)
+
+
+def test_a_young_model_is_forecast_in_short_steps() -> None:
+    now_s = START_S + 1800
+    found = demand.choose(history_of(traffic(poisson(2.0, 0.02), now_s), now_s), 60.0, 1.0).fitted
+    assert found.step_s == 10.0
+    rates = tuple(2.0 * -np.expm1(-1800 / tau_s) for tau_s in TAUS_S)
+    calm = Recent(now_s, (now_s,) * 15, rates, now_s)
+    assert found.counts(now_s, calm, 6)[:, MEDIAN] == pytest.approx([20.0] * 6, rel=0.2)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from deployments import node_reclaim
-from deployments.node_start import Raylet
+from deployments.node_start import Raylet, raylets
 
 NOW_S = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC).timestamp()
 RAYLET = Raylet(12, "abc")
@@ -116,6 +116,40 @@ def test_it_ends_with_the_raylet() -> None:
     machine = Machine(None)
     assert not machine.watch()
     assert machine.drained == []
+
+
+def test_a_pod_that_ends_drains_at_once_and_waits() -> None:
+    """Until the raylet has gone, or the time is over."""
+    machine = Machine(None)
+    assert node_reclaim.leave(900, machine.find, machine.drain, machine.pass_on, lambda: machine.now_s)
+    assert machine.drained == [(RAYLET, 900)]
+    machine = Machine(None)
+    assert not node_reclaim.leave(300, machine.find, machine.drain, machine.pass_on, lambda: machine.now_s)
+    assert machine.now_s == NOW_S + 300
+
+
+def test_a_pod_that_ends_but_cannot_drain_says_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then Kubernetes ends it at once."""
+    machine = Machine(None)
+    machine.failures = [subprocess.CalledProcessError(1, "ray drain-node")]
+    monkeypatch.setattr(node_reclaim, "find_raylets", machine.find)
+    monkeypatch.setattr(node_reclaim, "drain", machine.drain)
+    assert node_reclaim.main(["--in-s", "120"]) == 1
+    assert "ray drain-node" in capsys.readouterr().err
+
+
+def test_a_node_on_demand_is_not_watched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commands that start nodes are the same for all types."""
+    labels = json.dumps({"ray.io/market-type": "on-demand"})
+    command = ["/x/raylet", "--node_id=abc", f"--labels={labels}"]
+    monkeypatch.setattr(node_reclaim, "find_raylets", lambda: raylets([(12, command)]))
+    assert node_reclaim.main(["--provider", "gcp"]) == 0
+    assert "on demand" in capsys.readouterr().out
+    assert raylets([(12, [*command[:2], "--labels="])]) == [RAYLET]
 
 
 def test_without_a_raylet_it_says_what_to_do(

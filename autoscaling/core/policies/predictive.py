@@ -39,8 +39,9 @@ QUANTILE = Param(
 )
 STABLE_S = 60.0
 QUANTILE_BOUNDS = (0.5, 0.999)
-SURE = 2.0
-"""Standard deviations of a Poisson number by which more requests than fit are more than chance."""
+SURE = 1.0
+"""Standard deviations of a Poisson number by which more requests in progress are more than chance."""
+MOST_SURGE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +159,16 @@ class Predictive:
         foreseen_s = math.inf
         demand = context.forecast.demand if context.forecast is not None else None
         quantile = context.param(QUANTILE, newsvendor(context))
+        here = expected(demand, 0.5, now_s, 0.0)
         soon = expected(demand, quantile, now_s, lead_s)
         then = expected(demand, quantile, now_s + lead_s, 0.0)
         middle = expected(demand, 0.5, now_s + lead_s, 0.0)
-        if demand is not None and soon is not None and then is not None and middle is not None:
-            ahead, keep = ceil(then.concurrency / full), ceil(soon.concurrency / full)
-            need = min(need, ceil(remaining(seen, middle.concurrency, demand) / full))
+        if demand and here and soon and then and middle:
+            more = surge(seen, here.concurrency)
+            ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
+            need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
             fitting = max(need, ahead)
-            foreseen_s = min(soon.until_s, then.until_s - lead_s)
+            foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
         safe = max(int(peak(series)), keep)
@@ -181,6 +184,18 @@ def newsvendor(context: Context) -> float:
     spared = spec.wait_cost * seen.per_replica
     low, high = QUANTILE_BOUNDS
     return min(high, max(low, 1.0 - price / spared)) if spared > 0 else low
+
+
+def surge(seen: Seen, expected_load: float) -> float:
+    """How many times as much is in progress as was forecast for now, as far as that can't be chance, at least 1.
+
+    The recent rates that a forecast goes by take a minute to see a jump, the requests in progress less than their own
+    time. When replicas are short they say too much: hence no more than MOST_SURGE.
+    """
+    if expected_load <= 0:
+        return 1.0
+    sure = seen.load - SURE * math.sqrt(seen.load)
+    return min(MOST_SURGE, max(1.0, sure / expected_load))
 
 
 def remaining(seen: Seen, expected_load: float, demand: Demand) -> float:

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,6 +39,8 @@ from bench.traces import Trace, exact, load, traffic
 
 HORIZON_S = 120.0
 LEARN_SHARE = 0.6
+POOLINGS = 4
+"""Rounds of fits from which the fleet's regression is learned; it takes one step in each."""
 CHOSEN = "chosen"
 NAIVE = "last value"
 Row = tuple[float, ...]
@@ -89,11 +92,11 @@ def _file(traces: list[Trace], options: argparse.Namespace, pool: ProcessPoolExe
     seen = [trace for trace in traces if trace.time_s[0] < learn_s]
     order = np.random.default_rng(0).permutation(len(seen))[: options.models]
     picked = [seen[i] for i in sorted(order)]
-    prior = pooled(
-        fitted.share
-        for trace in picked
-        if (fitted := fit_standard(Job(traffic(trace, since_s, learn_s), learn_s, HORIZON_S, NO_FLEET)))
-    )
+    known = [traffic(trace, since_s, learn_s) for trace in picked]
+    prior = NO_FLEET
+    for _ in range(POOLINGS):
+        found = [fit_standard(Job(each, learn_s, HORIZON_S, prior)) for each in known]
+        prior = pooled((fitted.share for fitted in found if fitted is not None), prior)
     moments = np.linspace(learn_s, until_s, options.refits + 1)
     kinds = dict(demand.CHEAP)
     if options.statsforecast:
@@ -117,7 +120,7 @@ def judge(
 ) -> Judged:
     """One model, learned at each of `moments` but the last."""
     whole = history_of(exact(trace, since_s, float(moments[-1])), float(moments[-1]))
-    fine = _all_at_one_step(trace, since_s, float(moments[-1]))
+    fine = cache(lambda step_s: _all_at_one_step(trace, since_s, float(moments[-1]), step_s))
     judged = Judged(trace.model)
     for begin_s, end_s in pairwise(moments):
         history = history_of(traffic(trace, since_s, float(begin_s)), float(begin_s))
@@ -134,7 +137,7 @@ def _judge_arrivals(judged: Judged, history: History, whole: History, end_s: flo
     choice = arrival_choice.choose(history, prior)
     judged.chosen[choice.fitted.name] += 1
     fits: dict[str, Any] = {CHOSEN: choice.fitted}
-    for forecaster in arrival_choice.FORECASTERS:
+    for forecaster in arrival_choice.forecasters_for(prior):
         try:
             fits[forecaster.name] = forecaster.fit(history, prior)
         except NotApplicable:
@@ -154,8 +157,7 @@ class _Fine:
     rates: Floats
 
 
-def _all_at_one_step(trace: Trace, since_s: float, until_s: float) -> _Fine:
-    step_s = max(trace.step_s, demand.STEP_S)
+def _all_at_one_step(trace: Trace, since_s: float, until_s: float, step_s: float) -> _Fine:
     first, last = int(np.ceil(since_s / step_s)), int(until_s // step_s)
     index = (trace.time_s // step_s).astype(np.int64) - first
     keep = (index >= 0) & (index < last - first)
@@ -164,7 +166,11 @@ def _all_at_one_step(trace: Trace, since_s: float, until_s: float) -> _Fine:
 
 
 def _judge_demand(
-    judged: Judged, history: History, fine: _Fine, span: tuple[float, float], kinds: Mapping[str, demand.Kind]
+    judged: Judged,
+    history: History,
+    at_step: Callable[[float], _Fine],
+    span: tuple[float, float],
+    kinds: Mapping[str, demand.Kind],
 ) -> None:
     fits: dict[str, demand.FittedDemand] = {}
     try:
@@ -179,6 +185,7 @@ def _judge_demand(
         except NotApplicable:
             continue
     random = np.random.default_rng(zlib.crc32(judged.model.encode()))
+    fine = at_step(chosen.step_s)
     steps = demand.steps_of(HORIZON_S, fine.step_s)
     for t in _spread(span, fine, steps):
         now_s = (fine.first + t + 1) * fine.step_s
@@ -186,6 +193,7 @@ def _judge_demand(
         whole = fine.counts[t + 1 : t + 1 + steps]
         actual = whole + random.uniform(-0.5, 0.5, steps)
         for name, fitted in fits.items():
+            assert fitted.step_s == fine.step_s
             judged.add("demand", name, _demand_row(actual, whole, fitted.counts(now_s, recent, steps)))
         last = fine.counts[t]
         naive = np.tile(last + NORMAL * np.sqrt(max(last, 1.0)), (steps, 1))

@@ -1,0 +1,228 @@
+"""The chance of the next request, by the second, as a regression over the whole fleet: features, and its estimation.
+
+log hazard = offset(age) + features · coefficients, constant within cells of the silence's age: a piecewise exponential
+model, whose likelihood is that of a Poisson regression with the time at risk as exposure (Holford 1980, Biometrics 36;
+Laird and Olivier 1981, JASA 76). Each model of the fleet contributes the second-order expansion of its own log
+likelihood around the coefficients that it was given; their sum, with a ridge, gives the next ones. Repeated, that is
+Newton's method (iteratively reweighted least squares: McCullagh and Nelder 1989, chapter 2) spread over the fits of the
+single models, so that no process ever needs the traffic of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from autoscaling.forecast.history import TAUS_S, Floats
+
+DAY_S = 86400.0
+ONSETS = (4, 7, 11)
+"""Which of history.THETAS_S the regression looks at: 32 s, 4 min, 1 h."""
+END_S = 2 * DAY_S
+"""Silences are followed for so long."""
+
+
+def _edges() -> Floats:
+    found = [10.0, 15.0, 20.0, 25.0, 30.0, 37.0, 45.0, 52.0]
+    at = 60.0
+    while at < END_S:
+        found.append(at)
+        at += min(0.25 * at, 3600.0)
+    return np.asarray([*found, END_S])
+
+
+CELLS_S: Floats = _edges()
+"""Ages between which the hazard is taken to be constant."""
+
+_KNOTS: Floats = np.log(np.asarray([30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0]))
+_BENDS: Floats = np.log(np.asarray([60.0, 300.0, 1800.0, 10800.0]))
+_RATE_KNOTS = (0.7, 1.8)
+_ONSET_KNOTS: Floats = np.asarray([5.5, 7.5, 9.5])
+RIDGE = 30.0
+MOST_STEP = 1.0
+LEAST_SILENCES, ROUNDS = 200.0, 4
+"""With fewer in the whole fleet, or so few steps from nothing, there is no regression."""
+HALF_LIFE_S = 14 * DAY_S
+CLIP = 6.0
+LOG_LEAST, LOG_MOST = -25.0, 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What is known at so many moments of silences. All arrays have shape (n,) but for the first two."""
+
+    counts: Floats
+    """Shape (n, len(TAUS_S)): arrivals lately, with exponentially falling weight."""
+    onsets_s: Floats
+    """Shape (n, len(ONSETS)): how long ago the bursts began."""
+    age_s: Floats
+    """How long nothing has come."""
+    time_s: Floats
+    own: Floats
+    """Shape (n, 4): see gap_record.own_hazard."""
+    typical: Floats
+    """Mean logarithm of the model's own silences."""
+    known: Floats
+    """How many there were."""
+    day: Floats
+    """Shape (n, 3): see gap_record.Activity."""
+
+
+def offset(age_s: Floats) -> Floats:
+    """log hazard of the Lomax distribution that a fleet begins with (gaps.default_mass)."""
+    return np.asarray(np.log(0.5 / (age_s + 30.0)))
+
+
+def design(rows: Rows) -> Floats:
+    """Features, scaled by hand to about one, shape (n, FEATURES)."""
+    log_age = np.log1p(rows.age_s)
+    age = (log_age - 6.0) / 2.0
+    bends = np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0
+    shape = np.concatenate([age[:, None], bends], axis=1)
+    rates = np.log1p(rows.counts)
+    onsets = np.log(np.maximum(rows.onsets_s, 1.0))
+    scaled_onsets = (onsets - 7.0) / 2.5
+    hazard, risk, left, near = rows.own.T
+    enough = np.minimum(rows.known, 50.0) / 50.0
+    wide, close, yesterday = rows.day.T
+    angle = (rows.time_s % DAY_S) / DAY_S * 2 * np.pi
+    turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
+    blocks = (
+        np.ones((len(age), 1)),
+        age[:, None],
+        np.maximum(log_age[:, None] - _KNOTS, 0.0) / 2.0,
+        np.log1p(rows.known)[:, None] / 3.0,
+        enough[:, None],
+        ((rows.typical - 6.0) * enough / 2.0)[:, None],
+        rates,
+        *(np.maximum(rates - knot, 0.0) for knot in _RATE_KNOTS),
+        *(rates[:, [i]] * shape for i in (1, 2, 3)),
+        scaled_onsets,
+        scaled_onsets * age[:, None],
+        *(np.maximum(onsets - knot, 0.0) / 2.0 for knot in _ONSET_KNOTS),
+        np.stack([hazard, np.maximum(hazard + 1.0, 0.0), risk, left, hazard * risk / 3.0], axis=1),
+        hazard[:, None] * bends,
+        np.stack([near, np.maximum(near - 0.5, 0.0) * 2.0, near * risk], axis=1),
+        rows.day,
+        wide[:, None] * shape[:, :4],
+        close[:, None] * shape[:, :2],
+        yesterday[:, None] * shape[:, :2],
+        turns,
+        turns[:, :2] * age[:, None],
+    )
+    return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
+
+
+def log_hazard(rows: Rows, coefficients: Floats) -> Floats:
+    """Per second, shape (n,)."""
+    value = offset(rows.age_s) + design(rows) @ coefficients
+    return np.asarray(np.clip(value, LOG_LEAST, LOG_MOST))
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """One model's log likelihood, to the second order: c·b - b'Hb/2 over coefficients b."""
+
+    curvature: Floats
+    """H's upper triangle, by rows: shape (FEATURES * (FEATURES + 1) / 2,)."""
+    slope: Floats
+    """c, shape (FEATURES,)."""
+    silences: float
+    until_s: float
+    """What happened up to then is in."""
+    round: int
+    """Of the coefficients around which it is."""
+
+    def plus(self, other: Expansion) -> Expansion:
+        """Of both together."""
+        return Expansion(
+            self.curvature + other.curvature,
+            self.slope + other.slope,
+            self.silences + other.silences,
+            max(self.until_s, other.until_s),
+            max(self.round, other.round),
+        )
+
+    def faded(self, now_s: float) -> Expansion:
+        """Weighing less by its age."""
+        weight = 0.5 ** (max(0.0, now_s - self.until_s) / HALF_LIFE_S)
+        return Expansion(
+            self.curvature * np.float32(weight),
+            self.slope * np.float32(weight),
+            self.silences * weight,
+            self.until_s,
+            self.round,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Regression:
+    """What the fleet has learned."""
+
+    coefficients: Floats
+    """Shape (FEATURES,)."""
+    round: int = 0
+    """How many steps it took from nothing."""
+    silences: float = 0.0
+    """That it rests on."""
+
+    @property
+    def knows(self) -> bool:
+        """Whether forecasts can be made with it."""
+        return self.round >= ROUNDS and self.silences >= LEAST_SILENCES
+
+    def next(self, parts: Iterable[Expansion]) -> Regression:
+        """A Newton step on; itself, while most of the parts are around coefficients before these.
+
+        Not so far where the step is long: the expansions hold near where they were made.
+        """
+        upper = np.zeros(len(_UPPER[0]))
+        slope = np.zeros(FEATURES)
+        silences = new = 0.0
+        for part in parts:
+            upper += part.curvature
+            slope += part.slope
+            silences += part.silences
+            new += part.silences * (part.round == self.round)
+        if new < silences / 2 or silences <= 0:
+            return self
+        curvature = np.zeros((FEATURES, FEATURES))
+        curvature[_UPPER] = upper
+        curvature += np.triu(curvature, 1).T + RIDGE * np.eye(FEATURES)
+        step = np.linalg.solve(curvature, slope) - self.coefficients
+        step *= min(1.0, MOST_STEP / max(float(np.abs(step).max()), 1e-9))
+        return Regression(self.coefficients + step, self.round + 1, silences)
+
+
+def expand(
+    rows: Rows, ended: Floats, exposure_s: Floats, regression: Regression, until_s: float
+) -> Expansion:
+    """Of rows, whether a request ended each, and for how long each was at risk. Shape (n,) each."""
+    x = design(rows)
+    log_rate = np.clip(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST, LOG_MOST)
+    expected = exposure_s * np.exp(log_rate)
+    curvature = (x * expected[:, None]).T @ x
+    slope = x.T @ (ended - expected) + curvature @ regression.coefficients
+    return Expansion(
+        curvature[_UPPER].astype(np.float32),
+        slope.astype(np.float32),
+        float(ended.sum()),
+        until_s,
+        regression.round,
+    )
+
+
+FEATURES = design(
+    Rows(
+        np.zeros((1, len(TAUS_S))),
+        np.ones((1, len(ONSETS))),
+        *(np.ones(1), np.zeros(1)),
+        np.zeros((1, 4)),
+        *(np.zeros(1), np.zeros(1)),
+        np.zeros((1, 3)),
+    )
+).shape[1]
+_UPPER = np.triu_indices(FEATURES)
+NOTHING = Regression(np.zeros(FEATURES))

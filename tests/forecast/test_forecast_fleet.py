@@ -1,0 +1,197 @@
+"""The regression over the fleet: what it learns, that it can be learned in parts, and that nothing later is used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from made_traffic import DAY_S, START_S, Floats, traffic
+
+from autoscaling.forecast.book import Book
+from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard
+from autoscaling.forecast.gap_record import EMPTY, Silence, active, learn, own_hazard, rates_at, silences_in
+from autoscaling.forecast.hazard import LEAST_SILENCES, NOTHING, ROUNDS, Expansion
+from autoscaling.forecast.history import THETAS_S, Recent, arrived, history_of
+from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
+
+
+def sessions(seed: int, days: float = 3.0) -> Floats:
+    """Requests 30 s apart for some minutes, then hours of nothing: how soon the next comes depends on how many came."""
+    random = np.random.default_rng(seed)
+    times: list[float] = []
+    at = START_S + random.exponential(3600)
+    while at < START_S + days * DAY_S:
+        for _ in range(8):
+            times.append(at)
+            at += 15 + random.exponential(20)
+        at += random.exponential(3 * 3600)
+    return np.asarray(times)
+
+
+def silences(times: Floats) -> list[Silence]:
+    found, recent = [], None
+    for time_s in times.tolist():
+        if recent is not None and time_s - recent.last_s >= 10:
+            found.append(
+                Silence(
+                    recent.last_s,
+                    time_s,
+                    recent.last_s + 10,
+                    recent.rates,
+                    tuple(recent.onsets_s[i] for i in (4, 7, 11)),
+                )
+            )
+        recent = arrived(recent, time_s, 1)
+    return found
+
+
+def same(one: Expansion, other: Expansion) -> None:
+    np.testing.assert_allclose(one.curvature, other.curvature, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(one.slope, other.slope, rtol=1e-3, atol=1e-3)
+    assert one.silences == other.silences
+
+
+def test_a_moment_that_parts_a_silence_changes_nothing_that_is_counted() -> None:
+    all_of_it = silences(sessions(1))
+    now_s, cut_s = START_S + 3 * DAY_S, START_S + 1.4 * DAY_S
+    whole, record = learn(all_of_it, EMPTY, -np.inf, now_s, NOTHING)
+    before = [each for each in all_of_it if each.begin_s < cut_s]
+    after = [each for each in all_of_it if each.end_s > cut_s]
+    first, between = learn(before, EMPTY, -np.inf, cut_s, NOTHING)
+    second, again = learn(after, between, cut_s, now_s, NOTHING)
+    assert first.silences + second.silences == whole.silences == len(all_of_it)
+    assert again.known == record.known
+    np.testing.assert_allclose(again.gaps_s, record.gaps_s)
+    assert again.typical == pytest.approx(record.typical)
+
+
+def test_models_add_up() -> None:
+    now_s = START_S + 3 * DAY_S
+    parts = [learn(silences(sessions(seed)), EMPTY, -np.inf, now_s, NOTHING)[0] for seed in range(4)]
+    one = parts[0]
+    for part in parts[1:]:
+        one = one.plus(part)
+    apart, together = NOTHING.next(parts), NOTHING.next([one])
+    np.testing.assert_allclose(apart.coefficients, together.coefficients, atol=1e-3)
+    assert apart.silences == together.silences == one.silences
+    assert apart.round == 1
+    assert apart.next(parts) is apart
+
+
+def test_rounds_come_to_rest() -> None:
+    known = [silences(sessions(seed)) for seed in range(6)]
+    now_s = START_S + 3 * DAY_S
+    regression = NOTHING
+    steps = []
+    for _ in range(12):
+        following = regression.next(learn(each, EMPTY, -np.inf, now_s, regression)[0] for each in known)
+        steps.append(float(np.abs(following.coefficients - regression.coefficients).max()))
+        regression = following
+    assert steps[-1] < 0.01 < steps[0]
+
+
+def test_what_comes_after_a_silence_began_is_not_looked_at() -> None:
+    times = sessions(2)
+    history = history_of(traffic(times, START_S + 2 * DAY_S), START_S + 2 * DAY_S)
+    known = silences(times[times < START_S + DAY_S])
+    open_ = Silence(known[-1].end_s, np.inf, known[-1].end_s + 10, known[-1].rates, known[-1].onsets_s)
+    until_s = START_S + 2 * DAY_S
+    early = active(history.events, START_S + 2 * DAY_S)
+    kept = replace(EMPTY, active_s=early[early <= open_.begin_s])
+    with_later = replace(EMPTY, active_s=early)
+    assert len(with_later.active_s) > len(kept.active_s)
+    same(
+        learn([open_], kept, -np.inf, until_s, NOTHING)[0],
+        learn([open_], with_later, -np.inf, until_s, NOTHING)[0],
+    )
+
+
+def test_own_hazard_finds_the_age_at_which_silences_end() -> None:
+    gaps = np.full(40, 600.0)
+    hazard = own_hazard(gaps, np.asarray([60.0, 300.0, 600.0, 1200.0]))
+    assert np.argmax(hazard[:, 0]) == 2
+    assert hazard[2, 3] == 1.0
+    assert hazard[0, 1] > hazard[3, 1]
+    nothing = own_hazard(np.zeros(0), np.asarray([60.0]))
+    assert np.isfinite(nothing).all()
+
+
+def test_rates_from_buckets_are_those_of_the_arrivals() -> None:
+    times = np.floor(sessions(3, 0.03))
+    recent: Recent | None = None
+    for time_s in times.tolist():
+        recent = arrived(recent, time_s + 0.5, 1)
+    assert recent is not None
+    history = history_of(traffic(times, float(times[-1]) + 1), float(times[-1]) + 1)
+    found = rates_at(history.events, [len(history.events) - 1])
+    np.testing.assert_allclose(found[0], recent.rates, rtol=1e-6)
+    assert silences_in(history)[-1].rates == pytest.approx(rates_at(history.events, [len(times) - 2])[0])
+
+
+def fleet(rounds: int, models: int = 12) -> tuple[Prior, list[FittedModel]]:
+    now_s = START_S + 3 * DAY_S
+    prior, found = NO_FLEET, []
+    for _ in range(rounds):
+        found = [
+            fit_standard(Job(traffic(sessions(seed), now_s), now_s, 60.0, prior)) for seed in range(models)
+        ]
+        prior = pooled((each.share for each in found if each is not None), prior)
+    return prior, [each for each in found if each is not None]
+
+
+def test_a_fleet_with_enough_silences_learns_how_sessions_end() -> None:
+    prior, _ = fleet(6)
+    assert prior.hazard.silences > LEAST_SILENCES
+    now_s = START_S + 3 * DAY_S
+    found = fit_standard(Job(traffic(sessions(99)[:200], now_s), now_s, 60.0, prior))
+    assert found is not None
+    assert "fleet" in found.scores["next_arrival"]
+
+    def soon(times: list[float]) -> float:
+        recent = None
+        for time_s in times:
+            recent = arrived(recent, now_s + time_s, 1)
+        shown = found.forecast(now_s + times[-1] + 10, recent).next_arrival
+        assert shown is not None
+        return 1 - float(np.interp(60.0, shown.times_s, shown.survival))
+
+    few, many = soon([0, 30, 60]), soon([0, 30, 60, 90, 120, 150, 180, 210])
+    assert few > 0.5 > many
+
+
+def test_a_small_fleet_goes_by_its_own_gaps() -> None:
+    prior, found = fleet(ROUNDS + 1, 1)
+    assert not prior.hazard.knows
+    assert "fleet" not in found[0].scores["next_arrival"]
+
+
+def test_the_book_hands_a_fit_the_silences_since_the_last_one() -> None:
+    book = Book()
+    for time_s in (0.0, 5.0, 100.0, 104.0, 400.0):
+        book.arrived("m", START_S + time_s, 1)
+    seen = book.begin_fit("m")
+    assert [(each.begin_s - START_S, each.end_s - START_S) for each in seen.ended] == [(5, 100), (104, 400)]
+    assert seen.recent is not None
+    assert seen.recent.last_s == START_S + 400
+    assert book.begin_fit("m").ended == ()
+
+
+def test_a_fit_goes_on_where_the_one_before_ended() -> None:
+    times = sessions(5)
+    now_s = float(times[100]) + 1
+    first = fit_standard(Job(traffic(times, now_s), now_s, 60.0, NO_FLEET))
+    assert first is not None
+    assert first.share.hazard is not None
+    later = [each for each in silences(times) if times[100] <= each.begin_s and each.end_s <= times[140]]
+    recent = Recent(float(times[140]), (float(times[140]),) * len(THETAS_S), (0.0,) * 5, float(times[140]))
+    end_s = float(times[140]) + 1
+    second = fit_standard(
+        Job(traffic(times, end_s), end_s, 60.0, NO_FLEET, Seen(first, tuple(later), recent))
+    )
+    assert second is not None
+    assert second.share.hazard is not None
+    assert second.learned.record.known == first.learned.record.known + len(later)
+    before = first.share.hazard.silences
+    assert second.share.hazard.silences == pytest.approx(before + len(later))
+    assert second.share.hazard.until_s == end_s
