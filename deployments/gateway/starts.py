@@ -10,6 +10,8 @@ from typing import Any
 
 from deployments.engine.protocol import EngineInfo
 from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase
+from deployments.gateway.openai import header
+from deployments.gateway.sse import is_event_stream
 
 KEPT_STARTS = 256
 KEPT_DURATIONS = 32
@@ -105,12 +107,19 @@ class StartLog:
         return statistics.median(durations_s) if durations_s else None
 
     def timed(self, engine_id: str, asked_s: float, response: EngineResponse) -> EngineResponse:
-        """The same response; the first of an engine's start tells when its first token came."""
+        """The same response; the first of an engine's start tells when its first token came.
+
+        Unless it is not streamed: its first byte comes with its last token, which says nothing of the start.
+        """
         key = self._by_engine.get(engine_id)
         start = self._starts.get(key) if key else None
         if start is None or any(p["name"] == "first_token" for p in start["phases"]):
             return response
         assert key is not None
+        if not is_event_stream(header(response.headers, b"content-type")):
+            # Nor does a later one tell of the start.
+            del self._by_engine[engine_id]
+            return response
         return _Timed(response, start["phases"], asked_s, lambda: self._changed(key))
 
 

@@ -301,27 +301,43 @@ async def test_counts_and_starts_are_told_until_the_controller_has_them() -> Non
     assert {r["source"] for r in controller.taken} == {counter.source}
 
 
+class Response:
+    """An engine's answer of one byte."""
+
+    status = 200
+
+    def __init__(self, content_type: bytes) -> None:
+        self.headers = [(b"Content-Type", content_type)]
+
+    async def chunks(self) -> Any:
+        yield b"x"
+
+    async def close(self) -> None:
+        """Nothing."""
+
+
 async def test_a_start_is_told_again_when_its_first_token_is_known() -> None:
     """The record of a start is not whole before that."""
     log = StartLog()
     log.note(info(), waiting_since_s=99.0)
     log.told(log.untold())
     assert log.untold() == []
-
-    class Response:
-        status = 200
-        headers: list[tuple[bytes, bytes]] = []  # noqa: RUF012 - nobody changes it
-
-        async def chunks(self) -> Any:
-            yield b"x"
-
-        async def close(self) -> None:
-            """Nothing."""
-
-    async for _ in log.timed("e1", 102.5, Response()).chunks():
+    async for _ in log.timed("e1", 102.5, Response(b"text/event-stream; charset=utf-8")).chunks():
         pass
     (start,) = log.untold()
     assert [p["name"] for p in start["phases"]] == ["first_token"]
+
+
+async def test_an_answer_that_is_not_streamed_tells_no_first_token() -> None:
+    """Its first byte comes when the whole answer is there: a start would seem to take as long as the answer."""
+    log = StartLog()
+    log.note(info(), waiting_since_s=99.0)
+    log.told(log.untold())
+    for content_type in (b"application/json", b"text/event-stream"):
+        async for _ in log.timed("e1", 102.5, Response(content_type)).chunks():
+            pass
+    assert log.untold() == []
+    assert (log.last("m") or {"phases": []})["phases"] == []
 
 
 async def test_the_control_api_is_the_controllers() -> None:
