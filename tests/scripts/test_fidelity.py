@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from bench import calibration, fidelity, fidelity_figures, fidelity_live
-from bench.calibration import Cycle, calibrated
+from bench.calibration import Cycle, calibrated, rated
 from bench.client import Timing
 from bench.clusters import BenchError
 from bench.fidelity_traffic import Pattern, arrivals
@@ -129,25 +129,48 @@ def _cycle(
     overdue_s: float = 1.1,
     stop_s: float = 0.5,
     handoff_s: float = 0.006,
+    batch: int = 1,
+    answer_s: float = 2.0,
 ) -> Cycle:
-    return Cycle(wake_s, wait_s, 1.0, (handoff_s, handoff_s + 0.001), overdue_s, stop_s)
+    return Cycle(wake_s, wait_s, batch, answer_s, handoff_s, overdue_s, stop_s)
+
+
+def test_rates_are_as_fast_as_the_answers_that_were_measured() -> None:
+    engine = Engine(4, prefill_tokens_per_s=400.0, decode_s=0.05, slowdown=(1.0, 1.1, 1.2, 1.3))
+    cycles = [
+        _cycle(1.8),
+        _cycle(1.8, batch=3, answer_s=5.0),
+        _cycle(1.8),
+        _cycle(1.8, batch=3, answer_s=5.0),
+    ]
+    work_s = engine.work_s(40, 18, 0.0)
+    assert work_s == pytest.approx(1.0)
+    made = rated(engine, work_s, cycles)
+    assert made.work_s(40, 18, 0.0) == pytest.approx(2.0)
+    # Of three at once 2.5 times as slow as alone, and in proportion for the others.
+    assert made.slowdown == pytest.approx((1.0, 1.75, 2.5, 3.25))
+    # An engine of which is known only that batches slow nothing: in a straight line.
+    flat = rated(replace(engine, slowdown=(1.0, 1.0, 1.0, 1.0)), work_s, cycles)
+    assert flat.slowdown == pytest.approx((1.0, 1.75, 2.5, 3.25))
+    # Batches that were answered sooner than single requests slow nothing.
+    assert set(rated(engine, work_s, [_cycle(1.8), _cycle(1.8, batch=3, answer_s=1.0)]).slowdown) == {1.0}
 
 
 def test_a_simulated_cold_request_waits_as_long_as_a_calibrated_one() -> None:
     cycles = [_cycle(1.8), _cycle(2.0, wake_s=0.5, overdue_s=1.3, stop_s=0.7), _cycle(1.9)]
-    found = calibrated(Profile(), cycles, tick_s=1.0)
+    found = calibrated(Profile(), cycles, tick_s=1.0, work_s=1.0)
     (start,) = found.starts.values()
     assert found.wake_s == pytest.approx(0.3)
     assert [delay_s + found.wake_s for delay_s in start.delay_s] == pytest.approx([1.8, 2.0, 1.9])
     assert found.apply_s == pytest.approx(1.1667 - 0.5, abs=1e-3)
     assert found.stop_s == pytest.approx(0.5667, abs=1e-3)
-    assert found.handoff_s == pytest.approx(0.0065)
+    assert found.handoff_s == pytest.approx(0.006)
     # It can be used elsewhere, too.
     engine = Engine(4, 400.0, 0.05, slowdown=(1.0, 1.5))
     made = replace(found, engine=engine)
     assert parse_profile(json.loads(json.dumps(fidelity_figures.profile_of(made)))) == made
     # Moments are halfway between samples: nothing becomes negative for that.
-    short = calibrated(Profile(), [_cycle(0.2, overdue_s=0.1)], tick_s=1.0)
+    short = calibrated(Profile(), [_cycle(0.2, overdue_s=0.1)], tick_s=1.0, work_s=1.0)
     assert short.wake_s == pytest.approx(0.2)
     assert short.apply_s == 0.0
 

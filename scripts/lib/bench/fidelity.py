@@ -2,8 +2,8 @@
 
 Live is all of it: the real engine behind a real cluster, asked over HTTP. What the simulator is told is measured before
 the minutes that are compared: the engine's rates by batch size (`scripts/bench profile`), and, by a model that is asked
-a few times while it is dark, what starts, decisions and stops take. Of the compared minutes it gets the arrival times
-only. Policy and spec are those of the fleet.
+a few times while it is dark, what starts, answers, decisions and stops take. Of the compared minutes it gets the
+arrival times only. Policy and spec are those of the fleet.
 
 Both sides count alike. Cold starts: from zero, with somebody waiting. Waiting: from a request's coming to its being
 given to an engine. GPU-seconds: replicas that start, run or stop, live as Serve tells several times a second; a model
@@ -85,7 +85,8 @@ def measure(options: Namespace) -> dict[str, Any]:
         lives, input_tokens = asyncio.run(drive(options, running, policies, times))
     rows, replays = [], []
     for policy, live in lives.items():
-        profile = calibration.calibrated(engine, live.cycles, parsed.controller.tick_s)
+        work_s = engine.engine.work_s(input_tokens, options.output_tokens, 0.0)
+        profile = calibration.calibrated(engine, live.cycles, parsed.controller.tick_s, work_s)
         found = _replays(options, parsed, policy, profile, live, times, input_tokens)
         replays.append(found)
         row = _row(policy, seen(live), [each.figures for each in found])
@@ -110,7 +111,9 @@ def _policies(options: Namespace) -> list[str]:
     for name in policies:
         if name not in POLICIES:
             raise BenchError(f"--policies: {name!r} is none of {', '.join(sorted(POLICIES))}")
-    for name in ("minutes", "mean_gap_s", "burst_gap_s", "cycles", "sim_seeds", "output_tokens"):
+    if options.cycles < 2 or options.burst_requests < 2:
+        raise BenchError("--cycles, --burst-requests: both must be at least 2")
+    for name in ("minutes", "mean_gap_s", "burst_gap_s", "sim_seeds", "output_tokens"):
         if getattr(options, name) <= 0:
             raise BenchError(f"--{name.replace('_', '-')}: {getattr(options, name)} is not above 0")
     return policies
@@ -186,6 +189,10 @@ def _raw(live: Live) -> dict[str, Any]:
     }
 
 
+def _median(cycles: Sequence[Mapping[str, Any]]) -> float:
+    return statistics.median(float(cycle["answer_s"]) for cycle in cycles)
+
+
 def text(result: Mapping[str, Any]) -> str:
     lines = []
     for row in [*result["rows"], result["total"]]:
@@ -199,12 +206,14 @@ def text(result: Mapping[str, Any]) -> str:
         live, sim, profile = row["live"], row["simulated"], row["profile"]
         low, high = sim["cold_starts_range"]
         (starts,) = profile["starts"].values()
+        alone, batch = ([c for c in row["cycles"] if (c["batch"] > 1) is many] for many in (False, True))
         told += (
             f"\n\n{row['policy']}: {live['requests']} requests, {live['failed']} failed, {live['cold_requests']} cold"
             f" (simulated {sim['cold_requests']:g}; cold starts {low} to {high} over the seeds). An answer took"
             f" {row['answer_s']:.2f} s (median). Calibrated before it, in seconds: start after {profile['wake_s']:.2f},"
             f" which takes {min(starts):.2f} to {max(starts):.2f}; a decision acts after"
-            f" {profile['apply_s']:.2f}; a stop takes {profile['stop_s']:.2f}. Who finds a replica waits"
+            f" {profile['apply_s']:.2f}; a stop takes {profile['stop_s']:.2f}; an answer alone"
+            f" {_median(alone):.2f}, of {batch[0]['batch']} at once {_median(batch):.2f}. Who finds a replica waits"
             f" {profile['handoff_s'] * 1e3:.1f} ms."
         )
     return told + f"\n\nThe last of these profiles: relight simulate TRACE --profile {result['file']}"

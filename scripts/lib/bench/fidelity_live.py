@@ -80,7 +80,12 @@ async def drive(
         input_tokens = await _lit_once(asker, watch, [CALIBRATION, *policies])
         for policy in policies:
             cycles = await calibration.cycles(
-                watch, CALIBRATION, lambda: asker.ask(CALIBRATION), CALIBRATION_KEEP_ALIVE_S, options.cycles
+                watch,
+                CALIBRATION,
+                lambda: asker.ask(CALIBRATION),
+                CALIBRATION_KEEP_ALIVE_S,
+                options.cycles,
+                options.burst_requests,
             )
             await watch.dark(policy)
             found[policy] = live = Live(cycles, time.time() + 1)
