@@ -135,6 +135,35 @@ def _cycle(
     return Cycle(wake_s, wait_s, batch, answer_s, handoff_s, overdue_s, stop_s)
 
 
+async def test_a_cycle_goes_from_dark_to_dark() -> None:
+    class Lived:
+        """A replica from 0.5 to 11.5, let go at 10.5."""
+
+        samples = {"m": LIVED}  # noqa: RUF012 - nobody changes it
+
+        async def dark(self, model: str) -> None:
+            assert model == "m"
+
+    answers = [_timing(0.1, 2000, cold=True), _timing(0.2, 1900, cold=True), _timing(7.0, 6, cold=False)]
+    for timing, done_s in zip(answers, (4.1, 5.1, 8.0), strict=True):
+        timing.done_s = done_s
+    left = iter(answers)
+
+    async def ask() -> Timing:
+        return next(left)
+
+    found = await calibration.cycle(Lived(), "m", ask, 2.0, 2)  # type: ignore[arg-type]
+    assert found == Cycle(
+        wake_s=pytest.approx(0.4),  # type: ignore[arg-type]
+        wait_s=pytest.approx(1.95),  # type: ignore[arg-type]
+        batch=2,
+        answer_s=pytest.approx(2.5),  # type: ignore[arg-type]
+        handoff_s=pytest.approx(0.006),  # type: ignore[arg-type]
+        overdue_s=pytest.approx(0.5),  # type: ignore[arg-type]
+        stop_s=pytest.approx(1.0),  # type: ignore[arg-type]
+    )
+
+
 def test_rates_are_as_fast_as_the_answers_that_were_measured() -> None:
     engine = Engine(4, prefill_tokens_per_s=400.0, decode_s=0.05, slowdown=(1.0, 1.1, 1.2, 1.3))
     cycles = [

@@ -22,8 +22,8 @@ from bench.clusters import BenchError, say
 from bench.replica_watch import Watch, life
 
 _QUEUE = re.compile(r"\bqueue;dur=([\d.]+)")
-SETTLE_S = 6.0
-"""The node's template has forked and calmed down by then."""
+SETTLE_S = 20.0
+"""Dark before each cycle, about as long as in traffic: what has not been used for a while takes longer to start."""
 
 
 @dataclass(frozen=True, slots=True)
