@@ -96,7 +96,9 @@ class NodeWaits:
         if (refused if wait.asked is None else wait.asked in refused) and len(refused) < len(kinds):
             first = 0 if wait.asked is None else wait.asked + 1
             follows = next(n for n in _round(first, len(kinds)) if n not in refused)
-            vain = sorted(refused) if wait.asked is None else [wait.asked]
+            # Those of Ray's own choice; where a type is refused on demand it is refused at all.
+            own = [n for n in sorted(refused) if MARKET not in kinds[n]]
+            vain = own if wait.asked is None else [wait.asked]
             told = dict.fromkeys([*wait.vain, *(f"{called(kinds[n])}: launch failed" for n in vain)])
             return NodeWait(wait.since_s, now_s, follows, tuple(told))
         while now_s - wait.asked_s >= self._patience_s:

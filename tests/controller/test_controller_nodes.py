@@ -185,8 +185,10 @@ def test_a_kind_that_the_cloud_refuses_is_given_up_at_once() -> None:
 def test_the_order_of_the_fleet_file_holds_also_where_ray_tried_another_first() -> None:
     """Ray takes what its priorities say."""
     waiting = Waiting("L4", "A10G")
-    waiting.failing = {"a10g-spot"}
+    waiting.failing = {"a10g-ondemand"}
     assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "L4"}
+    waiting.clock.go(3)
+    assert waiting.waits.texts()["n"].startswith("no node came (A10G: launch failed) for 3 s; asking for L4,")
 
 
 def test_what_others_are_refused_is_no_reason() -> None:
