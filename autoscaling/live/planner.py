@@ -494,6 +494,9 @@ class Planner:
     def base_models(self) -> Mapping[str, Spec]:
         return self._base
 
+    def aliases(self) -> Mapping[str, str]:
+        return {alias: model.id for model in self._setup.models for alias in model.aliases}
+
     def mode(self) -> str:
         return self._mode
 

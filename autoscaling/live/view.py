@@ -30,6 +30,10 @@ class ControllerView(Protocol):
         """How every model is scaled by the fleet file alone."""
         ...
 
+    def aliases(self) -> Mapping[str, str]:
+        """The id of the model behind each of the fleet's other names."""
+        ...
+
     def mode(self) -> str:
         """active, shadow or off."""
         ...

@@ -77,6 +77,9 @@ class View:
     def base_models(self) -> Mapping[str, Spec]:
         return self.base
 
+    def aliases(self) -> Mapping[str, str]:
+        return {"smol": SMALL}
+
     def mode(self) -> str:
         return overrides.mode(self.store.overrides(self.now_s()), self.fleet_mode, self.now_s())
 

@@ -56,6 +56,12 @@ def test_a_model_may_have_slashes_encoded_or_not(lab: Lab) -> None:
     assert lab.ok("GET", "policies/org%2Fllama-3.1")["model"] == ORG
 
 
+def test_a_model_answers_to_its_alias(lab: Lab) -> None:
+    assert lab.ok("GET", "policies/smol")["model"] == SMALL
+    made = lab.ok("POST", "prewarms", {"model": "smol"})["prewarm"]
+    assert made["model"] == SMALL
+
+
 def test_a_model_that_is_not_there_is_told_with_what_may_be_meant(lab: Lab) -> None:
     status, error = lab.refused("GET", "policies/smollm2-135")
     assert (status, error["field"], error["value"]) == (404, "model", "smollm2-135")

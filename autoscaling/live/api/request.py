@@ -96,14 +96,17 @@ class Request:
         return given or "unknown"
 
     def model(self, name: str | None = None, where: str = "model") -> str:
-        """The model that the path (or `name`) names. 404 where there is none."""
+        """The id of the model that the path (or `name`) names, by its id or an alias. 404 where there is none."""
         wanted = self.tail if name is None else name
         models = self.view.base_models()
         if wanted in models:
             return wanted
+        aliases = self.view.aliases()
+        if wanted in aliases:
+            return aliases[wanted]
         import difflib
 
-        close = difflib.get_close_matches(wanted, models, n=1)
+        close = difflib.get_close_matches(wanted, [*models, *aliases], n=1)
         known = ", ".join(sorted(models)[:10]) + (" ..." if len(models) > 10 else "")
         expected = f"{close[0]}?" if close else f"one of {known}" if models else "a model of the fleet"
         message = f"There is no model {shown(wanted)} in the fleet; {_did_you_mean(close, expected)}"

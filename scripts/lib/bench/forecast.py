@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
@@ -119,7 +120,7 @@ def judge(
 ) -> Judged:
     """One model, learned at each of `moments` but the last."""
     whole = history_of(exact(trace, since_s, float(moments[-1])), float(moments[-1]))
-    fine = _all_at_one_step(trace, since_s, float(moments[-1]))
+    fine = cache(lambda step_s: _all_at_one_step(trace, since_s, float(moments[-1]), step_s))
     judged = Judged(trace.model)
     for begin_s, end_s in pairwise(moments):
         history = history_of(traffic(trace, since_s, float(begin_s)), float(begin_s))
@@ -156,8 +157,7 @@ class _Fine:
     rates: Floats
 
 
-def _all_at_one_step(trace: Trace, since_s: float, until_s: float) -> _Fine:
-    step_s = max(trace.step_s, demand.STEP_S)
+def _all_at_one_step(trace: Trace, since_s: float, until_s: float, step_s: float) -> _Fine:
     first, last = int(np.ceil(since_s / step_s)), int(until_s // step_s)
     index = (trace.time_s // step_s).astype(np.int64) - first
     keep = (index >= 0) & (index < last - first)
@@ -166,7 +166,11 @@ def _all_at_one_step(trace: Trace, since_s: float, until_s: float) -> _Fine:
 
 
 def _judge_demand(
-    judged: Judged, history: History, fine: _Fine, span: tuple[float, float], kinds: Mapping[str, demand.Kind]
+    judged: Judged,
+    history: History,
+    at_step: Callable[[float], _Fine],
+    span: tuple[float, float],
+    kinds: Mapping[str, demand.Kind],
 ) -> None:
     fits: dict[str, demand.FittedDemand] = {}
     try:
@@ -181,6 +185,7 @@ def _judge_demand(
         except NotApplicable:
             continue
     random = np.random.default_rng(zlib.crc32(judged.model.encode()))
+    fine = at_step(chosen.step_s)
     steps = demand.steps_of(HORIZON_S, fine.step_s)
     for t in _spread(span, fine, steps):
         now_s = (fine.first + t + 1) * fine.step_s
@@ -188,6 +193,7 @@ def _judge_demand(
         whole = fine.counts[t + 1 : t + 1 + steps]
         actual = whole + random.uniform(-0.5, 0.5, steps)
         for name, fitted in fits.items():
+            assert fitted.step_s == fine.step_s
             judged.add("demand", name, _demand_row(actual, whole, fitted.counts(now_s, recent, steps)))
         last = fine.counts[t]
         naive = np.tile(last + NORMAL * np.sqrt(max(last, 1.0)), (steps, 1))

@@ -70,7 +70,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def rows(options: Namespace) -> list[Row]:
-    """The models. Idle times of `keep-alive` are those around the break-even, so that its curve can be read."""
+    """The models. Idle times of `keep-alive` go from none at all to beyond the break-even: its curve can be read."""
     predictive = {"policy": "predictive", "wait_cost": options.wait_cost}
     found = []
     if "on-off" in options.patterns:
@@ -83,7 +83,7 @@ def rows(options: Namespace) -> list[Row]:
             Row("poisson", "predictive", predictive),
             *(
                 Row("poisson", f"keep-alive {idle_s}", {"policy": "keep-alive", "keep_alive_s": idle_s})
-                for idle_s in (10, 30, 60)
+                for idle_s in (0, 10, 30)
             ),
         ]
     if not found:
