@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from autoscaling.core.codec import to_json, to_plain
 from autoscaling.live.controller import Controller
-from autoscaling.live.node_waits import ACCELERATOR
+from autoscaling.live.labels import ACCELERATOR
 from autoscaling.live.setup import ControllerSetup, ModelSetup
 from deployments.engine.protocol import EngineSpec, default_run_dir
 from deployments.fleet import Fleet, Model, load_fleet, parse_fleet

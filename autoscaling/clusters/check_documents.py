@@ -15,6 +15,7 @@ from deployments.config_text import show
 
 ON_HEAD = "node:__internal_head__"
 """The resource that Ray gives to the head alone."""
+PRETENDED_HEAD = "ray.head.default"
 EVERYBODY = ("0.0.0.0/0", "::/0")
 _ABSENT: tuple[int | None, Mapping[str, Any]] = (None, {})
 
@@ -31,6 +32,14 @@ def check_ray(document: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(("provider", "use_internal_ips"), text)
     if provider.get("type") == "gcp" and not provider.get("project_id"):
         yield Problem(("provider", "project_id"), "is missing: Ray asks Google for no other")
+
+    module = str(provider.get("module", ""))
+    if module.endswith(".FakeMultiNodeProvider") and document.get("head_node_type") != PRETENDED_HEAD:
+        text = (
+            f"must be {PRETENDED_HEAD!r}: Ray's pretended provider says that of the head whatever stands here, and by "
+            "another name the autoscaler starts nothing"
+        )
+        yield Problem(("head_node_type",), text)
 
 
 def check_cloudformation(document: Mapping[str, Any]) -> Iterator[Problem]:

@@ -59,7 +59,7 @@ def survival_grid(fitted: ArrivalFitted, now_s: float, recent: Recent) -> tuple[
 NO_TIMES: Floats = np.zeros(0)
 
 
-class _Arrivals:
+class ArrivalBase:
     """What the fitted forecasters of the next arrival have in common."""
 
     def extra_times(self, now_s: float, recent: Recent) -> Floats:
@@ -75,7 +75,7 @@ class _Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
-class FittedPoisson(_Arrivals):
+class FittedPoisson(ArrivalBase):
     """A rate that is a gamma variable: the survival is Lomax's."""
 
     name: str
@@ -105,7 +105,7 @@ class Poisson:
 
 
 @dataclass(frozen=True, slots=True)
-class FittedRenewal(_Arrivals):
+class FittedRenewal(ArrivalBase):
     name: str
     log_survival_at_edges: Floats
     season: Season

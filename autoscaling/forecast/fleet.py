@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoscaling.forecast.arrivals import _Arrivals
+from autoscaling.forecast.arrivals import ArrivalBase
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.gap_record import Record, own_hazard, record_of, same_time
 from autoscaling.forecast.hazard import CELLS_S, ONSETS, Rows, log_hazard
@@ -18,7 +18,7 @@ _MIDDLES: Floats = (CELLS_S[:-1] + CELLS_S[1:]) / 2
 
 
 @dataclass(frozen=True, slots=True)
-class FittedFleet(_Arrivals):
+class FittedFleet(ArrivalBase):
     name: str
     record: Record
     coefficients: Floats

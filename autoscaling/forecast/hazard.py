@@ -67,7 +67,7 @@ class Rows:
     known: Floats
     """How many there were."""
     day: Floats
-    """Shape (n, 3): see gap_record.Activity."""
+    """Shape (n, 3): see gap_record.same_time."""
 
 
 def offset(age_s: Floats) -> Floats:

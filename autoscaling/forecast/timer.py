@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autoscaling.forecast.arrivals import FittedRenewal, Renewal, _Arrivals
+from autoscaling.forecast.arrivals import ArrivalBase, FittedRenewal, Renewal
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.history import THETAS_S, Floats, History, Recent, onset_times
 from autoscaling.forecast.prior import Prior
@@ -34,7 +34,7 @@ class Rhythm:
 
 
 @dataclass(frozen=True, slots=True)
-class FittedTimer(_Arrivals):
+class FittedTimer(ArrivalBase):
     """Within a burst the renewal process rules; after `theta_s` of silence, the time since the burst began does."""
 
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -23,7 +24,13 @@ RAISE_AFTER_S = 5.0
 """How long a model must have been colder than decided before its hosts are asked: a replica that goes away parks its
 engine by itself."""
 LOWER_AFTER_S = 60.0
+NEW_NODE_S = 60.0
+"""For so long a node counts as one that just came, whose host is asked at once: no replica can have gone from it."""
 ASK_AGAIN_S = 30.0
+LOOK_AGAIN_S = 2.0
+LOOK_SHARE = 0.25
+"""A host that works on what it was asked for is asked again after this share of the time that it has taken, and not
+before LOOK_AGAIN_S: what is ready is known soon, and a long load is not asked about all the time."""
 LONGEST_PAUSE_S = 600.0
 ANSWER_TIMEOUT_S = 60.0
 
@@ -95,6 +102,13 @@ class _Ask:
     next_s: float
     pause_s: float = ASK_AGAIN_S
     running: bool = False
+    working_s: float | None = None
+    """Since when the host works on it."""
+
+
+def look_again_s(working_for_s: float) -> float:
+    """When to ask a host again that works on what it was asked for, from now."""
+    return min(ASK_AGAIN_S, max(LOOK_AGAIN_S, LOOK_SHARE * working_for_s))
 
 
 class RungKeeper:
@@ -118,12 +132,14 @@ class RungKeeper:
         self._clock = clock
         self._host_config = dict(host_config)
         self._asks: dict[tuple[str, str], _Ask] = {}
+        self._came_s: dict[str, float] | None = None
         self._lock = threading.Lock()
         self.failures: dict[str, str] = {}
         """Model -> why it could not be warmed last."""
 
     def apply(self, decisions: Sequence[Decision]) -> None:
         """Ask the hosts for what is missing. Returns at once."""
+        self._see_nodes()
         for decision in decisions:
             if decision.replicas or decision.replicas is None or decision.model not in self._metrics.models:
                 self._forget(decision.model)
@@ -132,7 +148,8 @@ class RungKeeper:
             present = {node.id: self._metrics.rung_on(decision.model, node.id) for node in nodes}
             for node in nodes[:1]:
                 if decision.rung > present[node.id] and self._may_raise(decision, node.id):
-                    self._ask(decision.model, node, decision.rung, RAISE_AFTER_S)
+                    new = self._is_new(node.id)
+                    self._ask(decision.model, node, decision.rung, 0.0 if new else RAISE_AFTER_S)
                     break
             else:
                 lower = [n for n in nodes if decision.rung < present[n.id] and self._is_scarce(n.id)]
@@ -140,6 +157,19 @@ class RungKeeper:
                     self._ask(decision.model, node, max(decision.rung, Rung.WEIGHTS), LOWER_AFTER_S)
                 if not lower:
                     self._forget(decision.model)
+
+    def _see_nodes(self) -> None:
+        known = self._metrics.nodes()
+        if known is None:
+            return
+        # Of those that were there at the first look nobody knows when they came.
+        new_s = -math.inf if self._came_s is None else self._clock.monotonic_s()
+        before = self._came_s or {}
+        self._came_s = {node.id: before.get(node.id, new_s) for node in known[0]}
+
+    def _is_new(self, node_id: str) -> bool:
+        came_s = (self._came_s or {}).get(node_id, -math.inf)
+        return self._clock.monotonic_s() - came_s < NEW_NODE_S
 
     def _forget(self, model: str) -> None:
         with self._lock:
@@ -204,8 +234,12 @@ class RungKeeper:
         if answer.get("reason"):
             self._fails(model, ask, answer["reason"])
             return
+        now_s = self._clock.monotonic_s()
         with self._lock:
             ask.running, ask.pause_s = False, ASK_AGAIN_S
+            if answer.get("working"):
+                ask.working_s = now_s if ask.working_s is None else ask.working_s
+                ask.next_s = now_s + look_again_s(now_s - ask.working_s)
             self.failures.pop(model, None)
 
     def _fails(self, model: str, ask: _Ask, reason: str) -> None:
@@ -261,7 +295,10 @@ class LiveActuator:
                 return unplaced.get(model, 0)
 
             self._waits.look(
-                decisions if active else (), unplaced=waiting, has_node=lambda m: bool(metrics.eligible(m))
+                decisions if active else (),
+                unplaced=waiting,
+                has_node=lambda m: bool(metrics.eligible(m)),
+                failing=metrics.launches.failing(),
             )
             wanted = (
                 bundles(metrics.models, decisions, unplaced=waiting, instead=self._waits.asked)

@@ -21,7 +21,7 @@ from autoscaling.core.codec import from_plain
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.metrics import SERVE_STALE_S, LiveMetrics, ServeView, serve_view
-from autoscaling.live.nodes import Warming, alive_nodes, has_autoscaler
+from autoscaling.live.nodes import Warming, alive_nodes, failed_launches, has_autoscaler
 from autoscaling.live.observer import fleet_status
 from autoscaling.live.owner import Ownership
 from autoscaling.live.plan_store import policies_health, publish
@@ -135,11 +135,15 @@ class Controller:
                 # With a thousand models its answer is large: asking must not be what keeps Serve's controller busy.
                 pause_s = max(SERVE_EVERY_S, SERVE_SHARE * (self._clock.monotonic_s() - now_s))
                 self._metrics.take_serve(deployments, SERVE_STALE_S + 2 * pause_s)
-                if now_s - nodes_s >= NODES_EVERY_S:
+                # Who waits for a node is to know soon that it came, or that it can't be had.
+                waits = self._planner is not None and bool(self._planner.node_waits())
+                if waits or now_s - nodes_s >= NODES_EVERY_S:
                     nodes = alive_nodes()
                     if now_s - autoscaler_s >= AUTOSCALER_EVERY_S:
                         autoscaler, autoscaler_s = has_autoscaler(node.id for node in nodes), now_s
                     self._metrics.take_nodes(nodes, autoscaler=autoscaler)
+                    if autoscaler:
+                        self._metrics.launches.take(failed_launches())
                     self._policies = policies_health()
                     nodes_s = now_s
             except Exception as error:  # noqa: BLE001 - Ray raises what it likes while it restarts; what is known ages

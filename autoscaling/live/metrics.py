@@ -13,6 +13,7 @@ from typing import Any
 
 from autoscaling.core.types import Observation, Rung, Spec
 from autoscaling.live.capacity import CapacityBook
+from autoscaling.live.node_launches import FailedLaunches
 from autoscaling.live.nodes import Node, fits
 from autoscaling.live.records import TrafficRow
 from autoscaling.live.rungs import RungBook, memory_cost_per_s, rung_of_start
@@ -126,6 +127,7 @@ class LiveMetrics:
         """How models are scaled now: what overrides change of a target or a price counts in what is seen."""
         self.rungs = rungs
         self.capacity = capacity
+        self.launches = FailedLaunches(clock.monotonic_s)
         self._clock = clock
         self._park_budget_bytes = park_budget_bytes
         self._lock = threading.Lock()

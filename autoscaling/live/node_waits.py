@@ -2,27 +2,23 @@
 
 Ray starts the node type that fits best and waits for it: for minutes, and then for the same type again, if the cloud
 has none. So whoever has waited for `patience_s` has another kind asked for, and after as long the next, over and over,
-until a replica has its place. Kinds are a model's GPU types in the order of the fleet file, then the same without spot
-markets. What Ray waits for meanwhile stays asked for: should that node come first, it is taken.
+until a replica has its place; and at once where the cloud refuses the kind. Kinds are a model's GPU types in the order
+of the fleet file, then the same without spot markets. What Ray waits for meanwhile stays asked for: should that node
+come first, it is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from autoscaling.core.types import Decision, Rung
+from autoscaling.live.labels import ACCELERATOR, MARKET, ON_DEMAND, Labels
+from autoscaling.live.node_launches import is_of
 from autoscaling.live.setup import ModelSetup
-
-ACCELERATOR = "ray.io/accelerator-type"
-MARKET = "ray.io/market-type"
-ON_DEMAND = "on-demand"
 
 TOLD_AFTER_S = 2.0
 """A replica that was just made is on no node either, and waits for none."""
-
-Labels = Mapping[str, str]
-"""A Ray label selector: label -> value, or `in(A,B)`."""
 
 
 def labels_of(model: ModelSetup) -> Labels:
@@ -50,8 +46,12 @@ class NodeWait:
     """A model that waits for a node. Times are monotonic."""
 
     since_s: float
-    step: int = 0
-    """How many kinds have been waited for in vain; 0 leaves the choice to Ray."""
+    asked_s: float
+    """Since when for this kind."""
+    asked: int | None = None
+    """Which of the model's choices; None leaves that to Ray."""
+    vain: tuple[str, ...] = ()
+    """What was waited for in vain, for people."""
 
 
 class NodeWaits:
@@ -71,10 +71,11 @@ class NodeWaits:
         *,
         unplaced: Callable[[str], int],
         has_node: Callable[[str], bool],
+        failing: Collection[str] = (),
     ) -> None:
         """See who waits. `unplaced` is how many replicas of a model are starting and are on no node yet.
 
-        `has_node` is whether a node is up that could run it at all.
+        `has_node` is whether a node is up that could run it at all, `failing` the node types that can't be had now.
         """
         now_s = self._monotonic_s()
         waits: dict[str, NodeWait] = {}
@@ -85,18 +86,34 @@ class NodeWaits:
             ahead = not decision.replicas and Rung.NODE <= decision.rung < Rung.SERVING
             if not unplaced(model) and not (ahead and not has_node(model)):
                 continue
-            before = self._waits.get(model, NodeWait(now_s))
-            waits[model] = NodeWait(before.since_s, int((now_s - before.since_s) / self._patience_s))
+            wait = self._waits.get(model, NodeWait(now_s, now_s))
+            waits[model] = self._go_on(wait, choices(self._models[model]), now_s, failing)
         # Replaced as a whole: others read on other threads.
         self._waits = waits
+
+    def _go_on(self, wait: NodeWait, kinds: list[Labels], now_s: float, failing: Collection[str]) -> NodeWait:
+        refused = {n for n, kind in enumerate(kinds) if any(is_of(one, kind) for one in failing)}
+        if (refused if wait.asked is None else wait.asked in refused) and len(refused) < len(kinds):
+            first = 0 if wait.asked is None else wait.asked + 1
+            follows = next(n for n in _round(first, len(kinds)) if n not in refused)
+            # Those of Ray's own choice; where a type is refused on demand it is refused at all.
+            own = [n for n in sorted(refused) if MARKET not in kinds[n]]
+            vain = own if wait.asked is None else [wait.asked]
+            told = dict.fromkeys([*wait.vain, *(f"{called(kinds[n])}: launch failed" for n in vain)])
+            return NodeWait(wait.since_s, now_s, follows, tuple(told))
+        while now_s - wait.asked_s >= self._patience_s:
+            now = wait.asked or 0
+            told = dict.fromkeys([*wait.vain, called(kinds[now])])
+            asked_s = wait.asked_s + self._patience_s
+            wait = NodeWait(wait.since_s, asked_s, (now + 1) % len(kinds), tuple(told))
+        return wait
 
     def asked(self, model: str) -> Labels | None:
         """The kind that is asked for in place of the first; None while that is left to Ray."""
         wait = self._waits.get(model)
-        if wait is None or wait.step == 0:
+        if wait is None or wait.asked is None:
             return None
-        kinds = choices(self._models[model])
-        return kinds[wait.step % len(kinds)]
+        return choices(self._models[model])[wait.asked]
 
     def texts(self) -> dict[str, str]:
         """Model -> what it waits for, for people."""
@@ -110,11 +127,14 @@ class NodeWaits:
     def _text(self, model: str, wait: NodeWait, now_s: float) -> str:
         kinds = choices(self._models[model])
         waited = f"{now_s - wait.since_s:.0f} s"
-        follows = called(kinds[(wait.step + 1) % len(kinds)])
-        at = f"{self._patience_s * (wait.step + 1):.0f} s"
-        if wait.step == 0:
+        follows = called(kinds[((wait.asked or 0) + 1) % len(kinds)])
+        at = f"{wait.asked_s + self._patience_s - wait.since_s:.0f} s"
+        if wait.asked is None:
             of = f" ({' or '.join(self._models[model].accelerator_types)})" if kinds[0] else ""
             return f"waits for a node{of} for {waited}; asks for {follows} at {at}"
-        vain = ", ".join(dict.fromkeys(called(kinds[step % len(kinds)]) for step in range(wait.step)))
-        now = called(kinds[wait.step % len(kinds)])
+        vain, now = ", ".join(wait.vain), called(kinds[wait.asked])
         return f"no node came ({vain}) for {waited}; asking for {now}, for {follows} at {at}"
+
+
+def _round(first: int, count: int) -> Iterator[int]:
+    return ((first + n) % count for n in range(count))

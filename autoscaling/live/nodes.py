@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from autoscaling.core.types import Decision, Rung
-from autoscaling.live.node_waits import ACCELERATOR, Labels, labels_of
+from autoscaling.live.labels import ACCELERATOR, Labels
+from autoscaling.live.node_waits import labels_of
 from autoscaling.live.plan_store import kv_get, kv_put
 from autoscaling.live.setup import ModelSetup
 from autoscaling.ports import Clock
@@ -86,6 +87,24 @@ def _node_types() -> set[str]:
     text = _internal_kv_get(DEBUG_AUTOSCALING_STATUS)
     report = json.loads(text).get("autoscaler_report") if text else None
     return set((report or {}).get("active_nodes", {}))
+
+
+def failed_launches() -> dict[str, float]:
+    """Node type -> when it was last asked for in vain (Unix time). Needs a connection to Ray.
+
+    Empty with the autoscaler's first version, which itself puts back a type that can't be had.
+    """
+    from ray.autoscaler.v2.sdk import get_cluster_status
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+    if not is_autoscaler_v2():
+        return {}
+    found: dict[str, float] = {}
+    for launch in get_cluster_status(internal_kv_get_gcs_client().address).failed_launches:
+        kind = launch.ray_node_type_name
+        found[kind] = max(found.get(kind, 0.0), float(launch.failed_ts_s or 0))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -391,6 +391,13 @@ def test_a_next_node_that_is_asked_for_before_the_first_can_come(fleet: Fleet) -
     assert errors_of(parsed("fake-gpu.yaml"), fleet=hasty) == []
 
 
+def test_a_pretended_head_of_another_name(fleet: Fleet) -> None:
+    fake = parsed("fake-gpu.yaml")
+    fake["head_node_type"] = "head"
+    _swap_key(_types(fake), "ray.head.default", "head")
+    assert errors_of(fake, fleet=fleet)[0].startswith("f: head_node_type: must be 'ray.head.default': Ray's")
+
+
 def test_a_fleet_that_fits_nowhere(fleet: Fleet) -> None:
     large = _changed(fleet, 0, resources={"gpus": 8, "accelerator_types": ["L4"]})
     errors = errors_of(parsed("aws.yaml"), fleet=large)

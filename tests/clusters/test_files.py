@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from autoscaling.cli import app
 from autoscaling.clusters.catalog import PROVIDERS, Provider, load_machines
+from autoscaling.clusters.check_documents import PRETENDED_HEAD
 from autoscaling.clusters.nodes import choose
 from autoscaling.clusters.render import Wanted, render
 from autoscaling.clusters.validate import validate_text
@@ -83,3 +84,15 @@ def test_every_type_begins_at_zero_and_spot_goes_before_its_twin(fleet: Fleet) -
         if name.endswith("-spot"):
             assert spot["priority"] == workers[name.replace("-spot", "-ondemand")]["priority"] + 1
     assert types["head"]["resources"] == {"CPU": 0}
+
+
+def test_the_pretended_head_is_of_the_type_that_rays_provider_says() -> None:
+    """By another the autoscaler fails at every look."""
+    import yaml
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
+
+    text = (CONFIGS / "fake-gpu.yaml").read_text()
+    document = yaml.safe_load(text)
+    assert document["head_node_type"] == FAKE_HEAD_NODE_TYPE == PRETENDED_HEAD
+    assert FAKE_HEAD_NODE_TYPE in document["available_node_types"]
+    assert f"export RAY_NODE_TYPE_NAME={FAKE_HEAD_NODE_TYPE}\n" in text

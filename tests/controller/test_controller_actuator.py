@@ -10,7 +10,17 @@ import pytest
 
 from autoscaling.core.plan import Plan
 from autoscaling.core.types import Decision, Reason, Rung, Window
-from autoscaling.live.actuator import LOWER_AFTER_S, RAISE_AFTER_S, Publisher, RungKeeper, plan_of
+from autoscaling.live.actuator import (
+    ASK_AGAIN_S,
+    LOOK_AGAIN_S,
+    LOWER_AFTER_S,
+    NEW_NODE_S,
+    RAISE_AFTER_S,
+    Publisher,
+    RungKeeper,
+    look_again_s,
+    plan_of,
+)
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.metrics import LiveMetrics
 from autoscaling.live.nodes import Node
@@ -104,6 +114,7 @@ class Hosts:
         self.node = NODE
         self.reason: str | None = None
         self.error: Exception | None = None
+        self.working = False
         self.keeper = RungKeeper(self.metrics, self._warm, Now(), self.clock, {"park_memory_bytes": 1})
         self.see()
 
@@ -111,7 +122,7 @@ class Hosts:
         self.asked.append({"node": node_id, "gpus": gpus, **message})
         if self.error is not None:
             raise self.error
-        return {"rung": "weights", "working": True, "reason": self.reason}
+        return {"rung": "weights", "working": self.working, "reason": self.reason}
 
     def see(self, *engines: Any, rung: str = "weights", available: float = 0.8, **replicas: int) -> None:
         seen = report("m", engines=engines, rung=rung)
@@ -141,6 +152,27 @@ def test_a_model_that_is_colder_than_decided_is_warmed() -> None:
     assert asked["config"] == {"park_memory_bytes": 1}
     hosts.go(decision(rung=Rung.TEMPLATE), 30)
     assert len(hosts.asked) == 2
+
+
+def test_a_host_that_works_on_it_is_asked_again_soon() -> None:
+    """So that what is ready is known soon; ever more seldom, the longer it takes."""
+    hosts = Hosts()
+    hosts.working = True
+    hosts.go(decision(rung=Rung.TEMPLATE), RAISE_AFTER_S + 1 + 3 * LOOK_AGAIN_S)
+    assert len(hosts.asked) == 4
+    assert [look_again_s(s) for s in (0, 40, 1e6)] == [LOOK_AGAIN_S, 10.0, ASK_AGAIN_S]
+
+
+def test_the_host_of_a_node_that_just_came_is_asked_at_once() -> None:
+    """No replica can have gone from it. One that was there before is asked after a while."""
+    hosts = Hosts()
+    hosts.go(decision(rung=Rung.WEIGHTS), 1)
+    hosts.node = Node("new" + NODE.id, NODE.resources, NODE.labels)
+    hosts.go(decision(rung=Rung.TEMPLATE), 1)
+    assert [asked["node"] for asked in hosts.asked] == [hosts.node.id]
+    hosts.go(decision(rung=Rung.NODE), NEW_NODE_S)
+    hosts.go(decision(rung=Rung.TEMPLATE), RAISE_AFTER_S)
+    assert len(hosts.asked) == 1
 
 
 def test_a_model_that_is_warm_enough_is_let_be() -> None:

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from autoscaling.core.types import Decision, Reason, Rung
+from autoscaling.live.labels import ACCELERATOR, MARKET
 from autoscaling.live.metrics import serve_view
-from autoscaling.live.node_waits import ACCELERATOR, MARKET, NodeWaits, choices, labels_of
+from autoscaling.live.node_launches import FAILING_S, FailedLaunches, is_of
+from autoscaling.live.node_waits import NodeWaits, choices, labels_of
 from autoscaling.live.nodes import (
     LEASE_KEY,
     LEASE_S,
@@ -93,9 +95,15 @@ class Waiting:
         self.waits = NodeWaits({"n": on_gpus("n", *kinds)}, self.clock.monotonic_s, PATIENCE_S)
         self.unplaced = 1
         self.node = False
+        self.failing: set[str] = set()
 
     def look(self, made: Decision) -> dict[str, str] | None:
-        self.waits.look([made], unplaced=lambda _: self.unplaced, has_node=lambda _: self.node)
+        self.waits.look(
+            [made],
+            unplaced=lambda _: self.unplaced,
+            has_node=lambda _: self.node,
+            failing=self.failing,
+        )
         asked = self.waits.asked("n")
         return None if asked is None else dict(asked)
 
@@ -154,6 +162,71 @@ def test_people_are_told_what_is_waited_for_and_what_comes_next() -> None:
     assert text == "no node came (L4) for 130 s; asking for A10G, for L4 on demand at 200 s"
     status = fleet_status([{"id": "n", "aliases": [], "deployment": "d"}], [], {}, {}, waiting.waits.texts())
     assert status["models"][0]["reason"] == text
+
+
+def test_a_kind_that_the_cloud_refuses_is_given_up_at_once() -> None:
+    """Also the one after it; and where all are refused, each is asked for as long as any that does not come."""
+    waiting = Waiting("L4", "A10G")
+    assert waiting.look(decision(1, model="n")) is None
+    waiting.failing = {"l4-spot"}
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "A10G"}
+    waiting.clock.go(30)
+    text = waiting.waits.texts()["n"]
+    assert text == "no node came (L4: launch failed) for 30 s; asking for A10G, for L4 on demand at 100 s"
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "A10G"}
+    waiting.failing = {"l4-spot", "a10gx4-spot"}
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "L4", MARKET: "on-demand"}
+    waiting.failing |= {"l4-ondemand", "a10g-ondemand"}
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "L4", MARKET: "on-demand"}
+    waiting.clock.go(PATIENCE_S)
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "A10G", MARKET: "on-demand"}
+
+
+def test_the_order_of_the_fleet_file_holds_also_where_ray_tried_another_first() -> None:
+    """Ray takes what its priorities say."""
+    waiting = Waiting("L4", "A10G")
+    waiting.failing = {"a10g-ondemand"}
+    assert waiting.look(decision(1, model="n")) == {ACCELERATOR: "L4"}
+    waiting.clock.go(3)
+    assert waiting.waits.texts()["n"].startswith("no node came (A10G: launch failed) for 3 s; asking for L4,")
+
+
+def test_what_others_are_refused_is_no_reason() -> None:
+    waiting = Waiting("L4", "A10G")
+    waiting.failing = {"h100-spot", "cpu-spot"}
+    assert waiting.look(decision(1, model="n")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "so"),
+    [
+        ("l4-spot", {ACCELERATOR: "L4"}, True),
+        ("l4-spot", {ACCELERATOR: "L4", MARKET: "on-demand"}, False),
+        ("l4-ondemand", {ACCELERATOR: "L4", MARKET: "on-demand"}, True),
+        ("a100x8-spot", {ACCELERATOR: "A100"}, True),
+        ("l40s-spot", {ACCELERATOR: "L4"}, False),
+        ("a10g-spot", {ACCELERATOR: "A10"}, False),
+        ("cpu-spot", {}, True),
+        ("l4-spot", {}, False),
+        ("my-machines", {ACCELERATOR: "L4"}, False),
+    ],
+)
+def test_a_node_types_name_tells_its_kind(name: str, kind: dict[str, str], so: bool) -> None:
+    assert is_of(name, kind) is so
+
+
+def test_a_launch_that_fails_counts_for_a_while() -> None:
+    """From when it is seen; of failures that were there at the first look nobody knows how old they are."""
+    clock = HandClock()
+    launches = FailedLaunches(clock.monotonic_s)
+    launches.take({"l4-spot": 1000.0})
+    assert launches.failing() == frozenset()
+    launches.take({"l4-spot": 1001.0, "h100-spot": 1001.0})
+    clock.go(FAILING_S - 1)
+    launches.take({"l4-spot": 1001.0, "h100-spot": 1029.0})
+    assert launches.failing() == {"l4-spot", "h100-spot"}
+    clock.go(2)
+    assert launches.failing() == {"h100-spot"}
 
 
 def test_a_model_without_gpus_is_tried_off_the_spot_market() -> None:

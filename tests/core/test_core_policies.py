@@ -189,6 +189,30 @@ def test_predictive_prepares_for_the_quantile_that_waiting_is_worth() -> None:
     assert found[3] is not None and found[3] > 5
 
 
+def test_predictive_starts_nothing_for_requests_that_will_be_through_before() -> None:
+    """12 in a replica for 10; 5 are expected, each for a second, and a start takes 5 s."""
+    crowded = lit(in_flight=10, queued=2)
+    calm = Forecast(T0, "dense", demand=demand(5, 5, 5, spread=0.1))
+    busy = Forecast(T0, "dense", demand=demand(9.9, 9.9, 9.9, spread=0.0))
+    assert first(spec(), crowded) == (2, Reason.PANIC)
+    _, soon_gone = decide(spec(), State(), crowded, calm)
+    _, stays = decide(spec(), State(), crowded, busy)
+    assert (soon_gone.replicas, stays.replicas) == (1, 2)
+    # So many more can't be chance, whatever is forecast.
+    _, jumped = decide(spec(), State(), lit(in_flight=10, queued=30), calm)
+    assert jumped.replicas == 4
+
+
+def test_predictive_takes_the_forecast_for_too_low_where_more_is_in_progress() -> None:
+    """20 are forecast, and 30 in half a minute; 40 are in progress, of which sqrt(40) may be chance."""
+    foreseen = Forecast(T0, "dense", demand=demand(20, 30, step_s=30.0, spread=0.0))
+    asked = spec(wait_cost=0.0)
+    later_s = T0 + 26
+    _, as_told = decide(asked, State(), lit(later_s, replicas=5, in_flight=20), foreseen)
+    _, more = decide(asked, State(), lit(later_s, replicas=5, in_flight=40), foreseen)
+    assert (as_told.numbers["forecast_replicas"], more.numbers["forecast_replicas"]) == (3, 5)
+
+
 @pytest.mark.parametrize("working", [1, 2, 3])
 def test_predictive_keeps_no_second_replica_for_one_request_at_a_time(working: int) -> None:
     cluster = Cluster(spec(target_ongoing_requests=1.0), ready=working + 1, target=working + 1)

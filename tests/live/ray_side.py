@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from typing import Any
 
 import ray
@@ -27,25 +26,7 @@ def answer(question: str) -> Any:
         }
     if question == "labels":
         return {n["NodeID"]: n["Labels"] for n in ray.nodes() if n["Alive"]}
-    if question.startswith("reclaim "):
-        _, node, in_s = question.split()
-        return reclaim(node, float(in_s))
     raise ValueError(question)
-
-
-def reclaim(node_id: str, in_s: float) -> bool:
-    """Tell Ray what a cloud's notice makes it told: that the node will be taken. Returns whether it drains now."""
-    from ray._raylet import GcsClient
-    from ray.core.generated import autoscaler_pb2
-
-    accepted, reason = GcsClient(ray.get_runtime_context().gcs_address).drain_node(
-        node_id,
-        autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION,
-        "the cloud takes it back",
-        int((time.time() + in_s) * 1000),
-    )
-    assert accepted, reason
-    return bool(accepted)
 
 
 def main() -> None:

@@ -1,18 +1,21 @@
 """Nodes that come and go: one machine on which Ray's autoscaler starts raylets that pretend to have GPUs.
 
-The H100 is in the cluster's file, is what Ray takes first, and never comes.
+The H100 is in the cluster's file, is what Ray takes first, and never comes. The A100 is refused at once.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import yaml
 
 from deployments.local.fake_nodes import NodeType, deploy, start_head
+from deployments.node_reclaim import drain
+from deployments.node_start import Raylet
 from tests.live.conftest import CHAT, EMBED, scaling
 from tests.live.lab import ROOT, Relight, kill, until
 from tests.live.test_live_kills import CLIENTS, Load
@@ -22,6 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PATIENCE_S = 6.0
 TYPES = [
     NodeType("h100", "H100", priority=9, idle_timeout_s=4),
+    NodeType("a100", "A100", priority=8, idle_timeout_s=4),
     NodeType("l4", "L4", max_nodes=3, idle_timeout_s=4),
 ]
 FLEET: dict[str, Any] = {
@@ -39,6 +43,13 @@ FLEET: dict[str, Any] = {
             **EMBED,
             "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
             "resources": {"gpus": 1, "accelerator_types": ["L4"]},
+            "scaling": scaling(keep_alive_s=2),
+        },
+        {
+            "id": "choosy",
+            **EMBED,
+            "env": {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            "resources": {"gpus": 1, "accelerator_types": ["A100", "L4"]},
             "scaling": scaling(keep_alive_s=2),
         },
     ],
@@ -59,9 +70,10 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relight]:
             relight.checkout,
             relight.port,
             TYPES,
-            provider="tests.fakes.nodes.ScarceProvider",
+            provider="tests.fakes.nodes.CloudProvider",
             env=env,
             scarce=["h100"],
+            refused=["a100"],
         )
         deploy(relight.checkout, relight.fleet_file, env=env)
         yield relight
@@ -98,6 +110,21 @@ def test_a_type_that_does_not_come_is_given_up_for_the_next(nodes: Relight) -> N
     assert types == {"L4"}
 
 
+def test_a_type_that_is_refused_is_given_up_at_once(nodes: Relight) -> None:
+    """And not only after the time for which a type is waited for."""
+    reasons: set[str] = set()
+
+    def ask() -> int:
+        return nodes.embed("choosy").status
+
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask)
+        while not asked.done():
+            reasons.add(nodes.model("choosy")["reason"] or "")
+    assert asked.result() == 200
+    assert any("no node came (A100: launch failed)" in r and "asking for L4" in r for r in reasons), reasons
+
+
 def test_a_node_that_is_killed_under_load_is_replaced(nodes: Relight) -> None:
     """Requests that had no byte yet are served by the next node; nothing is lost."""
     load = Load(nodes)
@@ -126,8 +153,9 @@ def test_a_reclaimed_node_is_replaced_before_it_is_drained(nodes: Relight) -> No
     with load.running():
         until("the load to be served", lambda: load.whole_since(0) >= CLIENTS, patience_s=120)
         where = node_of(nodes, "chat")
-        assert nodes.ray(f"reclaim {where} 120") is True
+        taken = next(p for p in nodes.processes("raylet/raylet") if where in p.command)
         told_s = time.monotonic()
+        drain(Raylet(taken.pid, where), 120)
         until("another node to serve", lambda: node_of(nodes, "chat") != where, patience_s=120)
         moved_s = time.monotonic()
         until("its load to be served", lambda: load.whole_since(moved_s) >= CLIENTS)
@@ -138,7 +166,7 @@ def test_a_reclaimed_node_is_replaced_before_it_is_drained(nodes: Relight) -> No
 
 def test_at_the_end_no_gpu_node_is_left(nodes: Relight) -> None:
     """Every one has gone for being idle."""
-    nodes.dark("chat", "embed")
+    nodes.dark("chat", "embed", "choosy")
     until("the nodes to go", lambda: len(nodes.processes("raylet/raylet")) == 1)
     assert nodes.ray("resources")["total"].get("GPU", 0) == 0
 

@@ -49,7 +49,7 @@ def curves(draw: Any) -> Curve:
     left_s=st.one_of(st.none(), st.floats(0.1, 40.0)),
     since_s=st.floats(0.0, 5000.0),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_both_choose_the_same(  # noqa: PLR0917 - what is drawn
     curve: Curve,
     rungs: int,

@@ -270,9 +270,11 @@ def judged(prepared: Prepared, cold_s: float, points: Iterator[Point]) -> dict[s
         found.setdefault(point.policy, []).append(point)
     requests = next((points[0].requests for points in found.values()), 0)
     least = requests * case.service_s / case.concurrency
-    at = {policy: at_attainment(points, ATTAINMENT) for policy, points in found.items()}
+    wanted = comparable(found)
+    at = {policy: at_attainment(points, wanted) for policy, points in found.items()}
     return {
         "case": case.name,
+        "attainment": wanted,
         "cold_s": cold_s,
         "requests": requests,
         "service_s": case.service_s,
@@ -281,6 +283,12 @@ def judged(prepared: Prepared, cold_s: float, points: Iterator[Point]) -> dict[s
         "gpu_s_at_slo": at,
         "points": [asdict(point) for points in found.values() for point in points],
     }
+
+
+def comparable(found: Mapping[str, Sequence[Point]]) -> float:
+    """ATTAINMENT, or what each of those compared attains at best where one of them attains less."""
+    best = [max(point.attainment for point in found[policy]) for policy in COMPARED if policy in found]
+    return min([ATTAINMENT, *best])
 
 
 def at_attainment(points: Sequence[Point], wanted: float) -> float | None:
@@ -302,8 +310,8 @@ def at_attainment(points: Sequence[Point], wanted: float) -> float | None:
 
 def text(result: Mapping[str, Any]) -> str:
     parts = [
-        f"GPU-seconds at {result['attainment']:.0%} of the requests waiting at most {result['slo_s']:g} s, as "
-        "multiples of the work itself (every place of every replica always taken)."
+        f"GPU-seconds at {result['attainment']:.0%} of the requests waiting at most {result['slo_s']:g} s (or what all "
+        "attain at best: `at`), as multiples of the work itself (every place of every replica always taken)."
     ]
     rows = []
     for case in result["cases"]:
@@ -313,17 +321,24 @@ def text(result: Mapping[str, Any]) -> str:
             [
                 case["case"],
                 case["cold_s"],
+                case["attainment"],
                 *(_over(at.get(policy), work) for policy in _COLUMNS),
                 *(_over(ours, at.get(policy)) for policy in ("ray-default", "kpa")),
                 _over(ours, oracle),
+                *(_over(oracle, at.get(policy)) for policy in ("ray-default", "kpa")),
             ]
         )
-    head = ("trace", "cold s", *_COLUMNS, "ours/ray", "ours/kpa", "ours/oracle")
+    ours_over = ("ours/ray", "ours/kpa", "ours/oracle")
+    head = ("trace", "cold s", "at", *_COLUMNS, *ours_over, "oracle/ray", "oracle/kpa")
     parts.append(table(head, rows))
-    parts.append(f"The bars: ours/ray and ours/kpa at most {1 - SAVED:g}, ours/oracle at most {NEAR:g}.")
+    parts.append(
+        f"The bars: ours/ray and ours/kpa at most {1 - SAVED:g}, ours/oracle at most {NEAR:g}.\n"
+        "oracle/ray, oracle/kpa: what knowing every arrival would reach; above the first bar, nobody can meet it."
+    )
     return "\n".join(parts)
 
 
+COMPARED = ("predictive", "ray-default", "kpa", "oracle")
 _COLUMNS = ("predictive", "ray-default", "kpa", "fixed", "oracle")
 
 

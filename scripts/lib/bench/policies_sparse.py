@@ -225,10 +225,21 @@ def measure(folder: Path, names: Sequence[str], processes: int | None) -> dict[s
     return {name: judged(name, points) for name, points in found.items()}
 
 
+def unseen(name: str) -> int:
+    """Models whose first request of all is in the scored part: cold whatever the policy, since nobody knows of them."""
+    rows = _ROWS[name]
+    first: dict[str, float] = {}
+    for row in rows:
+        first.setdefault(row.model, row.time_s)
+    until_s = rows[0].time_s + CASES[name].measure_from_s
+    return sum(time_s >= until_s for time_s in first.values())
+
+
 def judged(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A trace's runs, and what they say about the bars."""
     by = {policy: [p for p in points if p["policy"] == policy] for policy in {p["policy"] for p in points}}
     fixed, ours = by["keep-alive"], by["predictive"]
+    never_seen = unseen(name)
     rows = []
     for point in sorted(ours, key=lambda each: float(each["settings"]["wait_cost"])):
         wait_cost = float(point["settings"]["wait_cost"])
@@ -242,6 +253,7 @@ def judged(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "cold_starts": point["cold_starts"],
                 "fixed_cold_starts": (other := at_idle(fixed, idle)),
                 "cold_ratio": ratio(point["cold_starts"], other),
+                "unseen_ratio": ratio(never_seen, other),
                 "gpu_s": point["gpu_s"],
                 "waited_s": point["waited_s"],
                 "cost": cost(point, wait_cost),
@@ -270,6 +282,7 @@ def judged(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "says": CASES[name].says,
         "measure_from_s": CASES[name].measure_from_s,
         "requests": points[0]["requests"],
+        "unseen": never_seen,
         "rows": rows,
         "others": others,
         "runs": list(points),
@@ -281,10 +294,11 @@ def text(result: Mapping[str, Any]) -> str:
     for name, found in result.items():
         parts.append(
             f"{name}, {found['says']}: {found['requests']} requests after"
-            f" {found['measure_from_s'] / DAY_S:.2g} days of learning"
+            f" {found['measure_from_s'] / DAY_S:.2g} days of learning, {found['unseen']} of them the first of a model"
         )
         columns = (
             *("wait_cost", "idle_gpu_s", "cold_starts", "fixed_cold_starts", "cold_ratio"),
+            "unseen_ratio",
             *("best_keep_alive_s", "best_fixed_cost", "cost", "cost_ratio", "oracle_cost_ratio"),
         )
         rows = [
@@ -306,7 +320,8 @@ def text(result: Mapping[str, Any]) -> str:
         parts.append("")
     parts.append(
         "idle_gpu_s: ready without work, and starts that nobody had asked for. fixed_cold_starts: of a fixed keep-alive"
-        " with as much of it.\ncost: all GPU-seconds + wait_cost * waiting. best_fixed_cost: of the keep-alive that was"
+        " with as much of it.\nunseen_ratio: what the first requests of new models alone come to, cold anyhow."
+        "\ncost: all GPU-seconds + wait_cost * waiting. best_fixed_cost: of the keep-alive that was"
         " cheapest in hindsight; oracle: knows what comes."
     )
     return "\n".join(parts)
