@@ -64,6 +64,8 @@ class Watch:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not line.startswith("{"):
+                continue  # what Ray says of its nodes, to people
             told = json.loads(line)
             self.seen.append((told["at_s"], {n for n, of in told["nodes"].items() if of["gpus"]}))
 
