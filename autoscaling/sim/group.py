@@ -93,6 +93,7 @@ class Group:
         self.sink = SimSink(since_s=self._measure_s, keep=setup.keep_decisions)
         self._sample_s = setup.sample_s
         self._sampled_s = math.inf if setup.sample_s is None else begin_s
+        self._owed_s = math.inf
         self.samples: dict[str, list[Sample]] = {name: [] for name in specs}
         self._loop = Loop(
             SimSpecs(specs),
@@ -138,21 +139,25 @@ class Group:
         """Tick by tick, where something happens, up to that moment."""
         while True:
             next_s = self._next_s()
-            tick_s = max(self._grid(next_s), self._clock.now_s() + self._tick_s)
+            tick_s = min(self._owed_s, max(self._grid(next_s), self._clock.now_s() + self._tick_s))
             # Before what is measured is set to zero, or the sums would be of another span.
             next_s = tick_s if self._measured else min(tick_s, self._measure_s)
+            # To look at a moment is to advance to it: what happens before then is not forgotten by the next tick.
             if self._sampled_s < min(next_s, until_s):
+                self._owed_s = tick_s
                 self._sample(self._sampled_s)
                 continue
             if not self._measured and tick_s >= self._measure_s:
                 if self._measure_s > until_s:
                     return
+                self._owed_s = tick_s
                 self._measure()
                 continue
             if tick_s > until_s or (tick_s == until_s and not inclusive):
                 return
             for model in self.models.values():
                 model.advance(tick_s)
+            self._owed_s = math.inf
             self._clock.advance(tick_s)
             self._tick(tick_s)
 

@@ -50,6 +50,16 @@ def test_a_seed_says_all_that_is_left_to_chance(cv: float) -> None:
     assert played(rows, seed=5)["total"] != played(rows, seed=6)["total"]
 
 
+@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
+def test_looking_on_changes_nothing(policy: str) -> None:
+    """At moments that are no ticks: what happened right before one is still decided upon."""
+    rows = windows()
+    seen = played(rows, policy=policy, sample_s=7.3, measure_from_s=3600.5)
+    alone = played(rows, policy=policy, measure_from_s=3600.5)
+    for name, value in alone["total"].items():
+        assert seen["total"][name] == pytest.approx(value), name
+
+
 def test_what_a_model_gets_does_not_depend_on_the_others() -> None:
     rows = windows()
     alone = played([row for row in rows if row.model == "m1"])
