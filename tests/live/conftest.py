@@ -22,6 +22,8 @@ EMBED: dict[str, Any] = {
 }
 
 
+# First: pytest-xdist reads the groups in this same hook, and is asked before conftest files of folders.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those that share the cluster share a process, and so do those of a file that has one of its own.
 
