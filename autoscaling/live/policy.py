@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-GRACE_S = 5.0
-"""How long a policy that was just made never lets go: the Serve controller may have been restarted, and handles tell of
-their requests anew only within seconds."""
+GRACE_S = 60.0
+"""How long a policy that was just made never lets go without a plan. The Serve controller may have been restarted:
+handles tell of their requests anew only within seconds, and where the head died with it, Relight's controller, which
+knows what was set at run time, is started by the Serve controller in its turn."""
 
 
 class RelightPolicy:
