@@ -32,11 +32,15 @@ FLEET_FORECASTERS: tuple[Forecaster, ...] = (
     Poisson(),
 )
 """Where the fleet's silences are enough for a regression."""
+STEADY = ("fleet", "renewal")
+"""Apply to whatever is known."""
+PSEUDO_MODELS = 20.0
+"""How many models each of STEADY is taken to be right for before any was judged, and the others for one."""
 LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
 MARGIN = 3.0
-"""In summed log-likelihood: what another forecaster must be better by, so that chance does not choose."""
+"""In summed log-likelihood: the most that a forecaster must be better by, so that chance does not choose."""
 EARLY_MARGIN = 0.75
 """For each silence that was scored, while that is less: a rhythm must be learned in a few beats."""
 MIN_CALIBRATION = 8
@@ -64,6 +68,8 @@ class ArrivalChoice:
     fitted: ArrivalFitted
     scores: dict[str, ArrivalScore]
     failures: dict[str, str] = field(default_factory=dict)
+    odds: dict[str, float] = field(default_factory=dict)
+    """How likely each is the right one, of those that were scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +126,15 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
 
 
 def forecasters_for(prior: Prior) -> tuple[Forecaster, ...]:
-    """The default one first."""
-    return FLEET_FORECASTERS if prior.hazard.knows else FORECASTERS
+    """First the default one: of those that always apply, the one that is right for most of the fleet."""
+    found = FLEET_FORECASTERS if prior.hazard.knows else FORECASTERS
+    first = max((f for f in found if f.name in STEADY), key=lambda f: _weight(prior, f.name))
+    return (first, *(f for f in found if f is not first))
+
+
+def _weight(prior: Prior, name: str) -> float:
+    """Over how many models this forecaster is thought to be the right one."""
+    return (PSEUDO_MODELS if name in STEADY else 1.0) + prior.odds.get(name, 0.0)
 
 
 def again(
@@ -130,7 +143,7 @@ def again(
     """The forecaster that was chosen before by those scores, with what is known by now; None: choose anew."""
     known = {forecaster.name: forecaster for forecaster in forecasters_for(prior)}
     inner = before.inner if isinstance(before, Calibrated) else before
-    if inner.name not in known or next(iter(known)) not in scores:
+    if inner.name not in known or any(name in known and name not in scores for name in STEADY):
         return None
     try:
         fitted: ArrivalFitted = known[inner.name].fit(history, prior)  # type: ignore[assignment]
@@ -149,7 +162,9 @@ def with_record(fitted: ArrivalFitted, record: Record) -> ArrivalFitted:
 def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | None = None) -> ArrivalChoice:
     """Fit each on what was known, score it on the silences that came after, several times over; then fit the best anew.
 
-    The first of `forecasters` must always apply; another is chosen only if it is better by the margin in sum.
+    The best has the highest posterior probability, whose prior is how many of the fleet's models each is right for
+    (the mixing proportions of a mixture by expectation-maximization, Dempster et al. 1977), bounded by MARGIN. The
+    first of `forecasters` must always apply.
     """
     forecasters = forecasters_for(prior) if forecasters is None else forecasters
     silences = silences_of(history)
@@ -183,12 +198,8 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
             coverage=float(results[:, 1].mean()),
             width_s=float(np.median(results[:, 2])),
         )
-    order = sorted(totals, key=lambda name: -totals[name])
-    default = forecasters[0].name
-    if default in totals:
-        margin = min(MARGIN, EARLY_MARGIN * len(rolled[default]))
-        if totals[order[0]] < totals[default] + margin:
-            order.insert(0, default)
+    posterior = _posterior(totals, prior, max((len(results) for results in rolled.values()), default=0))
+    order = sorted(posterior, key=lambda name: -posterior[name])
     by_name = {forecaster.name: forecaster for forecaster in forecasters}
     for name in [*order, *(forecaster.name for forecaster in forecasters)]:
         try:
@@ -196,12 +207,23 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
             results = rolled.get(name, NOTHING)
             if len(results) >= MIN_CALIBRATION:
                 fitted = Calibrated(fitted, *learn(results[:, 3:5], weight[-len(results) :]))
-            return ArrivalChoice(fitted, scores, failures)
+            return ArrivalChoice(fitted, scores, failures, posterior)
         except NotApplicable as reason:
             failures[name] = str(reason)
         except Exception as error:  # noqa: BLE001 - as above
             failures[name] = f"{type(error).__name__}: {error}"
     raise RuntimeError(f"no forecaster of the next arrival could be fitted: {failures}")
+
+
+def _posterior(totals: Mapping[str, float], prior: Prior, silences: int) -> dict[str, float]:
+    """Of each forecaster, from the summed log-likelihoods that it gave to so many silences."""
+    if not totals:
+        return {}
+    weights = np.log([_weight(prior, name) for name in totals])
+    bounded = np.maximum(weights - weights.max(), -min(MARGIN, EARLY_MARGIN * silences))
+    logs = np.asarray(list(totals.values())) + bounded
+    odds = np.exp(logs - logs.max())
+    return dict(zip(totals, (odds / odds.sum()).tolist(), strict=True))
 
 
 def _rolling(forecaster: Forecaster, history: History, prior: Prior, silences: list[Silence]) -> Floats:

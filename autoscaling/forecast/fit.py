@@ -134,7 +134,7 @@ def fit_simple(job: Job) -> FittedModel | None:
     learned = _learned(job, history)
     fitted = Renewal().fit(history, job.prior)
     return _assemble(
-        job, history, fitted, None, told=({}, {"effort": "simple"}), learned=learned, chosen_at=0
+        job, history, fitted, None, told=({}, {"effort": "simple"}), learned=learned, chosen=_Chosen(0, {})
     )
 
 
@@ -144,7 +144,7 @@ def _fit(job: Job, kinds: Mapping[str, Kind]) -> FittedModel | None:
     if not len(history.events):
         return None
     learned = _learned(job, history)
-    arrivals, scores, details, chosen_at = _next_arrival(job, history, learned.record)
+    arrivals, scores, details, chosen = _next_arrival(job, history, learned.record)
     fitted = None
     reason = _too_thin(history) if job.horizon_s > 0 else "not asked for"
     if reason is None:
@@ -161,9 +161,7 @@ def _fit(job: Job, kinds: Mapping[str, Kind]) -> FittedModel | None:
             reason = str(error)
     if reason is not None:
         details["demand"] = reason
-    return _assemble(
-        job, history, arrivals, fitted, told=(scores, details), learned=learned, chosen_at=chosen_at
-    )
+    return _assemble(job, history, arrivals, fitted, told=(scores, details), learned=learned, chosen=chosen)
 
 
 def _learned(job: Job, history: History) -> Learned:
@@ -187,30 +185,40 @@ def _learned(job: Job, history: History) -> Learned:
     return Learned(record, hazard, kept, began)
 
 
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """By the backtest."""
+
+    at: int
+    """How many silences were known."""
+    odds: Mapping[str, float]
+
+
 def _next_arrival(
     job: Job, history: History, record: Record
-) -> tuple[ArrivalFitted, dict[str, Any], dict[str, Any], int]:
+) -> tuple[ArrivalFitted, dict[str, Any], dict[str, Any], _Chosen]:
     """The best forecaster, what the backtest said, details, and when it did: again when there is more to judge by."""
     silences = int(idle(history.events).sum())
     before = job.seen.fitted if job.seen is not None else None
     fitted: ArrivalFitted | None = None
     scores: dict[str, Any] = {}
     details: dict[str, Any] = {}
-    chosen_at = silences
+    chosen = _Chosen(silences, {})
     if before is not None and silences <= CHOICE_SHARE * before.chosen_at + CHOICE_MORE:
         known = before.scores.get("next_arrival", {})
         fitted = arrival_choice.again(before.arrivals, known, history, job.prior)
         if fitted is not None:
             scores["next_arrival"] = known
             details = {k: v for k, v in before.details.items() if k == "next_arrival_without"}
-            chosen_at = before.chosen_at
+            chosen = _Chosen(before.chosen_at, before.share.odds)
     if fitted is None:
         choice = arrival_choice.choose(history, job.prior)
         fitted = choice.fitted
         scores["next_arrival"] = choice.scores
+        chosen = _Chosen(silences, choice.odds)
         if choice.failures:
             details["next_arrival_without"] = choice.failures
-    return arrival_choice.with_record(fitted, record), scores, details, chosen_at
+    return arrival_choice.with_record(fitted, record), scores, details, chosen
 
 
 def _too_thin(history: History) -> str | None:
@@ -230,7 +238,7 @@ def _assemble(
     *,
     told: tuple[Mapping[str, Any], Mapping[str, Any]],
     learned: Learned,
-    chosen_at: int,
+    chosen: _Chosen,
 ) -> FittedModel:
     scores, reasons = told
     recent = recent_of(history.events, job.now_s)
@@ -264,9 +272,10 @@ def _assemble(
             season=active.astype(np.float32),
             service_s=service_time_s(history),
             hazard=learned.hazard,
+            odds=chosen.odds,
         ),
         learned=learned,
-        chosen_at=chosen_at,
+        chosen_at=chosen.at,
         scores=scores,
         details=details,
     )

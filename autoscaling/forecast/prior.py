@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Share:
     """Activity by hour of the week, shape (HOURS,)."""
     service_s: float | None
     hazard: Expansion | None = None
+    odds: Mapping[str, float] = field(default_factory=dict)
+    """How likely each forecaster of the next arrival is the right one for it, summing to 1; empty: none was judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Prior:
     service_s: float | None = None
     models: int = 0
     hazard: Regression = NOTHING
+    odds: Mapping[str, float] = field(default_factory=dict)
+    """Over how many models each forecaster of the next arrival is the right one: expected numbers."""
 
 
 NO_FLEET = Prior(default_prior())
@@ -55,6 +60,9 @@ def pooled(shares: Iterable[Share], before: Prior = NO_FLEET) -> Prior:
     gaps = default_prior() + sum(w * share.gaps for w, share in zip(weights, shares, strict=True))
     active = [share.season / share.season.mean() for share in shares if share.season.sum() >= 10]
     season = (5 * np.ones(HOURS) + sum(active)) / (5 + len(active)) if active else None
+    odds: Counter[str] = Counter()
+    for share in shares:
+        odds.update(share.odds)
     services = [share.service_s for share in shares if share.service_s is not None]
     return Prior(
         gaps=gaps / gaps.sum(),
@@ -62,4 +70,5 @@ def pooled(shares: Iterable[Share], before: Prior = NO_FLEET) -> Prior:
         service_s=float(np.median(services)) if services else None,
         models=len(shares),
         hazard=before.hazard.next(hazard.faded(latest_s) for hazard in hazards),
+        odds=dict(odds),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from made_traffic import DAY_S, START_S, bursts, daily, exact, fit, fitted, poisson, quantile_s, traffic
@@ -124,6 +126,29 @@ def test_the_backtest_prefers_what_fits() -> None:
     regular = arrival_choice.choose(history_of(traffic(bursts(20), START_S + 3600), START_S + 3600), NO_FLEET)
     assert regular.fitted.name == "timer"
     assert regular.scores["timer"].log_score > regular.scores["poisson"].log_score + 1
+
+
+def test_what_fits_the_fleet_is_believed_sooner() -> None:
+    """One that looks a little better is taken where it is right for the others too, and not where it never was."""
+    times = np.cumsum(np.random.default_rng(5).normal(600, 200, 7)) + START_S
+    now_s = float(times[-1]) + 30
+    history = history_of(traffic(times, now_s), now_s)
+    alone = arrival_choice.choose(history, NO_FLEET)
+    among = arrival_choice.choose(history, replace(NO_FLEET, odds={"timer": 500.0}))
+    others = arrival_choice.choose(history, replace(NO_FLEET, odds={"poisson": 500.0}))
+    assert alone.odds["timer"] < among.odds["timer"]
+    assert others.odds["poisson"] > alone.odds["poisson"]
+    assert sum(among.odds.values()) == pytest.approx(1)
+    # However large the fleet, no more than so much is needed to tell otherwise.
+    ratio = (among.odds["timer"] / among.odds["renewal"]) / (alone.odds["timer"] / alone.odds["renewal"])
+    assert ratio <= np.exp(2 * arrival_choice.MARGIN) * (1 + 1e-9)
+
+
+def test_a_fleet_shares_which_forecasters_are_right() -> None:
+    found = [fitted(bursts(20) + 7.0 * i, START_S + 3600) for i in range(5)]
+    odds = pooled(each.share for each in found).odds
+    assert sum(odds.values()) == pytest.approx(5)
+    assert max(odds, key=lambda name: odds[name]) == "timer"
 
 
 def test_batches_are_counted_from_a_bursts_first_seconds() -> None:
