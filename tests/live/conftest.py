@@ -22,19 +22,6 @@ EMBED: dict[str, Any] = {
 }
 
 
-# First: pytest-xdist reads the groups in this same hook, and is asked before conftest files of folders.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that share the cluster share a process, and so do those of a file that has one of its own.
-
-    Where there are several processes, the others take the rest of the suite.
-    """
-    for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            shared = "relight" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("live" if shared else item.path.stem))
-
-
 def scaling(**changes: Any) -> dict[str, Any]:
     """Dark again soon, and not parked."""
     return {"policy": "keep-alive", "keep_alive_s": KEEP_ALIVE_S, "park": False, **changes}
