@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench import clusters
+from bench import clusters, prewarm_simulated
 from bench.client import RequestFailed, Timing, chat, one
 from bench.clusters import say
 from bench.numbers import percentile, ratio, table
@@ -67,6 +67,16 @@ def arguments(parser: ArgumentParser) -> None:
         "--wait-cost", type=float, default=10.0, help="of the predictive policy (default: 10)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--simulated",
+        type=int,
+        default=0,
+        metavar="RUNS",
+        help="the Poisson pattern alone, so many times, in the simulator instead of live",
+    )
+    parser.add_argument(
+        "--start-s", type=float, default=4.0, help="what a start takes in the simulator (default: 4)"
+    )
 
 
 def rows(options: Namespace) -> list[Row]:
@@ -178,6 +188,8 @@ async def _drive(options: Namespace, running: clusters.Running, models: list[Row
 
 
 def measure(options: Namespace) -> dict[str, Any]:
+    if options.simulated:
+        return _simulated(options)
     models = rows(options)
     folder = clusters.HOME / "prewarm"
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +224,21 @@ def measure(options: Namespace) -> dict[str, Any]:
     return {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": result}
 
 
+def _simulated(options: Namespace) -> dict[str, Any]:
+    scored_s = options.learn_cycles * options.period_s
+    end_s = scored_s + options.cycles * options.period_s
+    found = prewarm_simulated.measure(
+        options.simulated,
+        wait_cost=options.wait_cost,
+        start_s=options.start_s,
+        scored_s=scored_s,
+        seed=options.seed,
+        times=lambda rng: poisson(options, rng, 10.0, end_s),
+        bursts=lambda rng: on_off(options, rng, 10.0),
+    )
+    return {"options": {k: v for k, v in vars(options).items() if k != "json"}, "rows": found}
+
+
 def _accounts(url: str) -> tuple[dict[str, float], dict[str, list[Any]]]:
     """Relight's own count of the whole run, learning included: GPU-seconds of replicas, and prewarms, by model."""
     from autoscaling.live.clock import SystemClock
@@ -229,6 +256,8 @@ def _accounts(url: str) -> tuple[dict[str, float], dict[str, list[Any]]]:
 
 
 def text(result: Mapping[str, Any]) -> str:
+    if result["options"]["simulated"]:
+        return prewarm_simulated.text(result) + _equal(result)
     head = [
         "pattern", "policy", "requests", "failed", "bursts ready", "cold", "waited s",
         "first token p50", "p95", "GPU-s", "GPU-s x", "own count, all", "prewarms hit, all",
