@@ -30,9 +30,13 @@ class UseLock:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Give it back. Once more does nothing: a template's end and the failure of its build may both do it."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
         # Unlocking, not only closing: a forked child may have the same open file.
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        os.close(self._fd)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
     def share(self) -> None:
         fcntl.flock(self._fd, fcntl.LOCK_SH)

@@ -24,7 +24,7 @@ from deployments.engine import http
 from deployments.engine.client import HostConnection, acquire
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
-from deployments.engine.use_lock import LOCKS, MANIFEST
+from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock
 from deployments.errors import EngineStartFailed
 
 STUB = "tests.engine.stub_template"
@@ -413,6 +413,21 @@ async def warmed(node: Node, model: EngineSpec, rung: str, **more: Any) -> dict[
     """The host's answer when it is asked to warm."""
     client = await node.client()
     return await client.ask({"op": "warm", "spec": model.to_json(), "rung": rung, "wait_s": 20, **more})
+
+
+def test_a_lease_given_back_twice_leaves_other_files_alone(tmp_path: Path) -> None:
+    """A template that fails as it ends gives its weights back twice; by then the descriptor may be another's."""
+    lock = UseLock(tmp_path / "model.use").__enter__()
+    assert lock.try_share()
+    lock.__exit__()
+    with (tmp_path / "other").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        lock.__exit__()
+        other.write("still open")
+        with UseLock(tmp_path / "other") as second:
+            assert not second.try_exclusive()
+    with UseLock(tmp_path / "model.use") as again:
+        assert again.try_exclusive()
 
 
 async def test_a_model_is_warmed_to_a_parked_engine_and_let_down(node: Node, weights: Path) -> None:
