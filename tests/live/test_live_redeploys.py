@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from tests.live.conftest import changed, scaling
 from tests.live.lab import Relight, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 LONG = {
     "model": "chat",
@@ -37,10 +39,9 @@ def tokens_until_done(response: Any, begun: threading.Event) -> int:
     raise AssertionError("the stream broke off")
 
 
-def test_a_generation_outlives_its_model_and_its_gateway(relight: Relight, fleet: dict[str, Any]) -> None:
-    """A model that leaves the fleet finishes what it generates; what is parked beyond the new budget is ended."""
-    assert relight.embed("parks").status == 200
-    relight.dark("parks", state="parked")
+@contextlib.contextmanager
+def generating(relight: Relight) -> Iterator[None]:
+    """A long answer that has begun; at the end of the block it is waited for, and its tokens are counted."""
     counted: list[int] = []
     begun = threading.Event()
 
@@ -50,44 +51,46 @@ def test_a_generation_outlives_its_model_and_its_gateway(relight: Relight, fleet
 
     reader = threading.Thread(target=read)
     reader.start()
-    assert begun.wait(90)
     try:
-        without = {**fleet, "models": [m for m in fleet["models"] if m["id"] != "chat"]}
-        relight.up({**without, "engine_host": {"park_memory_bytes": 0}})
-        assert relight.complete("chat").status == 404
+        assert begun.wait(90)
+        yield
+    finally:
         reader.join(200)
-        assert counted == [LONG["max_tokens"]]
+    assert counted == [LONG["max_tokens"]]
+
+
+def test_generations_outlive_their_model_their_gateway_and_their_version(
+    relight: Relight, fleet: dict[str, Any]
+) -> None:
+    """One whose model leaves the fleet comes to its end, and so does one of whose model another version comes.
+
+    What is parked beyond a new budget is ended. Other arguments mean another engine: the old one finishes, the new one
+    answers. One test, since each change takes half a minute and this one makes three of them.
+    """
+    assert relight.embed("parks").status == 200
+    relight.dark("parks", state="parked")
+    try:
+        with generating(relight):
+            without = {**fleet, "models": [m for m in fleet["models"] if m["id"] != "chat"]}
+            relight.up({**without, "engine_host": {"park_memory_bytes": 0}})
+            assert relight.complete("chat").status == 404
         until("the engine of a model that left to be gone", lambda: not relight.engines("chat "))
         until("the parked engine to be ended", lambda: not relight.engines("parks "))
         until("its template to be gone", lambda: not relight.processes("relight-model-template chat"))
-    finally:
-        reader.join()
+        chat = next(m for m in fleet["models"] if m["id"] == "chat")
+        relight.up(
+            changed(fleet, "chat", engine={**chat["engine"], "max_model_len": 1024}, scaling=scaling())
+        )
+        with generating(relight):
+            old = relight.ready_engine("chat")["engine_id"]
+            answer = relight.complete("chat", max_tokens=1100)
+            assert answer.status == 400
+            assert "1024" in answer.json["error"]["message"]
+            relight.up(fleet)
+            answer = relight.complete("chat", max_tokens=2100)
+            assert answer.status == 400
+            assert "2048" in answer.json["error"]["message"]
+            assert relight.model("chat")["last_cold_start"]["engine_id"] != old
+    except BaseException:
         relight.up(fleet)
-
-
-def test_a_generation_outlives_a_new_version_of_its_model(relight: Relight, fleet: dict[str, Any]) -> None:
-    """Other arguments mean another engine: the old one finishes, the new one answers."""
-    counted: list[int] = []
-    begun = threading.Event()
-
-    def read() -> None:
-        with relight.stream(LONG) as response:
-            counted.append(tokens_until_done(response, begun))
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert begun.wait(90)
-    old = relight.ready_engine("chat")["engine_id"]
-    chat = next(m for m in fleet["models"] if m["id"] == "chat")
-    other = changed(fleet, "chat", engine={**chat["engine"], "max_model_len": 1024}, scaling=scaling())
-    try:
-        relight.up(other)
-        answer = relight.complete("chat", max_tokens=1100)
-        assert answer.status == 400
-        assert "1024" in answer.json["error"]["message"]
-        assert relight.model("chat")["last_cold_start"]["engine_id"] != old
-        reader.join(200)
-        assert counted == [LONG["max_tokens"]]
-    finally:
-        reader.join()
-        relight.up(fleet)
+        raise
