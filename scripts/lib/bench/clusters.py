@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -255,3 +256,9 @@ def wait_until_dark(running: Running, *, parked: bool = False, settle_s: float =
 
     wait_for("the model does not go dark" if not parked else "no engine is parked", dark, 120, 0.5)
     time.sleep(settle_s)
+
+
+def worker() -> None:
+    """For the processes of a pool: they are ended by their parent, without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

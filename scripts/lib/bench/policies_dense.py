@@ -193,7 +193,7 @@ def _points(
 ) -> Iterator[Point]:
     # Forked, one run a process: what was learned is learned once, and no run changes it for the next.
     _JOB[:] = [(prepared, cold_s, learned(prepared, cold_s))]
-    with get_context("fork").Pool(processes, maxtasksperchild=1) as pool:
+    with get_context("fork").Pool(processes, clusters.worker, maxtasksperchild=1) as pool:
         for point in pool.imap(_run, variants, chunksize=1):
             say(f"  {point.policy} {dict(point.settings)}: {point.attainment:.4f}, {point.gpu_s:.0f} GPU-s")
             yield point

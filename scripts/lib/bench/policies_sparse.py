@@ -143,7 +143,7 @@ def run(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Job, Repor
     if count == 1:
         yield from map(_run, jobs)
         return
-    with multiprocessing.get_context("fork").Pool(count) as pool:
+    with multiprocessing.get_context("fork").Pool(count, clusters.worker) as pool:
         yield from pool.imap_unordered(_run, jobs, chunksize=1)
 
 
