@@ -55,7 +55,7 @@ def measure(
             figures = next(model.figures for model in report.models if model.model == "poisson")
             row = found[name]
             row["requests"] += figures.requests
-            row["cold_requests"] += figures.cold_starts
+            row["cold_requests"] += figures.cold_requests
             row["waited_s"] += figures.waited_s
             row["gpu_s"] += figures.gpu_s
         if (run + 1) % 10 == 0:
