@@ -162,8 +162,13 @@ class Template:
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         try:
             send_with_fds(self._channel, message, fds)
+        except BlockingIOError as error:
+            raise StartFailed(f"the {self.name} template doesn't take its requests") from error
         except OSError as error:
-            raise TemplateGone(f"the {self.name} template is gone: {error}") from error
+            reason = f"the {self.name} template is gone: {error}"
+            # Before its end is read from the channel, or every new attempt would meet the same broken one.
+            self.close(reason)
+            raise TemplateGone(reason) from error
         self._forks[message["engine_id"]] = future
         return future
 

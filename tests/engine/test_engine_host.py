@@ -341,6 +341,38 @@ async def test_a_killed_template_is_replaced_and_starts_go_on(node: Node, weight
     assert await ask(second) == second.pid
 
 
+async def test_a_start_that_meets_a_broken_channel_waits_for_the_next_template(node: Node, weights: Path) -> None:
+    """Its end may not have been read yet: the attempts must not all be spent on the same dead template."""
+    model = spec(weights)
+    node.configure(model)
+    _, first = await node.lit(model)
+    template = node.host.node
+    assert template is not None and template.pid is not None
+    asyncio.get_running_loop().remove_reader(template._channel.fileno())
+    os.kill(template.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, template.pid, os.WEXITED | os.WNOWAIT)
+    _, second = await node.lit(model)
+    assert second.engine_id != first.engine_id
+    assert await ask(second) == second.pid
+
+
+async def test_a_template_that_stops_reading_is_the_reason(node: Node, weights: Path) -> None:
+    """A full channel is told, not waited on for ever; the template is left to go on."""
+    model = spec(weights)
+    node.configure(model)
+    await node.lit(model)
+    template = node.host.node
+    assert template is not None and template.pid is not None
+    os.kill(template.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(host_module.StartFailed, match="doesn't take its requests"):
+            for number in range(10_000):
+                template.fork({"op": "fork", "engine_id": str(number)}, []).cancel()
+    finally:
+        os.kill(template.pid, signal.SIGCONT)
+    assert node.host.node is template
+
+
 async def test_a_template_that_dies_under_a_start_costs_no_request(node: Node, weights: Path) -> None:
     """A fork that was asked for and not answered is done by the next template."""
     model = spec(weights)
