@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from autoscaling.forecast.history import TAUS_S, Floats, History, Recent
 from autoscaling.forecast.prior import Prior
 
 _TAUS: Floats = np.asarray(TAUS_S)
-_MIDDLES: Floats = (CELLS_S[:-1] + CELLS_S[1:]) / 2
+_EDGES_S: Floats = np.concatenate([[0.0], CELLS_S])
+_MIDDLES_S: Floats = (_EDGES_S[:-1] + _EDGES_S[1:]) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,46 +24,50 @@ class FittedFleet(ArrivalBase):
     record: Record
     coefficients: Floats
     own: Floats
-    """gap_record.own_hazard in the middle of each of CELLS_S, shape (len(CELLS_S) - 1, 4)."""
+    """gap_record.own_hazard in the middle of each of _EDGES_S' cells, shape (len(_EDGES_S) - 1, 4)."""
+    _silence: list[tuple[Recent, Floats, Floats]] = field(default_factory=list, compare=False, repr=False)
+    """The one that was asked for last, and what was found: it is asked for several times while it goes on."""
 
     @staticmethod
     def of(name: str, record: Record, coefficients: Floats) -> FittedFleet:
-        return FittedFleet(name, record, coefficients, own_hazard(record.gaps_s, _MIDDLES))
+        return FittedFleet(name, record, coefficients, own_hazard(record.gaps_s, _MIDDLES_S))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return FittedFleet.of, (self.name, self.record, self.coefficients)
 
     def knowing(self, record: Record) -> FittedFleet:
         """The same, with a better record of the model's silences."""
         return FittedFleet.of(self.name, record, self.coefficients)
 
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
-        age_s = max(0.0, now_s - recent.last_s)
-        edges, hazards = self._hazards(recent, age_s)
-        gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(edges))])
-        ages = age_s + times_s
-        found = np.interp(ages, edges, gone)
+        hazards, gone = self._hazards(recent)
+        ages = max(0.0, now_s - recent.last_s) + np.concatenate([[0.0], times_s])
         # Beyond the last cell it goes on as there.
-        return -np.asarray(found + np.maximum(ages - edges[-1], 0.0) * hazards[-1])
+        found = np.interp(ages, _EDGES_S, gone) + np.maximum(ages - _EDGES_S[-1], 0.0) * hazards[-1]
+        return np.asarray(found[0] - found[1:])
 
-    def _hazards(self, recent: Recent, age_s: float) -> tuple[Floats, Floats]:
-        """Ages from the present one on, and the hazard between each two of them."""
-        first = int(np.searchsorted(CELLS_S, age_s + 1e-3))
-        later = CELLS_S[first:]
-        edges = np.concatenate([[age_s], later if len(later) else [age_s + 3600.0]])
-        age = (edges[:-1] + edges[1:]) / 2
-        time_s = recent.last_s + age
+    def _hazards(self, recent: Recent) -> tuple[Floats, Floats]:
+        """The hazard in each of _EDGES_S' cells of the silence, and its integral up to each edge."""
+        for known, *found in self._silence[:]:
+            if known == recent:
+                return found[0], found[1]
+        time_s = recent.last_s + _MIDDLES_S
         rates = np.asarray(recent.rates) * np.exp(np.minimum((recent.rates_s - recent.last_s) / _TAUS, 50.0))
-        n = len(age)
-        known = float(self.record.known)
+        n = len(_MIDDLES_S)
         rows = Rows(
-            counts=rates * _TAUS * np.exp(-age[:, None] / _TAUS),
+            counts=rates * _TAUS * np.exp(-_MIDDLES_S[:, None] / _TAUS),
             onsets_s=time_s[:, None] - np.asarray([recent.onsets_s[i] for i in ONSETS]),
-            age_s=age,
+            age_s=_MIDDLES_S,
             time_s=time_s,
-            own=self.own[np.clip(np.arange(first - 1, first - 1 + n), 0, len(self.own) - 1)],
+            own=self.own,
             typical=np.full(n, self.record.typical),
-            known=np.full(n, known),
+            known=np.full(n, float(self.record.known)),
             day=same_time(self.record.active_s, time_s, np.inf),
         )
-        return edges, np.exp(log_hazard(rows, self.coefficients))
+        hazards = np.exp(log_hazard(rows, self.coefficients))
+        gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(_EDGES_S))])
+        self._silence[:] = [(recent, hazards, gone)]
+        return hazards, gone
 
 
 @dataclass(frozen=True, slots=True)

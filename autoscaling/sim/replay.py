@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
+from threadpoolctl import threadpool_limits
+
 from autoscaling.core.types import Decision, Spec
 from autoscaling.sim import compiled
 from autoscaling.sim.arrivals import PIECE, Piece, pieces
@@ -75,6 +77,11 @@ class Replay:
         self._forecasts = forecasts or SimForecasts()
 
     def run(self) -> Report:
+        # The matrices are small: BLAS would only have its other threads wait for each other, busily.
+        with threadpool_limits(1, user_api="blas"):
+            return self._replayed()
+
+    def _replayed(self) -> Report:
         began_s = time.perf_counter()
         compiled.install()
         setup = self._setup
