@@ -83,6 +83,7 @@ Prices = Annotated[
         "--price", help="TYPE=NUMBER: what a GPU of a type costs an hour. May be repeated; see --gpu."
     ),
 ]
+Jobs = Annotated[int | None, typer.Option(help="Processes (default: one a core).", min=1)]
 Out = Annotated[
     Path | None, typer.Option("--json", help="Write the report as JSON; - is the standard output.")
 ]

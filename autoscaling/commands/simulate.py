@@ -66,6 +66,7 @@ def simulate(
     from_store: replaying.FromStore = None,
     gpu: replaying.Gpu = None,
     price: replaying.Prices = None,
+    jobs: replaying.Jobs = None,
     schema: Schema = False,
 ) -> None:
     """Replay a trace under one policy: what it costs, and how long users wait. Nothing real is started.
@@ -88,9 +89,9 @@ def simulate(
     with replaying.wrong(), replaying.progress("simulating"):
         base = base_of(source, given)
         if policy is None and base.specs is not None:
-            report = sim.as_given(base, settings)
+            report = sim.as_given(base, settings, processes=jobs)
         else:
-            report = sim.simulate(base, sim.Variant(policy or "predictive", settings))
+            report = sim.simulate(base, sim.Variant(policy or "predictive", settings), processes=jobs)
     if out is not None:
         replaying.write_json(out, report.to_plain())
         if str(out) == "-":
@@ -134,7 +135,7 @@ def compare(
     report: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML file with plots, which needs no network.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes (default: one a core).", min=1)] = None,
+    jobs: replaying.Jobs = None,
     fleet: replaying.Fleet = None,
     measure_from: replaying.MeasureFrom = None,
     until: replaying.Until = None,

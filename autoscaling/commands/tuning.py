@@ -48,7 +48,7 @@ def tune(
         Path | None,
         typer.Option("--out", help="Write the policy file there: for `relight policy set MODEL --file`."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes (default: one a core).", min=1)] = None,
+    jobs: replaying.Jobs = None,
     set_: replaying.Settings = None,
     fleet: replaying.Fleet = None,
     measure_from: replaying.MeasureFrom = None,

@@ -8,11 +8,14 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
+from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
-from autoscaling.sim.replay import Setup, replay
+from autoscaling.sim.peers import shared
+from autoscaling.sim.replay import Setup, SpecOf, replay
 from autoscaling.sim.report import Report, priced
 from autoscaling.traces import Row, Source, TraceError
 
@@ -127,8 +130,17 @@ class Base:
         return self.spec if self.specs is None else self.specs[model]
 
 
-def simulate(base: Base, variant: Variant, progress: Callable[[float], None] | None = None) -> Report:
-    """One variant. `best-fixed` is tried with every keep-alive, one after the other.
+def simulate(
+    base: Base,
+    variant: Variant,
+    progress: Callable[[float], None] | None = None,
+    *,
+    processes: int | None = 1,
+) -> Report:
+    """One variant. `best-fixed` is tried with every keep-alive.
+
+    Args:
+        processes: that share the models among them, and come to the same result as one. None: as many as cores.
 
     Raises:
         TraceError: for a bad row, or a trace of which nothing is scored.
@@ -136,37 +148,62 @@ def simulate(base: Base, variant: Variant, progress: Callable[[float], None] | N
     """
     check(variant)
     if variant.policy == BEST_FIXED:
-        reports = [simulate(base, each) for each in fixed(variant)]
-        return _best(reports)
+        return _best(compare(base, fixed(variant), processes=processes))
     setup = base.setup
     oracle = (
         Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s)
         if variant.policy == ORACLE
         else None
     )
+    specs: Mapping[str, Spec] | SpecOf
     if base.specs is None:
         plain = _bounded(variant.applied(base.spec))
-        report = replay(
-            rows_of(base.trace),
-            lambda model: replace(plain, model=model),
-            setup,
-            forecasts=oracle,
-            progress=progress,
-        )
+        specs = lambda model: replace(plain, model=model)  # noqa: E731
     else:
         specs = {model: _bounded(variant.applied(spec)) for model, spec in base.specs.items()}
-        report = replay(rows_of(base.trace), specs, setup, forecasts=oracle, progress=progress)
+    report = _replayed(base, specs, processes, oracle, progress)
     return _finished(dataclasses.replace(report, policy=ORACLE) if oracle is not None else report, base)
 
 
-def as_given(base: Base, settings: Mapping[str, float] | None = None) -> Report:
+def as_given(base: Base, settings: Mapping[str, float] | None = None, *, processes: int | None = 1) -> Report:
     """Every model under its own spec's policy, with what is set for all. Raises TraceError, SettingError."""
     specs = {}
     for model, spec in (base.specs or {}).items():
         variant = Variant(spec.policy, settings or {})
         check(variant)
         specs[model] = _bounded(variant.applied(spec))
-    return _finished(replay(rows_of(base.trace), specs, base.setup), base)
+    return _finished(_replayed(base, specs, processes), base)
+
+
+def _replayed(
+    base: Base,
+    specs: Mapping[str, Spec] | SpecOf,
+    processes: int | None,
+    forecasts: Foresight | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Report:
+    processes = processes or len(os.sched_getaffinity(0))
+    if processes > 1:
+        processes = min(processes, _apart(base))
+    return shared(
+        lambda peers: replay(
+            rows_of(base.trace), specs, base.setup, forecasts=forecasts, progress=progress, peers=peers
+        ),
+        processes,
+    )
+
+
+LOOKED_AT = 10_000
+
+
+def _apart(base: Base) -> int:
+    """How many models have nothing to do with each other, as far as the beginning of the trace shows."""
+    if base.setup.profile.gpus is not None or base.setup.profile.parked_engines is not None:
+        return 1
+    models: set[str] = set()
+    for row in islice(rows_of(base.trace), LOOKED_AT):
+        models.add(row.model)
+    return max(1, len(models))
 
 
 def _bounded(spec: Spec) -> Spec:
@@ -272,7 +309,8 @@ def compare(
 
 def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tuple[int, Report]]:
     if processes == 1 or len(jobs) == 1:
-        yield from map(_job, jobs)
+        for i, base, variant in jobs:
+            yield i, simulate(base, variant, processes=processes)
         return
     # Forked: what is imported and compiled is so once. Nothing here has threads that could hold a lock.
     with multiprocessing.get_context("fork").Pool(min(processes, len(jobs)), _quietly) as pool:

@@ -14,6 +14,7 @@ from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import FittedModel, Job, fit_standard
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
 from autoscaling.forecast.schedule import CHANGED_ARRIVALS, CHANGED_SILENCES, SETTLE_S
+from autoscaling.sim.peers import Peers
 from autoscaling.sim.queueing import Floats
 from autoscaling.traffic import LEVELS, Buckets, Traffic
 
@@ -43,7 +44,7 @@ class Foresight(Protocol):
     def arrived(self, model: str, times: Floats, work: Floats) -> None: ...
     def next_s(self, model: str) -> float: ...
     def fit(self, model: str, now_s: float) -> None: ...
-    def pool(self) -> None: ...
+    def pool(self, peers: Peers) -> None: ...
     def forecast(self, model: str, now_s: float) -> Forecast | None: ...
 
 
@@ -188,11 +189,12 @@ class SimForecasts:
         if fitted is not None:
             self._book.install(model, fitted if turn.horizon_s > 0 else replace(fitted, demand=None))
 
-    def pool(self) -> None:
+    def pool(self, peers: Peers) -> None:
         """What the fleet's models have in common by now. All of them must have got to the same moment."""
-        fits = self._book.fits()
-        if fits:
-            self._prior = pooled((fit.share for _, fit in sorted(fits.items())), self._prior)
+        mine = {model: fit.share for model, fit in self._book.fits().items()}
+        shares = {model: share for part in peers.gather(mine) for model, share in part.items()}
+        if shares:
+            self._prior = pooled((share for _, share in sorted(shares.items())), self._prior)
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """Of the last fit, as of about now."""
@@ -231,7 +233,7 @@ class NoForecasts:
     def fit(self, model: str, now_s: float) -> None:
         """Nothing."""
 
-    def pool(self) -> None:
+    def pool(self, peers: Peers) -> None:
         """Nothing."""
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:

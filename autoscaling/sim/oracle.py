@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from autoscaling.core.types import Demand, Forecast, NextArrival
+from autoscaling.sim.peers import Peers
 from autoscaling.sim.queueing import Floats
 
 SURE_S = 0.5
@@ -76,7 +77,7 @@ class Oracle:
     def fit(self, model: str, now_s: float) -> None:
         """Nothing."""
 
-    def pool(self) -> None:
+    def pool(self, peers: Peers) -> None:
         """Nothing."""
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from autoscaling.core.types import Decision, Spec
 from autoscaling.sim import compiled
 from autoscaling.sim.arrivals import PIECE, Piece, pieces
 from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.group import Group, Sample, Setup
-from autoscaling.sim.report import Report, together
+from autoscaling.sim.peers import Alone, Peers
+from autoscaling.sim.report import ModelReport, Report, together
 from autoscaling.traces import Row, Trace
 
 FORESEES = frozenset({"predictive", "hybrid-histogram"})
@@ -36,6 +37,7 @@ def replay(
     policy: str | None = None,
     forecasts: Foresight | None = None,
     progress: Callable[[float], None] | None = None,
+    peers: Peers | None = None,
 ) -> Report:
     """One policy over a trace.
 
@@ -45,12 +47,26 @@ def replay(
         policy: what goes instead of the specs' own.
         forecasts: who forecasts; None: the forecasters that the cluster has.
         progress: called now and then with the virtual time, in Unix seconds.
+        peers: who replays the other models of the same trace; the report is of all of them.
 
     Raises:
         TraceError: for a bad row.
         ValueError: for a policy that there is not.
     """
-    return Replay(trace, specs, setup or Setup(), policy, forecasts, progress).run()
+    return Replay(trace, specs, setup or Setup(), policy, forecasts, progress, peers).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one process has to report. Picklable."""
+
+    models: list[ModelReport]
+    specs: list[Spec]
+    errors: list[str]
+    stuck: list[str]
+    timeline: dict[str, tuple[Sample, ...]]
+    failures: Mapping[str, str]
+    fits: int
 
 
 class Replay:
@@ -64,8 +80,11 @@ class Replay:
         policy: str | None = None,
         forecasts: Foresight | None = None,
         progress: Callable[[float], None] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._trace = trace
+        self._peers = peers or Alone()
+        self._order: dict[str, int] = {}
         self._given = specs
         self._setup = setup
         self._policy = policy
@@ -109,7 +128,7 @@ class Replay:
         while True:
             for group in self.groups.values():
                 group.run(end_s, inclusive=True)
-            if not any(group.answers for group in self.groups.values()):
+            if not any(self._peers.gather(any(group.answers for group in self.groups.values()))):
                 break
             end_s += 60
         for group in self.groups.values():
@@ -153,12 +172,18 @@ class Replay:
     def _begin(self, begin_s: float) -> None:
         if not callable(self._given):
             for name in self._given:
-                self._specs[name] = self._spec(name)
+                if self._is_ours(name):
+                    self._specs[name] = self._spec(name)
             if self._one:
                 self.groups[""] = self._group(self._specs, begin_s)
             else:
                 for name, spec in self._specs.items():
                     self.groups[name] = self._group({name: spec}, begin_s)
+
+    def _is_ours(self, name: str) -> bool:
+        """By turns; models that share something are the first process's."""
+        at = self._order.setdefault(name, len(self._order))
+        return (0 if self._one else at % self._peers.count) == self._peers.index
 
     def _spec(self, name: str) -> Spec:
         spec = self._given(name) if callable(self._given) else self._given[name]
@@ -170,10 +195,12 @@ class Replay:
 
     def _add(self, piece: Piece, begin_s: float) -> None:
         for name, (times, work) in piece.requests.items():
+            if not callable(self._given) and name not in self._given:
+                self._left_out.add(name)
+                continue
+            if not self._is_ours(name):
+                continue
             if name not in self._specs:
-                if not callable(self._given):
-                    self._left_out.add(name)
-                    continue
                 if self._one:
                     raise ValueError(
                         "models that share GPUs or memory must be named before the replay: give specs by name"
@@ -185,31 +212,31 @@ class Replay:
     def _run(self, until_s: float) -> None:
         for group in self.groups.values():
             group.run(until_s)
-        if self._forecasts.fits:
-            self._forecasts.pool()
+        if self._foresees:
+            self._forecasts.pool(self._peers)
         if self._progress is not None:
             self._progress(until_s)
 
     def _report(self, begin_s: float, end_s: float, took_s: float) -> Report:
         setup = self._setup
-        models = tuple(
-            group.report(name, self._specs[name].wait_cost, setup.profile.price_per_gpu_h)
-            for group in self.groups.values()
-            for name in group.models
+        parts = self._peers.gather(self._part())
+        models = sorted(
+            (each for part in parts for each in part.models), key=lambda each: self._order[each.model]
         )
-        policies = {spec.policy for spec in self._specs.values()}
-        costs = {spec.wait_cost for spec in self._specs.values()}
-        kept = {spec.keep_alive_s for spec in self._specs.values()}
-        params = {tuple(sorted(spec.params.items())) for spec in self._specs.values()}
-        notes = [f"{what}: {error}" for group in self.groups.values() for what, error in group.errors.items()]
-        stuck = [name for name, group in self.groups.items() if group.unanswered]
+        specs = [spec for part in parts for spec in part.specs]
+        costs = {spec.wait_cost for spec in specs}
+        kept = {spec.keep_alive_s for spec in specs}
+        policies = {spec.policy for spec in specs}
+        params = {tuple(sorted(spec.params.items())) for spec in specs}
+        notes = [error for part in parts for error in part.errors]
+        stuck = [name for part in parts for name in part.stuck]
         if stuck:
             notes.append(
                 f"requests were never answered, for nothing was going to start: {', '.join(stuck[:5])}"
             )
         if self._left_out:
             notes.append(f"{len(self._left_out)} models of the trace are not in the fleet and were left out")
-        notes += [f"no forecast for {model}: {e}" for model, e in self._forecasts.failures.items()]
+        notes += [f"no forecast for {model}: {e}" for part in parts for model, e in part.failures.items()]
         return Report(
             policy=policies.pop() if len(policies) == 1 else "mixed" if policies else "",
             params=dict(params.pop()) if len(params) == 1 else {},
@@ -220,16 +247,31 @@ class Replay:
             measured_from_s=begin_s + setup.measure_from_s,
             until_s=end_s,
             total=together(models),
-            models=models,
-            timeline={
-                name: tuple(samples)
-                for group in self.groups.values()
-                for name, samples in group.samples.items()
-            },
+            models=tuple(models),
+            timeline={name: samples for part in parts for name, samples in part.timeline.items()},
             took_s=took_s,
-            fits=self._forecasts.fits,
+            fits=sum(part.fits for part in parts),
             skipped_rows=self._trace.bad if isinstance(self._trace, Trace) else 0,
             notes=tuple(notes),
+        )
+
+    def _part(self) -> _Part:
+        price = self._setup.profile.price_per_gpu_h
+        groups = self.groups
+        return _Part(
+            models=[
+                group.report(name, self._specs[name].wait_cost, price)
+                for group in groups.values()
+                for name in group.models
+            ],
+            specs=list(self._specs.values()),
+            errors=[f"{what}: {error}" for group in groups.values() for what, error in group.errors.items()],
+            stuck=[name for name, group in groups.items() if group.unanswered],
+            timeline={
+                name: tuple(samples) for group in groups.values() for name, samples in group.samples.items()
+            },
+            failures=self._forecasts.failures,
+            fits=self._forecasts.fits,
         )
 
     @property
