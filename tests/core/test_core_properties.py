@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from autoscaling.core import codec
@@ -214,6 +214,10 @@ def test_no_traffic_ends_at_zero(asked: Spec, load: int, kind: str) -> None:
     st.sampled_from([1.0, 5.0, 20.0]),
     st.sampled_from([0.0, 1.0, 3.0]),
     st.sampled_from(["none", "never", "poisson", "timer"]),
+)
+# A start that takes less than was measured: not parked for the seconds that are left.
+@example(
+    spec("predictive", wait_cost=10.0, max_replicas=1, target_ongoing_requests=1.0), 1, 1.0, 0.0, "timer"
 )
 def test_between_decision_and_effect_nothing_flaps(
     asked: Spec, load: int, start_s: float, lag_s: float, kind: str

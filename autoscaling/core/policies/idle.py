@@ -53,6 +53,12 @@ def idle(context: Context) -> Idle:
     prewarmed = memory.get("prewarmed_for_s") == since_s
     choice = _choice(context, since_s, left_s, begun_s, values, ready=ready)
     lit, until_s, rung = choice.lit, choice.until_s, choice.rung
+    if ready and prewarmed and "start_s" in memory:
+        # Ready before it was to be: what it was started for is still ahead. To park it until then would be flapping.
+        due_s = memory["start_s"] + memory["start_lead_s"]
+        if seen.now_s < due_s:
+            values |= {"start_s": memory["start_s"], "start_lead_s": memory["start_lead_s"]}
+            lit, until_s = True, until_s if lit else due_s
     if context.param(KEEP_ALIVE_BOUND) >= 0.5 and lit and (ready or starting) and not prewarmed:
         ends_s = since_s + context.spec.keep_alive_s
         if seen.now_s >= ends_s:
