@@ -69,6 +69,9 @@ RUNGS = ("node", "weights", "template", "parked")
 class StartFailed(Exception):
     """An engine can't start; the message is its own reason."""
 
+    stands: bool = True
+    """Whether who asks again at once would meet the same."""
+
 
 class TemplateGone(StartFailed):
     """The template ended before it had forked: another may do it."""
@@ -533,7 +536,9 @@ class Host:
                 await asyncio.sleep(0.05)
                 error = StartFailed(info.reason or f"the engine process {info.pid} ended at once: {error}")
             self._ended(engine, str(error))
-            raise error if isinstance(error, StartFailed) else StartFailed(str(error)) from error
+            failed = error if isinstance(error, StartFailed) else StartFailed(str(error))
+            failed.stands = kind != "mapped"  # the next start is the plain one
+            raise failed from (None if failed is error else error)
         finally:
             if status_write >= 0:
                 os.close(status_write)
@@ -717,7 +722,8 @@ class Host:
             try:
                 engine = await self.start(spec, gpu_ids, requested_s)
             except StartFailed as error:
-                entry.failure = (str(error), time.time())
+                if error.stands:
+                    entry.failure = (str(error), time.time())
                 raise
             self._claim(engine, hold=hold)
             return engine

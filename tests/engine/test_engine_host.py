@@ -594,6 +594,28 @@ async def test_what_can_not_be_built_from_mapped_weights_is_started_plainly(
     assert (info.kind, info.state) == ("forked", "ready")
 
 
+async def test_so_where_it_ends_before_the_host_has_looked(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its failure must not stand for that of the plain start either."""
+    model = spec(weights, env={"STUB_FAIL_MAPPED": "no such layout"})
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    entry = node.host.models[model.fingerprint]
+    await until(lambda: entry.flat)
+    hold = node.host._hold
+
+    def late(engine: host_module.Engine) -> None:
+        if engine.info.kind == "mapped":
+            raise ConnectionRefusedError("nobody listens")
+        hold(engine)
+
+    monkeypatch.setattr(node.host, "_hold", late)
+    with pytest.raises(EngineStartFailed):
+        await node.lit(model)
+    _, info = await node.lit(model)
+    assert (info.kind, info.state) == ("forked", "ready")
+
+
 async def test_a_template_whose_memory_was_asked_back_leaves_its_mapped_weights(
     node: Node, weights: Path, tmp_path: Path
 ) -> None:
