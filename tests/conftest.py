@@ -9,8 +9,10 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-# A deadline is a timed assertion: on a busy machine it fails for nothing.
-settings.register_profile("relight", deadline=None)
+# A deadline is a timed assertion: on a busy machine it fails for nothing. The same code gets the same examples, so that
+# a change is not held up by what was there before it; `--hypothesis-profile search` draws new ones.
+settings.register_profile("search", deadline=None)
+settings.register_profile("relight", deadline=None, derandomize=True)
 settings.load_profile("relight")
 
 OWN_CLUSTERS = ("test_by_hand", "test_live_nodes")

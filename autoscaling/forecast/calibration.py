@@ -33,11 +33,18 @@ class Calibrated:
         return self.inner.name
 
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
-        base_s = min(now_s, recent.last_s + MIN_SILENCE_S)
-        gone_s = now_s - base_s
-        inner = self.inner.log_survival(base_s, recent, np.concatenate([[gone_s], gone_s + times_s]))
-        values = corrected(np.minimum(inner, 0.0), self.a, self.b)
-        return np.asarray(values[1:] - values[0])
+        """Before a silence can be told from a burst that goes on there is nothing to correct."""
+        begins_s = recent.last_s + MIN_SILENCE_S
+        if now_s >= begins_s:
+            gone_s = now_s - begins_s
+            inner = self.inner.log_survival(begins_s, recent, np.concatenate([[gone_s], gone_s + times_s]))
+            values = corrected(np.minimum(inner, 0.0), self.a, self.b)
+            return np.asarray(values[1:] - values[0])
+        until_s = begins_s - now_s
+        split = int(np.searchsorted(times_s, until_s))
+        values = self.inner.log_survival(now_s, recent, np.insert(times_s, split, until_s))
+        late = values[split] + corrected(np.minimum(values[split + 1 :] - values[split], 0.0), self.a, self.b)
+        return np.concatenate([values[:split], late])
 
     def extra_times(self, now_s: float, recent: Recent) -> Floats:
         return self.inner.extra_times(now_s, recent)

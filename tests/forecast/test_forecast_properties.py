@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from made_traffic import DAY_S, START_S, poisson, traffic
 
 from autoscaling.core.types import Forecast
-from autoscaling.forecast.calibration import corrected
+from autoscaling.forecast.arrivals import FittedRenewal
+from autoscaling.forecast.calibration import SHAPES, Calibrated, corrected
 from autoscaling.forecast.fit import FittedModel, Job, fit_standard
 from autoscaling.forecast.gaps import BINS, EDGES_S, GapSample, default_prior, gap_mass, log_survival
 from autoscaling.forecast.history import THETAS_S, Recent, arrived, history_of, recent_of
@@ -78,6 +79,24 @@ def test_waiting_is_conditioning(times: np.ndarray[tuple[int], np.dtype[np.float
     after = found.arrivals.log_survival(now_s + wait_s, recent, np.asarray([600.0]))
     if before[1] > -15:
         assert after[0] == pytest.approx(before[1] - before[0], abs=1e-3)
+
+
+@given(
+    st.floats(0.0, 30.0),
+    st.floats(0.0, 60.0),
+    st.floats(1.0, 3600.0),
+    *[st.sampled_from(SHAPES.tolist())] * 2,
+)
+def test_so_where_it_is_corrected(age_s: float, wait_s: float, then_s: float, a: float, b: float) -> None:
+    """Also while a silence can't be told yet from a burst that goes on, and across that moment."""
+    fitted = Calibrated(FittedRenewal("renewal", log_survival(default_prior()), FLAT), a, b)
+    recent = arrived(None, START_S, 1.0)
+    assert recent is not None
+    now_s = START_S + age_s
+    before = fitted.log_survival(now_s, recent, np.asarray([0.0, wait_s, wait_s + then_s]))
+    after = fitted.log_survival(now_s + wait_s, recent, np.asarray([then_s]))
+    assert before[0] == pytest.approx(0.0, abs=1e-9)
+    assert after[0] == pytest.approx(before[2] - before[1], abs=1e-6)
 
 
 @settings(max_examples=50)
