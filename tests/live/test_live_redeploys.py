@@ -64,18 +64,18 @@ def test_generations_outlive_their_model_their_gateway_and_their_version(
 ) -> None:
     """One whose model leaves the fleet comes to its end, and so does one of whose model another version comes.
 
-    What is parked beyond a new budget is ended. Other arguments mean another engine: the old one finishes, the new one
-    answers. One test, since each change takes half a minute and this one makes three of them.
+    Other arguments mean another engine: the old one finishes, the new one answers. What else is in the fleet stays as it
+    is, a parked engine too. One test, since each change builds a template and this one makes three of them.
     """
     assert relight.embed("parks").status == 200
     relight.dark("parks", state="parked")
+    (parked,) = relight.engines("parks ")
     try:
         with generating(relight):
             without = {**fleet, "models": [m for m in fleet["models"] if m["id"] != "chat"]}
-            relight.up({**without, "engine_host": {"park_memory_bytes": 0}})
+            relight.up(without)
             assert relight.complete("chat").status == 404
         until("the engine of a model that left to be gone", lambda: not relight.engines("chat "))
-        until("the parked engine to be ended", lambda: not relight.engines("parks "))
         until("its template to be gone", lambda: not relight.processes("relight-model-template chat"))
         chat = next(m for m in fleet["models"] if m["id"] == "chat")
         relight.up(
@@ -91,6 +91,7 @@ def test_generations_outlive_their_model_their_gateway_and_their_version(
             assert answer.status == 400
             assert "2048" in answer.json["error"]["message"]
             assert relight.model("chat")["last_cold_start"]["engine_id"] != old
+        assert [engine.pid for engine in relight.engines("parks ")] == [parked.pid]
     except BaseException:
         relight.up(fleet)
         raise
