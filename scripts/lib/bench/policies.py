@@ -12,17 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import clusters, policies_dense, policies_ladder, policies_sparse
+from bench import clusters, policies_bound, policies_dense, policies_ladder, policies_sparse
 from bench.clusters import say
 
 PARTS = ("sparse", "ladder", "dense")
+BOUND = "bound"
+"""What forbids a bar of the sparse part; not among what is run if nothing is named."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), help="default: ../shared/traces"
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}; also {BOUND}")
     names = ",".join(policies_sparse.CASES)
     parser.add_argument("--sparse-traces", default=names, help=f"default: {names}")
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
@@ -30,8 +32,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        raise clusters.BenchError(f"--parts: unknown {sorted(unknown)}; there are {', '.join(PARTS)}")
+    if unknown := set(parts) - {*PARTS, BOUND}:
+        raise clusters.BenchError(
+            f"--parts: unknown {sorted(unknown)}; there are {', '.join((*PARTS, BOUND))}"
+        )
     wanted = options.sparse_traces.split(",")
     if unknown := set(wanted) - set(policies_sparse.CASES):
         names = ", ".join(policies_sparse.CASES)
@@ -41,6 +45,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if part in parts:
             say(part)
             result[part] = module.measure(options.traces, wanted, options.processes)
+    if BOUND in parts:
+        result[BOUND] = policies_bound.measure(options.traces, wanted)
     if "dense" in parts:
         say("dense")
         own = argparse.ArgumentParser()
@@ -54,5 +60,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    shown = {"sparse": policies_sparse.text, "ladder": policies_ladder.text, "dense": policies_dense.text}
-    return "\n\n".join(f"== {part} ==\n{shown[part](result[part])}" for part in PARTS if part in result)
+    shown = {
+        "sparse": policies_sparse.text,
+        BOUND: policies_bound.text,
+        "ladder": policies_ladder.text,
+        "dense": policies_dense.text,
+    }
+    return "\n\n".join(f"== {part} ==\n{of(result[part])}" for part, of in shown.items() if part in result)
