@@ -64,8 +64,8 @@ def test_generations_outlive_their_model_their_gateway_and_their_version(
 ) -> None:
     """One whose model leaves the fleet comes to its end, and so does one of whose model another version comes.
 
-    Other arguments mean another engine: the old one finishes, the new one answers. What else is in the fleet stays as it
-    is, a parked engine too. One test, since each change builds a template and this one makes three of them.
+    Other arguments mean another engine: the old one finishes, the new one answers. What else is in the fleet stays as
+    it is, a parked engine too. One test, since each change builds a template and this one makes three of them.
     """
     assert relight.embed("parks").status == 200
     relight.dark("parks", state="parked")
