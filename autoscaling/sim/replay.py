@@ -85,6 +85,8 @@ class Replay:
         self._trace = trace
         self._peers = peers or Alone()
         self._order: dict[str, int] = {}
+        self._owner: dict[str, int] = {}
+        self._asked = [0] * self._peers.count
         self._given = specs
         self._setup = setup
         self._policy = policy
@@ -180,10 +182,16 @@ class Replay:
                 for name, spec in self._specs.items():
                     self.groups[name] = self._group({name: spec}, begin_s)
 
-    def _is_ours(self, name: str) -> bool:
-        """By turns; models that share something are the first process's."""
-        at = self._order.setdefault(name, len(self._order))
-        return (0 if self._one else at % self._peers.count) == self._peers.index
+    def _is_ours(self, name: str, requests: int = 0) -> bool:
+        """A new model goes where least has been asked so far; models that share something are the first process's."""
+        owner = self._owner.get(name)
+        if owner is None:
+            owner = 0 if self._one else min(range(self._peers.count), key=self._asked.__getitem__)
+            self._owner[name] = owner
+            self._order[name] = len(self._order)
+        # A model that is never asked has its ticks too.
+        self._asked[owner] += requests or 1
+        return owner == self._peers.index
 
     def _spec(self, name: str) -> Spec:
         spec = self._given(name) if callable(self._given) else self._given[name]
@@ -198,7 +206,7 @@ class Replay:
             if not callable(self._given) and name not in self._given:
                 self._left_out.add(name)
                 continue
-            if not self._is_ours(name):
+            if not self._is_ours(name, len(times)):
                 continue
             if name not in self._specs:
                 if self._one:
