@@ -9,7 +9,7 @@ import numpy as np
 from autoscaling.forecast.arrivals import ArrivalBase
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.gap_record import Record, own_hazard, record_of, same_time
-from autoscaling.forecast.hazard import CELLS_S, ONSETS, Rows, log_hazard
+from autoscaling.forecast.hazard import CELLS_S, ONSETS, level, log_hazard, moving
 from autoscaling.forecast.history import TAUS_S, Floats, History, Recent
 from autoscaling.forecast.prior import Prior
 
@@ -23,21 +23,17 @@ class FittedFleet(ArrivalBase):
     name: str
     record: Record
     coefficients: Floats
-    own: Floats
-    """gap_record.own_hazard in the middle of each of _EDGES_S' cells, shape (len(_EDGES_S) - 1, 4)."""
+    _level: list[Floats] = field(default_factory=list, compare=False, repr=False)
+    """hazard.level in the middle of each of _EDGES_S' cells, once it was asked for."""
     _silence: list[tuple[Recent, Floats, Floats]] = field(default_factory=list, compare=False, repr=False)
     """The one that was asked for last, and what was found: it is asked for several times while it goes on."""
 
-    @staticmethod
-    def of(name: str, record: Record, coefficients: Floats) -> FittedFleet:
-        return FittedFleet(name, record, coefficients, own_hazard(record.gaps_s, _MIDDLES_S))
-
     def __reduce__(self) -> tuple[object, ...]:
-        return FittedFleet.of, (self.name, self.record, self.coefficients)
+        return FittedFleet, (self.name, self.record, self.coefficients)
 
     def knowing(self, record: Record) -> FittedFleet:
         """The same, with a better record of the model's silences."""
-        return FittedFleet.of(self.name, record, self.coefficients)
+        return FittedFleet(self.name, record, self.coefficients)
 
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
         hazards, gone = self._hazards(recent)
@@ -48,23 +44,23 @@ class FittedFleet(ArrivalBase):
 
     def _hazards(self, recent: Recent) -> tuple[Floats, Floats]:
         """The hazard in each of _EDGES_S' cells of the silence, and its integral up to each edge."""
-        for known, *found in self._silence[:]:
-            if known == recent:
+        for asked, *found in self._silence[:]:
+            if asked == recent:
                 return found[0], found[1]
+        if not self._level:
+            own, n = own_hazard(self.record.gaps_s, _MIDDLES_S), len(_MIDDLES_S)
+            typical, known = np.full(n, self.record.typical), np.full(n, float(self.record.known))
+            self._level[:] = [level(_MIDDLES_S, own, typical, known, self.coefficients)]
         time_s = recent.last_s + _MIDDLES_S
         rates = np.asarray(recent.rates) * np.exp(np.minimum((recent.rates_s - recent.last_s) / _TAUS, 50.0))
-        n = len(_MIDDLES_S)
-        rows = Rows(
+        lately = moving(
+            _MIDDLES_S,
+            time_s,
             counts=rates * _TAUS * np.exp(-_MIDDLES_S[:, None] / _TAUS),
             onsets_s=time_s[:, None] - np.asarray([recent.onsets_s[i] for i in ONSETS]),
-            age_s=_MIDDLES_S,
-            time_s=time_s,
-            own=self.own,
-            typical=np.full(n, self.record.typical),
-            known=np.full(n, float(self.record.known)),
             day=same_time(self.record.active_s, time_s, np.inf),
         )
-        hazards = np.exp(log_hazard(rows, self.coefficients))
+        hazards = np.exp(log_hazard(self._level[0], lately, self.coefficients))
         gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(_EDGES_S))])
         self._silence[:] = [(recent, hazards, gone)]
         return hazards, gone
@@ -79,4 +75,4 @@ class Fleet:
     def fit(self, history: History, prior: Prior) -> FittedFleet:
         if not prior.hazard.knows:
             raise NotApplicable("too few silences are known in the whole fleet")
-        return FittedFleet.of(self.name, record_of(history), prior.hazard.coefficients)
+        return FittedFleet(self.name, record_of(history), prior.hazard.coefficients)

@@ -76,36 +76,51 @@ def offset(age_s: Floats) -> Floats:
 
 
 def design(rows: Rows) -> Floats:
-    """Features, scaled by hand to about one, shape (n, FEATURES)."""
-    log_age = np.log1p(rows.age_s)
+    """Features, scaled by hand to about one, shape (n, FEATURES): first those of `still`."""
+    lately = moving(rows.age_s, rows.time_s, rows.counts, rows.onsets_s, rows.day)
+    return np.concatenate([still(rows.age_s, rows.own, rows.typical, rows.known), lately], axis=1)
+
+
+def still(age_s: Floats, own: Floats, typical: Floats, known: Floats) -> Floats:
+    """Those that go by the model's own silences and this one's age only, shape (n, STILL). See Rows."""
+    log_age = np.log1p(age_s)
     age = (log_age - 6.0) / 2.0
-    bends = np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0
-    shape = np.concatenate([age[:, None], bends], axis=1)
-    rates = np.log1p(rows.counts)
-    onsets = np.log(np.maximum(rows.onsets_s, 1.0))
-    scaled_onsets = (onsets - 7.0) / 2.5
-    hazard, risk, left, near = rows.own.T
-    enough = np.minimum(rows.known, 50.0) / 50.0
-    wide, close, yesterday = rows.day.T
-    angle = (rows.time_s % DAY_S) / DAY_S * 2 * np.pi
-    turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
+    hazard, risk, left, near = own.T
+    enough = np.minimum(known, 50.0) / 50.0
     blocks = (
         np.ones((len(age), 1)),
         age[:, None],
         np.maximum(log_age[:, None] - _KNOTS, 0.0) / 2.0,
-        np.log1p(rows.known)[:, None] / 3.0,
+        np.log1p(known)[:, None] / 3.0,
         enough[:, None],
-        ((rows.typical - 6.0) * enough / 2.0)[:, None],
+        ((typical - 6.0) * enough / 2.0)[:, None],
+        np.stack([hazard, np.maximum(hazard + 1.0, 0.0), risk, left, hazard * risk / 3.0], axis=1),
+        hazard[:, None] * np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0,
+        np.stack([near, np.maximum(near - 0.5, 0.0) * 2.0, near * risk], axis=1),
+    )
+    return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
+
+
+def moving(age_s: Floats, time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats) -> Floats:
+    """Those that go by what came lately and by the time of day, shape (n, FEATURES - STILL). See Rows."""
+    log_age = np.log1p(age_s)
+    age = (log_age - 6.0) / 2.0
+    bends = np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0
+    shape = np.concatenate([age[:, None], bends], axis=1)
+    rates = np.log1p(counts)
+    onsets = np.log(np.maximum(onsets_s, 1.0))
+    scaled_onsets = (onsets - 7.0) / 2.5
+    wide, close, yesterday = day.T
+    angle = (time_s % DAY_S) / DAY_S * 2 * np.pi
+    turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
+    blocks = (
         rates,
         *(np.maximum(rates - knot, 0.0) for knot in _RATE_KNOTS),
         *(rates[:, [i]] * shape for i in (1, 2, 3)),
         scaled_onsets,
         scaled_onsets * age[:, None],
         *(np.maximum(onsets - knot, 0.0) / 2.0 for knot in _ONSET_KNOTS),
-        np.stack([hazard, np.maximum(hazard + 1.0, 0.0), risk, left, hazard * risk / 3.0], axis=1),
-        hazard[:, None] * bends,
-        np.stack([near, np.maximum(near - 0.5, 0.0) * 2.0, near * risk], axis=1),
-        rows.day,
+        day,
         wide[:, None] * shape[:, :4],
         close[:, None] * shape[:, :2],
         yesterday[:, None] * shape[:, :2],
@@ -115,9 +130,14 @@ def design(rows: Rows) -> Floats:
     return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
 
 
-def log_hazard(rows: Rows, coefficients: Floats) -> Floats:
-    """Per second, shape (n,)."""
-    value = offset(rows.age_s) + design(rows) @ coefficients
+def level(age_s: Floats, own: Floats, typical: Floats, known: Floats, coefficients: Floats) -> Floats:
+    """What of the log hazard goes by the model's own silences and this one's age only, shape (n,)."""
+    return np.asarray(offset(age_s) + still(age_s, own, typical, known) @ coefficients[:STILL])
+
+
+def log_hazard(of_silences: Floats, lately: Floats, coefficients: Floats) -> Floats:
+    """Per second, shape (n,), from a `level` and the `moving` features of the same moments."""
+    value = of_silences + lately @ coefficients[STILL:]
     return np.asarray(np.clip(value, LOG_LEAST, LOG_MOST))
 
 
@@ -214,15 +234,15 @@ def expand(
     )
 
 
-FEATURES = design(
-    Rows(
-        np.zeros((1, len(TAUS_S))),
-        np.ones((1, len(ONSETS))),
-        *(np.ones(1), np.zeros(1)),
-        np.zeros((1, 4)),
-        *(np.zeros(1), np.zeros(1)),
-        np.zeros((1, 3)),
-    )
-).shape[1]
+_ONE = Rows(
+    np.zeros((1, len(TAUS_S))),
+    np.ones((1, len(ONSETS))),
+    *(np.ones(1), np.zeros(1)),
+    np.zeros((1, 4)),
+    *(np.zeros(1), np.zeros(1)),
+    np.zeros((1, 3)),
+)
+FEATURES = design(_ONE).shape[1]
+STILL = still(_ONE.age_s, _ONE.own, _ONE.typical, _ONE.known).shape[1]
 _UPPER = np.triu_indices(FEATURES)
 NOTHING = Regression(np.zeros(FEATURES))
