@@ -26,8 +26,7 @@ def test_those_who_wait_are_told_the_engines_own_reason(relight: Relight, model:
     assert answer.status == 503, answer
     assert answer.json["error"]["code"] == "engine_start_failed"
     assert REASONS[model] in answer.json["error"]["message"]
-    row = relight.model(model)
-    assert row["state"] == "failed"
+    row = until("the status to say so", lambda: (r := relight.model(model))["state"] == "failed" and r)
     assert REASONS[model] in row["reason"]
     assert relight.embed("embed").status == 200
     until("no engine process to be left", lambda: not relight.engines(model))
@@ -44,4 +43,4 @@ def test_a_folder_that_is_mended_is_served_without_a_redeploy(relight: Relight, 
             f"{model} to serve", lambda model=model: (a := relight.embed(model)).status == 200 and a
         )
         assert len(answer.json["data"][0]["embedding"]) == 384
-        assert relight.model(model)["reason"] is None
+        until("the status to forget it", lambda model=model: relight.model(model)["reason"] is None)
