@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 
 from deployments.local.processes import memory_bytes
-from tests.live.lab import Relight
+from tests.live.lab import Relight, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
