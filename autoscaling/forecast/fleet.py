@@ -44,9 +44,9 @@ class FittedFleet(ArrivalBase):
 
     def _hazards(self, recent: Recent) -> tuple[Floats, Floats]:
         """The hazard in each of _EDGES_S' cells of the silence, and its integral up to each edge."""
-        for asked, *found in self._silence[:]:
-            if asked == recent:
-                return found[0], found[1]
+        last = self._silence[0] if self._silence else None
+        if last is not None and last[0] == recent:
+            return last[1:]
         if not self._level:
             own, n = own_hazard(self.record.gaps_s, _MIDDLES_S), len(_MIDDLES_S)
             typical, known = np.full(n, self.record.typical), np.full(n, float(self.record.known))

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 from autoscaling.core.policies import POLICIES, wrong_choice
@@ -158,11 +159,15 @@ def simulate(
     specs: Mapping[str, Spec] | SpecOf
     if base.specs is None:
         plain = _bounded(variant.applied(base.spec))
-        specs = lambda model: replace(plain, model=model)  # noqa: E731
+        specs = partial(_named, plain)
     else:
         specs = {model: _bounded(variant.applied(spec)) for model, spec in base.specs.items()}
     report = _replayed(base, specs, processes, oracle, progress)
     return _finished(dataclasses.replace(report, policy=ORACLE) if oracle is not None else report, base)
+
+
+def _named(plain: Spec, model: str) -> Spec:
+    return replace(plain, model=model)
 
 
 def as_given(base: Base, settings: Mapping[str, float] | None = None, *, processes: int | None = 1) -> Report:

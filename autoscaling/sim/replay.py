@@ -174,7 +174,7 @@ class Replay:
     def _begin(self, begin_s: float) -> None:
         if not callable(self._given):
             for name in self._given:
-                if self._is_ours(name):
+                if self._owner_of(name) == self._peers.index:
                     self._specs[name] = self._spec(name)
             if self._one:
                 self.groups[""] = self._group(self._specs, begin_s)
@@ -182,16 +182,18 @@ class Replay:
                 for name, spec in self._specs.items():
                     self.groups[name] = self._group({name: spec}, begin_s)
 
-    def _is_ours(self, name: str, requests: int = 0) -> bool:
-        """A new model goes where least has been asked so far; models that share something are the first process's."""
+    def _owner_of(self, name: str) -> int:
+        """Whose model it is. A new one goes where least has been asked; those that share something stay together.
+
+        All processes read the whole trace, so that they find the same.
+        """
         owner = self._owner.get(name)
         if owner is None:
             owner = 0 if self._one else min(range(self._peers.count), key=self._asked.__getitem__)
             self._owner[name] = owner
             self._order[name] = len(self._order)
-        # A model that is never asked has its ticks too.
-        self._asked[owner] += requests or 1
-        return owner == self._peers.index
+            self._asked[owner] += 1  # one that is never asked has its ticks too
+        return owner
 
     def _spec(self, name: str) -> Spec:
         spec = self._given(name) if callable(self._given) else self._given[name]
@@ -206,7 +208,9 @@ class Replay:
             if not callable(self._given) and name not in self._given:
                 self._left_out.add(name)
                 continue
-            if not self._is_ours(name, len(times)):
+            owner = self._owner_of(name)
+            self._asked[owner] += len(times)
+            if owner != self._peers.index:
                 continue
             if name not in self._specs:
                 if self._one:
@@ -228,23 +232,23 @@ class Replay:
     def _report(self, begin_s: float, end_s: float, took_s: float) -> Report:
         setup = self._setup
         parts = self._peers.gather(self._part())
-        models = sorted(
-            (each for part in parts for each in part.models), key=lambda each: self._order[each.model]
-        )
+        place = self._order.__getitem__
+        models = sorted((each for part in parts for each in part.models), key=lambda each: place(each.model))
         specs = [spec for part in parts for spec in part.specs]
         costs = {spec.wait_cost for spec in specs}
         kept = {spec.keep_alive_s for spec in specs}
         policies = {spec.policy for spec in specs}
         params = {tuple(sorted(spec.params.items())) for spec in specs}
-        notes = [error for part in parts for error in part.errors]
-        stuck = [name for part in parts for name in part.stuck]
+        notes = sorted({error for part in parts for error in part.errors})
+        stuck = sorted((name for part in parts for name in part.stuck), key=place)
         if stuck:
             notes.append(
                 f"requests were never answered, for nothing was going to start: {', '.join(stuck[:5])}"
             )
         if self._left_out:
             notes.append(f"{len(self._left_out)} models of the trace are not in the fleet and were left out")
-        notes += [f"no forecast for {model}: {e}" for part in parts for model, e in part.failures.items()]
+        failures = {model: error for part in parts for model, error in part.failures.items()}
+        notes += [f"no forecast for {model}: {failures[model]}" for model in sorted(failures, key=place)]
         return Report(
             policy=policies.pop() if len(policies) == 1 else "mixed" if policies else "",
             params=dict(params.pop()) if len(params) == 1 else {},
@@ -274,7 +278,9 @@ class Replay:
             ],
             specs=list(self._specs.values()),
             errors=[f"{what}: {error}" for group in groups.values() for what, error in group.errors.items()],
-            stuck=[name for name, group in groups.items() if group.unanswered],
+            stuck=[
+                name for group in groups.values() for name, model in group.models.items() if model.unanswered
+            ],
             timeline={
                 name: tuple(samples) for group in groups.values() for name, samples in group.samples.items()
             },

@@ -161,7 +161,7 @@ class Template:
                     future.set_exception(StartFailed(message["reason"]))
 
     def fork(self, message: Mapping[str, Any], fds: list[int]) -> asyncio.Future[int]:
-        """Ask for a fork; the future is its pid. Raises StartFailed if the template is gone."""
+        """Ask for a fork; the future is its pid. Raises TemplateGone, StartFailed if it doesn't read."""
         future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         try:
             send_with_fds(self._channel, message, fds)

@@ -76,6 +76,15 @@ def test_models_that_share_gpus_stay_together() -> None:
     assert said(simulate(base, variant)) == said(simulate(base, variant, processes=4))
 
 
+def test_so_is_what_its_reader_should_know() -> None:
+    """Named in the order of the trace, whichever process it was: who was never answered."""
+    base = replace(BASE, setup=Setup(lab.profile(deadline_s=1e12)), spec=lab.spec(max_replicas=0))
+    variant = Variant("keep-alive")
+    one = simulate(base, variant)
+    assert one.notes[-1].endswith("m0, m1, m2, m3, m4")
+    assert said(one) == said(simulate(base, variant, processes=3))
+
+
 class Broken:
     """A source whose last row can't be read."""
 

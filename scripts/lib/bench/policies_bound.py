@@ -164,7 +164,7 @@ def measure(folder: Path, names: Sequence[str]) -> dict[str, Any]:
     result = {}
     for name in names:
         say(f"{name}: what boosted trees could do")
-        rows = policies_sparse._ROWS[name]
+        rows = policies_sparse.rows_of(name)
         work = policies_sparse.TWO_STATES.engine.work_s
         (piece,) = arrivals.pieces(rows, work, most=None)
         first_s = min(float(times[0]) for times, _ in piece.requests.values())

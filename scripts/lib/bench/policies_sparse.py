@@ -137,6 +137,11 @@ def read(folder: Path, names: Sequence[str]) -> None:
             _ROWS[name] = case.rows(list(open_trace(path).rows()), case.measure_from_s)
 
 
+def rows_of(name: str) -> Sequence[Row]:
+    """The rows of a case that was read."""
+    return _ROWS[name]
+
+
 def run(jobs: Sequence[Job], processes: int | None) -> Iterator[tuple[Job, Report]]:
     """Each job's report, as they come."""
     count = min(processes or len(os.sched_getaffinity(0)), len(jobs))
