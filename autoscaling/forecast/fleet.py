@@ -29,7 +29,8 @@ class FittedFleet(ArrivalBase):
     """The one that was asked for last, and what was found: it is asked for several times while it goes on."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return FittedFleet, (self.name, self.record, self.coefficients)
+        # Who gets it has ticks to keep; who fits it has time.
+        return FittedFleet, (self.name, self.record, self.coefficients, [self._levels()])
 
     def knowing(self, record: Record) -> FittedFleet:
         """The same, with a better record of the model's silences."""
@@ -42,15 +43,18 @@ class FittedFleet(ArrivalBase):
         found = np.interp(ages, _EDGES_S, gone) + np.maximum(ages - _EDGES_S[-1], 0.0) * hazards[-1]
         return np.asarray(found[0] - found[1:])
 
+    def _levels(self) -> Floats:
+        if not self._level:
+            own, n = own_hazard(self.record.gaps_s, _MIDDLES_S), len(_MIDDLES_S)
+            typical, known = np.full(n, self.record.typical), np.full(n, float(self.record.known))
+            self._level[:] = [level(_MIDDLES_S, own, typical, known, self.coefficients)]
+        return self._level[0]
+
     def _hazards(self, recent: Recent) -> tuple[Floats, Floats]:
         """The hazard in each of _EDGES_S' cells of the silence, and its integral up to each edge."""
         last = self._silence[0] if self._silence else None
         if last is not None and last[0] == recent:
             return last[1:]
-        if not self._level:
-            own, n = own_hazard(self.record.gaps_s, _MIDDLES_S), len(_MIDDLES_S)
-            typical, known = np.full(n, self.record.typical), np.full(n, float(self.record.known))
-            self._level[:] = [level(_MIDDLES_S, own, typical, known, self.coefficients)]
         time_s = recent.last_s + _MIDDLES_S
         rates = np.asarray(recent.rates) * np.exp(np.minimum((recent.rates_s - recent.last_s) / _TAUS, 50.0))
         lately = moving(
@@ -60,7 +64,7 @@ class FittedFleet(ArrivalBase):
             onsets_s=time_s[:, None] - np.asarray([recent.onsets_s[i] for i in ONSETS]),
             day=same_time(self.record.active_s, time_s, np.inf),
         )
-        hazards = np.exp(log_hazard(self._level[0], lately, self.coefficients))
+        hazards = np.exp(log_hazard(self._levels(), lately, self.coefficients))
         gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(_EDGES_S))])
         self._silence[:] = [(recent, hazards, gone)]
         return hazards, gone
