@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from autoscaling.core.codec import from_plain
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.clock import SystemClock
+from autoscaling.live.garbage import collect_seldom
 from autoscaling.live.metrics import SERVE_STALE_S, LiveMetrics, ServeView, serve_view
 from autoscaling.live.nodes import Warming, alive_nodes, failed_launches, has_autoscaler
 from autoscaling.live.observer import fleet_status
@@ -55,6 +56,7 @@ class Controller:
     ) -> None:
         import ray
 
+        collect_seldom()
         self._setup = from_plain(ControllerSetup, setup)
         self._clock = SystemClock()
         self._metrics = LiveMetrics(

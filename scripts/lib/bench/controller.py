@@ -222,11 +222,13 @@ def _plan(options: Namespace, setup: Any, clock: Any) -> dict[str, Any]:
     from autoscaling.core.plan import Plan, to_json
     from autoscaling.forecast.service import ForecastService
     from autoscaling.live.capacity import CapacityBook
+    from autoscaling.live.garbage import collect_seldom
     from autoscaling.live.metrics import LiveMetrics
     from autoscaling.live.nodes import NodeRequests
     from autoscaling.live.planner import Planner
     from autoscaling.live.rungs import RungBook
 
+    collect_seldom()
     process = psutil.Process()
     memory_before = process.memory_info().rss
     plans: list[Plan] = []
