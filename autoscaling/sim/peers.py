@@ -1,4 +1,7 @@
-"""One replay over several processes: each has its share of the models, and they meet where the fleet learns."""
+"""One replay over several processes: each has its share of the models, and they meet where the fleet learns.
+
+Knows of processes and pipes only: what is brought together is its callers' matter.
+"""
 
 from __future__ import annotations
 
