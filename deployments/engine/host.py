@@ -53,6 +53,7 @@ PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the r
 STOP_GRACE_S = 5.0
 REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 HEALTH_TIMEOUT_S = 10.0
+SLEEP_TIMEOUT_S = 120.0  # for the weights of a large model to go to host memory, or to come back
 FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
 DOWNLOAD_S = 0.2  # weights that were there sooner were on the node already
 START_ATTEMPTS = 3  # templates that may die under a start
@@ -769,7 +770,7 @@ class Host:
         info.state = "starting"
         try:
             if info.gpu_ids:
-                await self._ask(engine, "POST", "/wake_up")
+                await self._ask(engine, "POST", "/wake_up", within_s=SLEEP_TIMEOUT_S)
             await self._canary(engine)
         except (OSError, TimeoutError, StartFailed) as error:
             log.warning("parked engine %s no longer answers: %s", info.engine_id, error)
@@ -783,9 +784,9 @@ class Host:
         self._register(engine)
         return True
 
-    async def _ask(self, engine: Engine, method: str, target: str, body: Any = None) -> bytes:
+    async def _ask(self, engine: Engine, method: str, target: str, *, within_s: float | None = None) -> bytes:
         status, data = await asyncio.wait_for(
-            http.request(engine.info.http, method, target, body), HEALTH_TIMEOUT_S
+            http.request(engine.info.http, method, target), within_s or HEALTH_TIMEOUT_S
         )
         if status != 200:
             raise StartFailed(f"{target} answered {status}: {data[:200]!r}")
@@ -821,7 +822,7 @@ class Host:
         info.state = "draining"
         try:
             if info.gpu_ids:
-                await self._ask(engine, "POST", "/sleep?level=1")
+                await self._ask(engine, "POST", "/sleep?level=1", within_s=SLEEP_TIMEOUT_S)
             info.memory_bytes = await asyncio.to_thread(group_pss_bytes, info.pid)
         except (OSError, TimeoutError, StartFailed) as error:
             self._spawn(self.stop(engine, f"it could not be parked: {error}"))

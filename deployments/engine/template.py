@@ -9,9 +9,11 @@ Run by the host: `python -m deployments.engine.template CHANNEL_FD`.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -106,14 +108,78 @@ def preload() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # its monitor is a thread
+    # As where the environment is activated: what compiles at run time looks for ninja on the path.
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)]
+    )
     for name in PRELOAD:
         _import(name)
+    _inspect_in_forks()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         for name in PRELOAD_CPU:
             _import(name)
         _register_kernels(current_platform)
+    elif current_platform.is_cuda():
+        _choose_sampler()
+
+
+def _choose_sampler() -> None:
+    """vLLM's sampler on CUDA compiles itself at the first start, which fails where there is no CUDA toolkit.
+
+    vLLM says itself whether it can, and then takes that sampler all the same.
+    """
+    try:
+        from vllm.utils.flashinfer import has_flashinfer
+    except ImportError:
+        return
+    if not has_flashinfer():
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def _inspect_in_forks() -> None:
+    """Let vLLM look at a model's class in a fork: it starts a Python for that, which imports all of vLLM again.
+
+    It does so once for each architecture and node, and for the same reason: whatever the class does as it is
+    imported is not done to the engine. A version that keeps this elsewhere does as it does.
+    """
+    registry = sys.modules.get("vllm.model_executor.models.registry")
+    anew = getattr(registry, "_run_in_subprocess", None)
+    if anew is None:
+        return
+
+    def forked(work: Callable[[], Any]) -> Any:
+        try:
+            return run_in_fork(work)
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is vLLM's own way
+            print(f"no look at the model in a fork: {error}", flush=True)
+            return anew(work)
+
+    registry._run_in_subprocess = forked  # type: ignore[union-attr]
+
+
+def run_in_fork(work: Callable[[], Any]) -> Any:
+    """What `work` returns, done in a fork of this process. Raises ChildProcessError where it returns nothing."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with os.fdopen(writing, "wb") as result:
+                result.write(pickle.dumps(work()))
+        except BaseException:  # noqa: BLE001 - last frame of this process
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as result:
+        data = result.read()
+    with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored the kernel has reaped it
+        os.waitpid(pid, 0)
+    if not data:
+        raise ChildProcessError(f"process {pid} ended without a result")
+    return pickle.loads(data)
 
 
 def _register_kernels(platform: Any) -> None:
@@ -131,8 +197,9 @@ def _register_kernels(platform: Any) -> None:
 def _import(name: str) -> None:
     try:
         importlib.import_module(name)
-    except ImportError:
-        print(f"template: no module {name} in this version of vLLM", flush=True)
+    except ImportError as error:
+        # Gone in this version, or a library of the machine is missing: its engines would say so one by one.
+        print(f"template: {name} can't be imported: {error}", flush=True)
 
 
 def fork_engine(

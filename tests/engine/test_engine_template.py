@@ -1,0 +1,72 @@
+"""What the node's template does to vLLM before it forks: a look at models in forks, a sampler that can be had."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from deployments.engine import template
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+REGISTRY = "vllm.model_executor.models.registry"
+
+
+def module(monkeypatch: pytest.MonkeyPatch, name: str, **values: Any) -> ModuleType:
+    """A module of that name, imported as far as anyone can tell."""
+    made = ModuleType(name)
+    vars(made).update(values)
+    monkeypatch.setitem(sys.modules, name, made)
+    return made
+
+
+def fail() -> None:
+    raise ValueError("no such class")
+
+
+def test_work_is_done_in_another_process() -> None:
+    """And its result comes back, however large."""
+    pid, data = template.run_in_fork(lambda: (os.getpid(), b"x" * 2_000_000))
+    assert pid != os.getpid() and len(data) == 2_000_000
+
+
+@pytest.mark.parametrize("work", [fail, lambda: os._exit(3), lambda: lambda: None])
+def test_a_fork_that_returns_nothing(work: Callable[[], Any]) -> None:
+    """It raised, it ended, or its result can't be pickled."""
+    with pytest.raises(ChildProcessError, match="without a result"):
+        template.run_in_fork(work)
+
+
+def test_models_are_looked_at_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own way, a Python of its own, is left for what does not work so."""
+    registry = module(monkeypatch, REGISTRY, _run_in_subprocess=lambda work: "a new Python")
+    template._inspect_in_forks()
+    assert registry._run_in_subprocess(os.getpid) not in (os.getpid(), "a new Python")
+    assert registry._run_in_subprocess(fail) == "a new Python"
+
+
+def test_a_version_that_looks_at_models_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, REGISTRY)
+    template._inspect_in_forks()
+
+
+@pytest.mark.parametrize(
+    ("can", "said", "is_set"), [(False, None, "0"), (False, "1", "1"), (True, None, None)]
+)
+def test_a_sampler_that_needs_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, can: bool, said: str | None, is_set: str | None
+) -> None:
+    """It is turned off where there is none, unless somebody has said what to do."""
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", said or "")  # so that it is taken back afterwards
+    if said is None:
+        monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER")
+    for name in ("vllm", "vllm.utils"):
+        module(monkeypatch, name)
+    module(monkeypatch, "vllm.utils.flashinfer", has_flashinfer=lambda: can)
+    template._choose_sampler()
+    assert os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") == is_set
