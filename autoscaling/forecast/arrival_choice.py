@@ -44,6 +44,9 @@ MARGIN = 3.0
 EARLY_MARGIN = 0.75
 """For each silence that was scored, while that is less: a rhythm must be learned in a few beats."""
 MIN_CALIBRATION = 8
+POOLED = frozenset({"fleet"})
+"""Corrected over the whole fleet (hazard.Regression.correction). A model's own few silences, most of them short, would
+correct the long ones by what is wrong with the short ones."""
 SHARP = 0.1
 MIN_SHARP = 12
 NOTHING: Floats = np.zeros((0, 5))
@@ -205,7 +208,7 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
         try:
             fitted: ArrivalFitted = by_name[name].fit(history, prior)  # type: ignore[assignment]
             results = rolled.get(name, NOTHING)
-            if len(results) >= MIN_CALIBRATION:
+            if len(results) >= MIN_CALIBRATION and name not in POOLED:
                 fitted = Calibrated(fitted, *learn(results[:, 3:5], weight[-len(results) :]))
             return ArrivalChoice(fitted, scores, failures, posterior)
         except NotApplicable as reason:

@@ -23,7 +23,7 @@ from autoscaling.forecast.gap_record import (
     silence_from,
     silences_in,
 )
-from autoscaling.forecast.hazard import ROUNDS, Expansion
+from autoscaling.forecast.hazard import ROUNDS, Expansion, Regression
 from autoscaling.forecast.history import History, Recent, history_of, recent_of
 from autoscaling.forecast.prior import Prior, Share
 from autoscaling.forecast.season import FLAT, activity
@@ -183,6 +183,23 @@ def _learned(job: Job, history: History) -> Learned:
         hazard = hazard.plus(before.hazard.faded(now_s))
     kept = () if regression.round >= ROUNDS else tuple(silences)
     return Learned(record, hazard, kept, began)
+
+
+def share_at(fitted: FittedModel, recent: Recent | None, now_s: float, regression: Regression) -> Share:
+    """What the model adds to the pool by now: its fit's share, and that nothing has come since.
+
+    Without that, a silence would count only once it is over, and the longest ones for years not at all: the fleet
+    would seem to ask far more after a long silence than it does.
+    """
+    learned = fitted.learned
+    before = learned.hazard
+    recent = fitted.recent if recent is None else recent
+    if now_s <= before.until_s:
+        return fitted.share
+    open_ = silence_from(recent, np.inf)
+    since, _ = learn([open_], learned.record, before.until_s, now_s, regression)
+    hazard = replace(before.faded(now_s).plus(since), round=before.round)
+    return replace(fitted.share, hazard=hazard)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ class FittedFleet(ArrivalBase):
     name: str
     record: Record
     coefficients: Floats
+    correction: Floats
     _level: list[Floats] = field(default_factory=list, compare=False, repr=False)
     """hazard.level in the middle of each of _EDGES_S' cells, once it was asked for."""
     _silence: list[tuple[Recent, Floats, Floats]] = field(default_factory=list, compare=False, repr=False)
@@ -30,11 +31,11 @@ class FittedFleet(ArrivalBase):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Who gets it has ticks to keep; who fits it has time.
-        return FittedFleet, (self.name, self.record, self.coefficients, [self._levels()])
+        return FittedFleet, (self.name, self.record, self.coefficients, self.correction, [self._levels()])
 
     def knowing(self, record: Record) -> FittedFleet:
         """The same, with a better record of the model's silences."""
-        return FittedFleet(self.name, record, self.coefficients)
+        return FittedFleet(self.name, record, self.coefficients, self.correction)
 
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
         hazards, gone = self._hazards(recent)
@@ -64,7 +65,7 @@ class FittedFleet(ArrivalBase):
             onsets_s=time_s[:, None] - np.asarray([recent.onsets_s[i] for i in ONSETS]),
             day=same_time(self.record.active_s, time_s, np.inf),
         )
-        hazards = np.exp(log_hazard(self._levels(), lately, self.coefficients))
+        hazards = np.exp(log_hazard(self._levels(), lately, self.coefficients, _MIDDLES_S, self.correction))
         gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(_EDGES_S))])
         self._silence[:] = [(recent, hazards, gone)]
         return hazards, gone
@@ -79,4 +80,4 @@ class Fleet:
     def fit(self, history: History, prior: Prior) -> FittedFleet:
         if not prior.hazard.knows:
             raise NotApplicable("too few silences are known in the whole fleet")
-        return FittedFleet(self.name, record_of(history), prior.hazard.coefficients)
+        return FittedFleet(self.name, record_of(history), prior.hazard.coefficients, prior.hazard.correction)

@@ -11,7 +11,7 @@ single models, so that no process ever needs the traffic of all.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -45,8 +45,16 @@ MOST_STEP = 1.0
 LEAST_SILENCES, ROUNDS = 200.0, 4
 """With fewer in the whole fleet, or so few steps from nothing, there is no regression."""
 HALF_LIFE_S = 14 * DAY_S
+LATELY = 4
+"""By how many times faster it is forgotten how wrong the regression was: it is about the present."""
 CLIP = 6.0
 LOG_LEAST, LOG_MOST = -25.0, 1.0
+_AGE_EDGES: Floats = np.asarray([30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0])
+_HAZARD_EDGES: Floats = np.log(np.asarray([1e-3]))
+"""Per second."""
+BANDS = (len(_AGE_EDGES) + 1) * (len(_HAZARD_EDGES) + 1)
+BAND_STRENGTH = 20.0
+"""Pseudo-requests that came just as foretold, in each band."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +143,21 @@ def level(age_s: Floats, own: Floats, typical: Floats, known: Floats, coefficien
     return np.asarray(offset(age_s) + still(age_s, own, typical, known) @ coefficients[:STILL])
 
 
-def log_hazard(of_silences: Floats, lately: Floats, coefficients: Floats) -> Floats:
-    """Per second, shape (n,), from a `level` and the `moving` features of the same moments."""
-    value = of_silences + lately @ coefficients[STILL:]
-    return np.asarray(np.clip(value, LOG_LEAST, LOG_MOST))
+def log_hazard(
+    of_silences: Floats, lately: Floats, coefficients: Floats, age_s: Floats, correction: Floats
+) -> Floats:
+    """Per second, shape (n,), from a `level` and the `moving` features of the same moments.
+
+    `correction`: Regression.correction.
+    """
+    value = np.clip(of_silences + lately @ coefficients[STILL:], LOG_LEAST, LOG_MOST)
+    return np.asarray(value + correction[bands(age_s, value)])
+
+
+def bands(age_s: Floats, log_rate: Floats) -> Floats:
+    """In which of BANDS, by age and by the foretold hazard, each moment is: shape (n,)."""
+    by_age = np.searchsorted(_AGE_EDGES, age_s)
+    return np.asarray(by_age * (len(_HAZARD_EDGES) + 1) + np.searchsorted(_HAZARD_EDGES, log_rate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +173,11 @@ class Expansion:
     """What happened up to then is in."""
     round: int
     """Of the coefficients around which it is."""
+    foretold: Floats
+    """Requests that the coefficients expected in each of the bands, shape (BANDS,). They had been learned without them,
+    so that this is how well the regression foretells what it has not seen."""
+    came: Floats
+    """Those that did come, shape (BANDS,)."""
 
     def plus(self, other: Expansion) -> Expansion:
         """Of both together."""
@@ -163,6 +187,8 @@ class Expansion:
             self.silences + other.silences,
             max(self.until_s, other.until_s),
             max(self.round, other.round),
+            self.foretold + other.foretold,
+            self.came + other.came,
         )
 
     def faded(self, now_s: float) -> Expansion:
@@ -174,6 +200,8 @@ class Expansion:
             self.silences * weight,
             self.until_s,
             self.round,
+            self.foretold * np.float32(weight**LATELY),
+            self.came * np.float32(weight**LATELY),
         )
 
 
@@ -187,6 +215,9 @@ class Regression:
     """How many steps it took from nothing."""
     silences: float = 0.0
     """That it rests on."""
+    correction: Floats = field(default_factory=lambda: np.zeros(BANDS))
+    """What is added to the log hazard in each of the bands, shape (BANDS,): by how much the regression was wrong there
+    (recalibration; for survival models by groups of predicted risk: Demler et al. 2015, Statistics in Medicine 34)."""
 
     @property
     def knows(self) -> bool:
@@ -200,20 +231,25 @@ class Regression:
         """
         upper = np.zeros(len(_UPPER[0]))
         slope = np.zeros(FEATURES)
+        foretold, came = np.zeros(BANDS), np.zeros(BANDS)
         silences = new = 0.0
         for part in parts:
             upper += part.curvature
             slope += part.slope
             silences += part.silences
             new += part.silences * (part.round == self.round)
+            foretold += part.foretold
+            came += part.came
+        correction = np.log((came + BAND_STRENGTH) / (foretold + BAND_STRENGTH))
         if new < silences / 2 or silences <= 0:
-            return self
+            same = np.array_equal(correction, self.correction)
+            return self if same else replace(self, correction=correction)
         curvature = np.zeros((FEATURES, FEATURES))
         curvature[_UPPER] = upper
         curvature += np.triu(curvature, 1).T + RIDGE * np.eye(FEATURES)
         step = np.linalg.solve(curvature, slope) - self.coefficients
         step *= min(1.0, MOST_STEP / max(float(np.abs(step).max()), 1e-9))
-        return Regression(self.coefficients + step, self.round + 1, silences)
+        return Regression(self.coefficients + step, self.round + 1, silences, correction)
 
 
 def expand(
@@ -231,7 +267,19 @@ def expand(
         float(ended.sum()),
         until_s,
         regression.round,
+        *_told(rows.age_s, log_rate, ended, expected, regression),
     )
+
+
+def _told(
+    age_s: Floats, log_rate: Floats, ended: Floats, expected: Floats, regression: Regression
+) -> tuple[Floats, Floats]:
+    """By bands: what was expected, and what came. Of a regression that knows nothing yet, nothing."""
+    if not regression.knows:
+        return np.zeros(BANDS, np.float32), np.zeros(BANDS, np.float32)
+    where = bands(age_s, log_rate)
+    foretold, came = (np.bincount(where, each, BANDS) for each in (expected, ended))
+    return foretold.astype(np.float32), came.astype(np.float32)
 
 
 _ONE = Rows(

@@ -11,7 +11,7 @@ import numpy as np
 
 from autoscaling.core.types import Forecast
 from autoscaling.forecast.book import Book
-from autoscaling.forecast.fit import FittedModel, Job, fit_standard
+from autoscaling.forecast.fit import FittedModel, Job, fit_standard, share_at
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
 from autoscaling.forecast.schedule import CHANGED_ARRIVALS, CHANGED_SILENCES, SETTLE_S
 from autoscaling.sim.peers import Peers
@@ -44,7 +44,7 @@ class Foresight(Protocol):
     def arrived(self, model: str, times: Floats, work: Floats) -> None: ...
     def next_s(self, model: str) -> float: ...
     def fit(self, model: str, now_s: float) -> None: ...
-    def pool(self, peers: Peers) -> None: ...
+    def pool(self, peers: Peers, now_s: float) -> None: ...
     def forecast(self, model: str, now_s: float) -> Forecast | None: ...
 
 
@@ -189,9 +189,13 @@ class SimForecasts:
         if fitted is not None:
             self._book.install(model, fitted if turn.horizon_s > 0 else replace(fitted, demand=None))
 
-    def pool(self, peers: Peers) -> None:
+    def pool(self, peers: Peers, now_s: float) -> None:
         """What the fleet's models have in common by now. All of them must have got to the same moment."""
-        mine = {model: fit.share for model, fit in self._book.fits().items()}
+        # Live a model is fitted at least every hour, whether something came or not; here, only where something did.
+        mine = {
+            model: share_at(fit, self._book.page(model).recent, now_s, self._prior.hazard)
+            for model, fit in self._book.fits().items()
+        }
         shares = {model: share for part in peers.gather(mine) for model, share in part.items()}
         if shares:
             self._prior = pooled((share for _, share in sorted(shares.items())), self._prior)
@@ -233,7 +237,7 @@ class NoForecasts:
     def fit(self, model: str, now_s: float) -> None:
         """Nothing."""
 
-    def pool(self, peers: Peers) -> None:
+    def pool(self, peers: Peers, now_s: float) -> None:
         """Nothing."""
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:

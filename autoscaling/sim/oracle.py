@@ -77,7 +77,7 @@ class Oracle:
     def fit(self, model: str, now_s: float) -> None:
         """Nothing."""
 
-    def pool(self, peers: Peers) -> None:
+    def pool(self, peers: Peers, now_s: float) -> None:
         """Nothing."""
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:

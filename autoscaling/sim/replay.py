@@ -225,7 +225,7 @@ class Replay:
         for group in self.groups.values():
             group.run(until_s)
         if self._foresees:
-            self._forecasts.pool(self._peers)
+            self._forecasts.pool(self._peers, until_s)
         if self._progress is not None:
             self._progress(until_s)
 

@@ -9,9 +9,10 @@ import pytest
 from made_traffic import DAY_S, START_S, Floats, traffic
 
 from autoscaling.forecast.book import Book
-from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard
+from autoscaling.forecast.calibration import Calibrated
+from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard, share_at
 from autoscaling.forecast.gap_record import EMPTY, Silence, active, learn, own_hazard, rates_at, silences_in
-from autoscaling.forecast.hazard import LEAST_SILENCES, NOTHING, ROUNDS, Expansion
+from autoscaling.forecast.hazard import BANDS, LEAST_SILENCES, NOTHING, ROUNDS, Expansion, Regression, bands
 from autoscaling.forecast.history import THETAS_S, Recent, arrived, history_of
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
 
@@ -195,3 +196,95 @@ def test_a_fit_goes_on_where_the_one_before_ended() -> None:
     before = first.share.hazard.silences
     assert second.share.hazard.silences == pytest.approx(before + len(later))
     assert second.share.hazard.until_s == end_s
+
+
+def test_a_silence_that_goes_on_counts_before_it_is_over() -> None:
+    """Who waits for its end learns of the longest ones too late, and takes models for busier than they are."""
+    times = sessions(6)
+    now_s = float(times[-1]) + 1
+    fitted = fit_standard(Job(traffic(times, now_s), now_s, 60.0, NO_FLEET))
+    assert fitted is not None
+    assert fitted.share.hazard is not None
+    assert share_at(fitted, None, now_s, NOTHING) is fitted.share
+    later_s = now_s + DAY_S
+    quiet = share_at(fitted, None, later_s, NOTHING).hazard
+    assert quiet is not None
+    # About the same as if it had been fitted then, when the store knows it by coarser steps.
+    whole = fit_standard(Job(traffic(times, later_s), later_s, 60.0, NO_FLEET))
+    assert whole is not None
+    assert whole.share.hazard is not None
+    assert quiet.until_s == whole.share.hazard.until_s == later_s
+    assert quiet.slope[0] < fitted.share.hazard.slope[0]
+    faded = fitted.share.hazard.faded(later_s)
+    added = quiet.slope[0] - faded.slope[0]
+    wanted = whole.share.hazard.slope[0] - fitted.share.hazard.slope[0]
+    assert added == pytest.approx(wanted, rel=0.3)
+
+
+def test_bands_are_by_age_and_by_hazard() -> None:
+    found = bands(np.asarray([1.0, 1.0, 1e6, 1e6]), np.log(np.asarray([1e-6, 1.0, 1e-6, 1.0])))
+    assert len(set(found.tolist())) == 4
+    assert found.min() == 0
+    assert found.max() == BANDS - 1
+
+
+def test_a_regression_that_was_wrong_is_corrected_where_it_was() -> None:
+    """Learned from a fleet that asks often, then asked of one that asks half as often."""
+    now_s = START_S + 3 * DAY_S
+    regression = NOTHING
+    busy = [silences(sessions(seed)) for seed in range(12)]
+    for _ in range(ROUNDS + 2):
+        regression = regression.next(learn(each, EMPTY, -np.inf, now_s, regression)[0] for each in busy)
+    assert regression.knows
+    # Nothing that it has not seen: in all, as much came as it foretold.
+    again = [learn(each, EMPTY, -np.inf, now_s, regression)[0] for each in busy]
+    assert sum(each.came.sum() for each in again) == pytest.approx(
+        sum(each.foretold.sum() for each in again), rel=0.05
+    )
+
+    def slower(times: Floats) -> Floats:
+        return START_S + 2 * (times - START_S)
+
+    calm = [silences(slower(sessions(seed))) for seed in range(12)]
+    seen = [learn(each, EMPTY, -np.inf, START_S + 6 * DAY_S, regression)[0] for each in calm]
+    came, foretold = sum(each.came for each in seen), sum(each.foretold for each in seen)
+    corrected = regression.next(seen).correction
+    # Within a session the gaps are about 35 s, now twice that: most of what was foretold for so soon did not come.
+    soon = int(bands(np.asarray([40.0]), np.log(np.asarray([0.02])))[0])
+    assert corrected[soon] == pytest.approx(np.log((came[soon] + 20) / (foretold[soon] + 20)))
+    assert corrected[soon] < -0.2
+    assert corrected[np.asarray(foretold) + came == 0] == pytest.approx(0.0)
+
+
+def test_what_is_not_known_yet_is_not_corrected() -> None:
+    part, _ = learn(silences(sessions(1)), EMPTY, -np.inf, START_S + 3 * DAY_S, NOTHING)
+    assert not part.foretold.any()
+    assert not part.came.any()
+    assert not Regression(NOTHING.coefficients).correction.any()
+
+
+def test_how_wrong_it_was_is_forgotten_sooner_than_what_was_learned() -> None:
+    one = learn(silences(sessions(1)), EMPTY, -np.inf, START_S + 3 * DAY_S, NOTHING)[0]
+    one = replace(one, came=np.ones(BANDS, np.float32), foretold=np.ones(BANDS, np.float32))
+    later = one.faded(one.until_s + 14 * DAY_S)
+    assert later.silences == pytest.approx(one.silences / 2)
+    assert later.came == pytest.approx(np.full(BANDS, 1 / 16))
+
+
+def test_the_fleets_own_correction_is_in_the_forecast_and_no_other() -> None:
+    prior, _ = fleet(6)
+    now_s = START_S + 3 * DAY_S
+    job = Job(traffic(sessions(1), now_s), now_s, 60.0, prior)
+    plain = fit_standard(job)
+    assert plain is not None
+    assert plain.arrivals.name == "fleet"
+    assert not isinstance(plain.arrivals, Calibrated)
+    less = replace(prior.hazard, correction=prior.hazard.correction + np.log(0.9))
+    calmer = fit_standard(replace(job, prior=replace(prior, hazard=less)))
+    assert calmer is not None
+    assert calmer.arrivals.name == "fleet"
+    times = np.asarray([60.0, 600.0, 3600.0])
+    recent = plain.recent
+    was = plain.arrivals.log_survival(recent.last_s + 30, recent, times)
+    now = calmer.arrivals.log_survival(recent.last_s + 30, recent, times)
+    np.testing.assert_allclose(now, 0.9 * was, rtol=1e-6)
