@@ -92,6 +92,7 @@ def _bounded(spec: Spec, seen: Seen, floor: Floor, proposal: Proposal) -> Decisi
         policy=spec.policy,
         numbers=numbers,
         clamps=tuple(clamps),
+        loads=proposal.loads,
     )
 
 

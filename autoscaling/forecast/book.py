@@ -44,7 +44,9 @@ class Page:
 class Book:
     """Thread-safe. Holds some twenty kilobytes a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, later: bool = False) -> None:
+        """`later`: forecasts are worked out as far as they are looked at (see `FittedModel.forecast`)."""
+        self._later = later
         self._pages: dict[str, Page] = {}
         self._lock = threading.Lock()
 
@@ -100,7 +102,7 @@ class Book:
                     return shown
             fitted = page.fitted
         try:
-            made = fitted.forecast(now_s, recent)
+            made = fitted.forecast(now_s, recent, later=self._later)
         except Exception as error:  # noqa: BLE001 - a tick must not fail for one model; it is told and fitted anew
             self.forget(model, f"{fitted.name} raised {type(error).__name__}: {error}")
             return None

@@ -27,6 +27,8 @@ from autoscaling.sim.queueing import (
 )
 from autoscaling.sim.rest import Rest, Used
 
+NO_TICKS: Floats = np.zeros(0)
+
 
 class VirtualModel:
     """One model. Everything up to `now_s` has happened."""
@@ -59,6 +61,7 @@ class VirtualModel:
         self._follower = State()
         concurrency = profile.engine.concurrency
         self._capacity = Capacity(float(concurrency)) if concurrency < spec.target_ongoing_requests else None
+        self._per_replica = per_replica(spec, Observation(0.0, capacity=self._capacity))
 
     # Time
 
@@ -91,6 +94,27 @@ class VirtualModel:
     def unanswered(self) -> bool:
         """A request waits or is in progress, or is known to come."""
         return self.queue.unanswered
+
+    def ride(self, now_s: float, before_s: float, tick_s: float, loads: tuple[int, int]) -> Floats:
+        """All that happens up to the last tick before `before_s`, or to the first at which fewer or more requests than
+        that are queued or in flight, if ticks have no more to do than to count requests.
+
+        Returns those ticks.
+        """
+        queue = self.queue
+        replicas = queue.ready
+        if (
+            not replicas == queue.held == self._target == self._there
+            or self.moved
+            or self._stops
+            or self._acts_s < math.inf
+            or self._rest.next_s < math.inf
+            or "raised" in self._follower.values
+        ):
+            return NO_TICKS
+        # Above that Serve's policy may raise what was decided.
+        least, most = loads[0], min(loads[1], math.floor(replicas * self._per_replica))
+        return queue.ride(now_s, before_s, tick_s, (least, most)) if least <= self.load <= most else NO_TICKS
 
     def advance(self, until_s: float) -> None:
         """All that happens up to and at `until_s`."""
@@ -126,6 +150,11 @@ class VirtualModel:
         """A replica is on its way, or a budget forbids it: a request that finds none starts none."""
         soon_s = self.now_s + self.profile.wake_s
         return bool(self._starts or self._pending or self._ceiling == 0 or self._acts_s <= soon_s)
+
+    @property
+    def load(self) -> int:
+        """Requests that are queued or in flight."""
+        return self.queue.queued + self.queue.in_flight
 
     # What the controller sees and does
 

@@ -38,6 +38,8 @@ class Foresight(Protocol):
     pools: bool
     """Whether it learns from the fleet at once, so that all models must get to the same moments; else it is told the
     whole trace before anything happens."""
+    settles_s: float
+    """For so long after a moment nothing is fitted for what has come since."""
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None: ...
     def coming(self, model: str, times: Floats, work: Floats) -> None: ...
@@ -122,11 +124,12 @@ class SimForecasts:
     def __init__(self, fitter: Fitter = fit_standard, refit_s: float = REFIT_S) -> None:
         self._fitter = fitter
         self._refit_s = refit_s
-        self._book = Book()
+        self._book = Book(later=True)
         self._turns: dict[str, _Turn] = {}
         self._prior: Prior = NO_FLEET
         self.fits = 0
         self.pools = True
+        self.settles_s = SETTLE_S
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
@@ -215,6 +218,7 @@ class NoForecasts:
     def __init__(self) -> None:
         self.fits = 0
         self.pools = True
+        self.settles_s = math.inf
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:

@@ -64,6 +64,8 @@ class Proposal:
     values: Mapping[str, float] = field(default_factory=dict)
     series: Series = ()
     histogram: tuple[float, ...] = ()
+    loads: tuple[int, int] | None = None
+    """See `Decision.loads`."""
 
 
 class Policy(Protocol):
