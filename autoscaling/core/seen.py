@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from autoscaling.core.types import Observation, Rung, RungProfile, Spec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Seen:
-    """What policies decide from. Replicas and requests are counts over the whole model."""
+    """What policies decide from, and never change. Replicas and requests are counts over the whole model.
+
+    Not frozen, as are the other values that one decision makes for itself: that takes three times as long to make.
+    """
 
     now_s: float
     ready: int
@@ -112,32 +117,41 @@ def charge(spec: Spec) -> float:
     return gpus if math.isfinite(gpus) and gpus > 0 else 1.0
 
 
-def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> dict[Rung, RungProfile]:
+def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> Mapping[Rung, RungProfile]:
     """Those rungs whose price and delay can be reckoned with. Empty unless one below SERVING is among them.
 
     A replica that seems to cost nothing costs what its spec charges: else it would never be worth ending.
     """
+    return _priced(rungs, charge(spec))
+
+
+@lru_cache(maxsize=4096)
+def _priced(rungs: tuple[RungProfile, ...], charged: float) -> Mapping[Rung, RungProfile]:
+    # Rungs and what replicas are charged change seldom, and this is asked for at each decision.
     prices: dict[Rung, RungProfile] = {}
     for profile in sorted(rungs, key=lambda each: each.rung):
         numbers = (profile.delay_s, profile.delay_high_s, profile.cost_per_s)
         if all(math.isfinite(number) and number >= 0 for number in numbers):
             prices[profile.rung] = profile
     if not any(rung < Rung.SERVING for rung in prices):
-        return {}
+        return NO_PRICES
     serving = prices.pop(Rung.SERVING, None)
-    cost_per_s = serving.cost_per_s if serving is not None and serving.cost_per_s > 0 else charge(spec)
+    cost_per_s = serving.cost_per_s if serving is not None and serving.cost_per_s > 0 else charged
     prices[Rung.SERVING] = RungProfile(Rung.SERVING, 0.0, 0.0, cost_per_s)
-    return prices
+    return MappingProxyType(prices)
+
+
+NO_PRICES: Mapping[Rung, RungProfile] = MappingProxyType({})
 
 
 def begins(rung: Rung | None, prices: Mapping[Rung, RungProfile]) -> Rung:
     """Where a start would begin: as seen, else the highest rung below PARKED that costs nothing. Never SERVING."""
+    if rung is not None and rung < Rung.SERVING:
+        return Rung(rung)
     below = [each for each in prices if each < Rung.SERVING]
     if rung is None:
         free = [each for each in below if each < Rung.PARKED and prices[each].cost_per_s == 0]
         return (free or below or [Rung.COLD])[-1 if free else 0]
-    if rung < Rung.SERVING:
-        return Rung(rung)
     return below[-1] if below else Rung.PARKED
 
 

@@ -72,7 +72,7 @@ def ceil(value: float) -> int:
 
 @lru_cache(maxsize=4096)
 def alike(load: int, *units: float) -> tuple[int, int]:
-    """The least (1 if not more) and the most that need as many units of each of those sizes as `load`, which is not 0."""
+    """The least (1 if not more) and the most that need as many units of each size as `load`, which is not 0."""
     least, most = 1, load
     for i, unit in enumerate(units):
         need = ceil(load / unit)

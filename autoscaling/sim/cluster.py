@@ -19,9 +19,12 @@ from autoscaling.sim.queueing import (
     DARK,
     FREED,
     HELD_S,
+    IN_FLIGHT,
     LAST_ARRIVAL,
     LAST_BUSY,
     NOW,
+    READY,
+    WAITING,
     Floats,
     Queue,
 )
@@ -160,25 +163,27 @@ class VirtualModel:
 
     def observe(self, now_s: float) -> Observation:
         """Arrivals are those since the call before."""
-        queue = self.queue
         self._rest.evicted = False
-        f, arrived = queue.f, int(queue.n[ARRIVED])
+        n, f = self.queue.n, self.queue.f
+        arrived, queued, in_flight = int(n[ARRIVED]), int(n[WAITING]), int(n[IN_FLIGHT])
         came, self._arrived = arrived - self._arrived, arrived
-        queued, in_flight = queue.queued, queue.in_flight
-        last_arrival_s, last_busy_s = float(f[LAST_ARRIVAL]), float(f[LAST_BUSY])
+        last_arrival_s = last_busy_s = None
+        if arrived:
+            last_arrival_s = float(f[LAST_ARRIVAL])
+            last_busy_s = now_s if queued or in_flight else float(f[LAST_BUSY])
         return Observation(
-            now_s=now_s,
-            ready=queue.ready,
-            starting=len(self._starts) + self._pending,
-            target=self._target,
-            queued=queued,
-            in_flight=in_flight,
-            arrivals=came,
-            last_arrival_s=last_arrival_s if arrived else None,
-            last_busy_s=(now_s if queued or in_flight else last_busy_s) if arrived else None,
-            rung=self._rest.rung,
-            rungs=self.rungs,
-            capacity=self._capacity,
+            now_s,
+            int(n[READY]),
+            len(self._starts) + self._pending,
+            self._target,
+            queued,
+            in_flight,
+            came,
+            last_arrival_s,
+            last_busy_s,
+            self._rest.rung,
+            self.rungs,
+            self._capacity,
         )
 
     def apply(self, now_s: float, spec: Spec, decision: Decision, observation: Observation | None) -> None:

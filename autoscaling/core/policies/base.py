@@ -25,7 +25,7 @@ class Param:
     doc: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
     """What a policy proposes from. Nothing in it is unknown."""
 
@@ -51,7 +51,7 @@ class Context:
         return self.seen.present if held is None else int(held)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Proposal:
     """What a policy would do, before floors and bounds, and until when if nothing happens."""
 

@@ -23,7 +23,7 @@ _CHOICE = ("choice_lit", "choice_rung", "choice_until_s")
 _NUMBER = "choice."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Idle:
     lit: bool
     rung: Rung

@@ -44,7 +44,7 @@ SURE = 1.0
 MOST_SURGE = 1.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Need:
     """Replicas without which the SLO breaks now or within a start's time, and those below which it is safe to stay."""
 
@@ -161,17 +161,18 @@ class Predictive:
         ahead, keep = 0, 0
         foreseen_s = math.inf
         demand = context.forecast.demand if context.forecast is not None else None
-        quantile = context.param(QUANTILE, newsvendor(context))
-        here = expected(demand, 0.5, now_s, 0.0)
-        soon = expected(demand, quantile, now_s, lead_s)
-        then = expected(demand, quantile, now_s + lead_s, 0.0)
-        middle = expected(demand, 0.5, now_s + lead_s, 0.0)
-        if demand and here and soon and then and middle:
-            more = surge(seen, here.concurrency)
-            ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
-            need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
-            fitting = max(need, ahead)
-            foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
+        if demand is not None:
+            quantile = context.param(QUANTILE, newsvendor(context))
+            here = expected(demand, 0.5, now_s, 0.0)
+            soon = expected(demand, quantile, now_s, lead_s)
+            then = expected(demand, quantile, now_s + lead_s, 0.0)
+            middle = expected(demand, 0.5, now_s + lead_s, 0.0)
+            if here and soon and then and middle:
+                more = surge(seen, here.concurrency)
+                ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
+                need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
+                fitting = max(need, ahead)
+                foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
         safe = max(int(peak(series)), keep)
