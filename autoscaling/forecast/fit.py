@@ -23,7 +23,7 @@ from autoscaling.forecast.gap_record import (
     silence_from,
     silences_in,
 )
-from autoscaling.forecast.hazard import ROUNDS, Expansion
+from autoscaling.forecast.hazard import ROUNDS, Deferred, Expansion
 from autoscaling.forecast.history import History, Recent, history_of, recent_of
 from autoscaling.forecast.prior import Prior, Share
 from autoscaling.forecast.season import FLAT, activity
@@ -181,7 +181,10 @@ def _learned(job: Job, history: History) -> Learned:
     record = replace(record, active_s=known)
     hazard, record = learn([*silences, *open_], record, since_s, now_s, regression)
     if not again and before is not None:
-        hazard = hazard.plus(before.hazard.faded(now_s))
+        new, old = hazard, before.hazard
+        hazard = Deferred(
+            lambda: new.plus(old.faded(now_s)), max(new.until_s, old.until_s), max(new.round, old.round)
+        )
     kept = () if regression.round >= ROUNDS else tuple(silences)
     return Learned(record, hazard, kept, began)
 

@@ -10,7 +10,7 @@ single models, so that no process ever needs the traffic of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,9 @@ CELLS_S: Floats = _edges()
 _KNOTS: Floats = np.log(np.asarray([30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0]))
 _BENDS: Floats = np.log(np.asarray([60.0, 300.0, 1800.0, 10800.0]))
 _RATE_KNOTS = (0.7, 1.8)
-_ONSET_KNOTS: Floats = np.asarray([5.5, 7.5, 9.5])
+_ONSET_KNOTS = (5.5, 7.5, 9.5)
+MOVING = 62
+"""How many features go by what came lately: see `moving`."""
 RIDGE = 30.0
 MOST_STEP = 1.0
 LEAST_SILENCES, ROUNDS = 200.0, 4
@@ -77,7 +79,7 @@ def offset(age_s: Floats) -> Floats:
 
 def design(rows: Rows) -> Floats:
     """Features, scaled by hand to about one, shape (n, FEATURES): first those of `still`."""
-    lately = moving(rows.age_s, rows.time_s, rows.counts, rows.onsets_s, rows.day)
+    lately = moving(rows.time_s, rows.counts, rows.onsets_s, rows.day, bends(rows.age_s))
     return np.concatenate([still(rows.age_s, rows.own, rows.typical, rows.known), lately], axis=1)
 
 
@@ -101,33 +103,43 @@ def still(age_s: Floats, own: Floats, typical: Floats, known: Floats) -> Floats:
     return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
 
 
-def moving(age_s: Floats, time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats) -> Floats:
-    """Those that go by what came lately and by the time of day, shape (n, FEATURES - STILL). See Rows."""
+def bends(age_s: Floats) -> Floats:
+    """What a silence's age is multiplied with other features as, shape (n, 5)."""
     log_age = np.log1p(age_s)
     age = (log_age - 6.0) / 2.0
-    bends = np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0
-    shape = np.concatenate([age[:, None], bends], axis=1)
+    return np.concatenate([age[:, None], np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0], axis=1)
+
+
+def moving(time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats, shape: Floats) -> Floats:
+    """Those that go by what came lately and by the time of day, shape (n, FEATURES - STILL). See Rows.
+
+    `shape`: the `bends` of the silence's age.
+    """
+    age = shape[:, :1]
     rates = np.log1p(counts)
     onsets = np.log(np.maximum(onsets_s, 1.0))
     scaled_onsets = (onsets - 7.0) / 2.5
-    wide, close, yesterday = day.T
     angle = (time_s % DAY_S) / DAY_S * 2 * np.pi
-    turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
-    blocks = (
-        rates,
-        *(np.maximum(rates - knot, 0.0) for knot in _RATE_KNOTS),
-        *(rates[:, [i]] * shape for i in (1, 2, 3)),
-        scaled_onsets,
-        scaled_onsets * age[:, None],
-        *(np.maximum(onsets - knot, 0.0) / 2.0 for knot in _ONSET_KNOTS),
-        day,
-        wide[:, None] * shape[:, :4],
-        close[:, None] * shape[:, :2],
-        yesterday[:, None] * shape[:, :2],
-        turns,
-        turns[:, :2] * age[:, None],
-    )
-    return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
+    found = np.empty((len(time_s), MOVING))
+    # Column by column into its place: there are many, of few rows.
+    found[:, :5] = rates
+    for i, knot in enumerate(_RATE_KNOTS, 1):
+        np.maximum(rates - knot, 0.0, out=found[:, 5 * i : 5 * i + 5])
+    for i in (1, 2, 3):
+        np.multiply(rates[:, i : i + 1], shape, out=found[:, 10 + 5 * i : 15 + 5 * i])
+    found[:, 30:33] = scaled_onsets
+    np.multiply(scaled_onsets, age, out=found[:, 33:36])
+    for i, knot in enumerate(_ONSET_KNOTS):
+        np.divide(np.maximum(onsets - knot, 0.0), 2.0, out=found[:, 36 + 3 * i : 39 + 3 * i])
+    found[:, 45:48] = day
+    np.multiply(day[:, 0:1], shape[:, :4], out=found[:, 48:52])
+    np.multiply(day[:, 1:2], shape[:, :2], out=found[:, 52:54])
+    np.multiply(day[:, 2:3], shape[:, :2], out=found[:, 54:56])
+    found[:, 56], found[:, 57] = np.sin(angle), np.cos(angle)
+    found[:, 58], found[:, 59] = np.sin(2 * angle), np.cos(2 * angle)
+    np.multiply(found[:, 56:58], age, out=found[:, 60:62])
+    np.minimum(np.maximum(found, -CLIP, out=found), CLIP, out=found)
+    return found
 
 
 def level(age_s: Floats, own: Floats, typical: Floats, known: Floats, coefficients: Floats) -> Floats:
@@ -175,6 +187,47 @@ class Expansion:
             self.until_s,
             self.round,
         )
+
+
+class Deferred(Expansion):
+    """The same, worked out when it is looked at: what only the fleet asks for, and whoever sends it elsewhere."""
+
+    __slots__ = ("_found", "_make")
+    _found: Expansion | None
+    _make: Callable[[], Expansion] | None
+
+    def __init__(self, make: Callable[[], Expansion], until_s: float, round_: int) -> None:
+        put = object.__setattr__
+        put(self, "until_s", until_s)
+        put(self, "round", round_)
+        put(self, "_make", make)
+        put(self, "_found", None)
+
+    def found(self) -> Expansion:
+        """What it stands for."""
+        if self._found is None:
+            assert self._make is not None
+            object.__setattr__(self, "_found", self._make())
+            # What it was made from need not be kept.
+            object.__setattr__(self, "_make", None)
+        assert self._found is not None
+        return self._found
+
+    @property
+    def curvature(self) -> Floats:
+        return self.found().curvature
+
+    @property
+    def slope(self) -> Floats:
+        return self.found().slope
+
+    @property
+    def silences(self) -> float:
+        return self.found().silences
+
+    def __reduce__(self) -> tuple[object, ...]:
+        made = self.found()
+        return Expansion, (made.curvature, made.slope, made.silences, made.until_s, made.round)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,27 +101,46 @@ def history_of(traffic: Traffic, now_s: float) -> History:
 
 
 def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
+    if _is_clean(level, now_s):
+        none = np.zeros(len(level.index), np.float32)
+        columns = (level.arrivals.astype(np.float32), none, none, level.busy_s.astype(np.float32))
+        span = level.step_s, min(level.start_s, now_s), min(level.end_s, now_s)
+        return Buckets(*span, level.index.astype(np.int64), *columns), 0
     arrivals = np.asarray(level.arrivals, np.float64)
     good = np.isfinite(arrivals) & (arrivals >= 0) & (level.index * level.step_s <= now_s)
     dropped = int(len(arrivals) - good.sum())
     busy = np.nan_to_num(np.asarray(level.busy_s, np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0)
     good &= (arrivals > 0) | (busy > 0)
     index, where = np.unique(level.index[good], return_inverse=True)
-    columns = {}
+    added = {}
     for name, column in (("arrivals", arrivals), ("busy_s", busy)):
-        columns[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
+        added[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
     tokens = np.zeros(len(index), np.float32)
     clean = Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, now_s),
         end_s=min(level.end_s, now_s),
         index=index.astype(np.int64),
-        arrivals=columns["arrivals"],
+        arrivals=added["arrivals"],
         input_tokens=tokens,
         output_tokens=tokens,
-        busy_s=columns["busy_s"],
+        busy_s=added["busy_s"],
     )
     return clean, dropped
+
+
+def _is_clean(level: Buckets, now_s: float) -> bool:
+    """Whether nothing is to be done to it, as is usual."""
+    index, arrivals, busy = level.index, level.arrivals, level.busy_s
+    if not len(index):
+        return True
+    least, most = min(arrivals.min(), busy.min()), max(arrivals.max(), busy.max())
+    return bool(
+        0 <= least <= most < np.inf
+        and index[-1] * level.step_s <= now_s
+        and (index[1:] > index[:-1]).all()
+        and ((arrivals > 0) | (busy > 0)).all()
+    )
 
 
 def _until(level: Buckets, until_s: float) -> Buckets:

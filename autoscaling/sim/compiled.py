@@ -16,7 +16,10 @@ from autoscaling.core.induction import Costs, Solved, passes_of, start_cost
 from autoscaling.core.survival import LEAST, Curve
 from autoscaling.core.types import NextArrival
 from autoscaling.core.warmth import FINEST_S, SHARES, STEPS
+from autoscaling.forecast import gap_record
 from autoscaling.forecast.arrivals import Later
+from autoscaling.forecast.gap_record import CLOSE_S, DAYS, WIDE_S, YESTERDAY_S
+from autoscaling.forecast.hazard import DAY_S
 
 Floats = NDArray[np.float64]
 TIMES, SURVIVAL, HAZARDS, AREAS = range(4)
@@ -249,9 +252,45 @@ def solved(now_s: float, curve: Curve, costs: Costs) -> tuple[Sequence[float], S
     )
 
 
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _place(ordered: Floats, wanted: float, near: int) -> int:
+    """As `np.searchsorted`, from a place that is near."""
+    while near < len(ordered) and ordered[near] < wanted:
+        near += 1
+    while near > 0 and ordered[near - 1] >= wanted:
+        near -= 1
+    return near
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _count(active_s: Floats, time_s: Floats, before_s: Floats, found: NDArray[np.int64]) -> None:
+    for day in range(DAYS):
+        places = np.full(6, np.searchsorted(active_s, time_s[0] - (day + 1) * DAY_S))
+        for i in range(len(time_s)):
+            at, most = time_s[i] - (day + 1) * DAY_S, before_s[i % len(before_s)]
+            places[0] = _place(active_s, at - WIDE_S, places[0])
+            places[1] = _place(active_s, min(at + WIDE_S, most), places[1])
+            found[i, 0] += places[1] > places[0]
+            places[2] = _place(active_s, at - CLOSE_S[0], places[2])
+            places[3] = _place(active_s, min(at + CLOSE_S[1], most), places[3])
+            found[i, 1] += places[3] > places[2]
+            if day == 0:
+                places[4] = _place(active_s, at - YESTERDAY_S, places[4])
+                places[5] = _place(active_s, min(at + YESTERDAY_S, most), places[5])
+                found[i, 2] = max(0, places[5] - places[4])
+
+
+def came(active_s: Floats, time_s: Floats, before_s: Floats | float) -> NDArray[np.int64]:
+    """As `gap_record.came`."""
+    found = np.zeros((len(time_s), 3), np.int64)
+    if len(time_s):
+        _count(active_s, time_s, np.atleast_1d(np.asarray(before_s, np.float64)), found)
+    return found
+
+
 def install() -> None:
     """Let the core of this process use it."""
-    warmth.solved, survival.from_arrival = solved, from_arrival
+    warmth.solved, survival.from_arrival, gap_record.came = solved, from_arrival, came
 
 
-__all__ = ["from_arrival", "install", "solved"]
+__all__ = ["came", "from_arrival", "install", "solved"]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from autoscaling.core import induction, survival, warmth
 from autoscaling.core.survival import Curve, build
 from autoscaling.core.types import Forecast, NextArrival, Rung, RungProfile
+from autoscaling.forecast import gap_record
 from autoscaling.forecast.arrivals import FittedPoisson, Later, next_arrival
 from autoscaling.forecast.history import Recent
 from autoscaling.sim import compiled
@@ -134,6 +135,22 @@ def test_a_curve_on_arrays_is_the_same(curve: Curve, broken: str | None, asked_s
     assert list(grid) == warmth._grid(NOW_S + 3.0, plain, (5.0, 1.0))
 
 
+@given(
+    active=st.lists(st.integers(0, 2600), max_size=60, unique=True),
+    times=st.lists(st.integers(0, 2600), max_size=20),
+    known=st.sampled_from(["all", "each", "little"]),
+)
+@settings(max_examples=150)
+def test_what_came_at_the_same_time_is_counted_the_same(
+    active: list[int], times: list[int], known: str
+) -> None:
+    active_s = np.sort(np.asarray(active, float)) * 300.0 + 150.0
+    time_s = np.asarray(times, float) * 330.0 + 7 * 86400.0
+    before_s = {"all": np.inf, "each": time_s - 500.0, "little": time_s - 3 * 86400.0}[known]
+    plain = gap_record._came(active_s, time_s, before_s)
+    assert np.array_equal(compiled.came(active_s, time_s, before_s), plain)
+
+
 def test_what_is_looked_at_later_is_what_was_said() -> None:
     fitted = FittedPoisson("poisson", 2.0, 100.0)
     recent = Recent(NOW_S - 20.0, (), (), NOW_S)
@@ -144,10 +161,14 @@ def test_what_is_looked_at_later_is_what_was_said() -> None:
 def test_a_replay_uses_it() -> None:
     from tests.sim import lab
 
-    before = warmth.solved, survival.from_arrival
+    def used() -> tuple[Any, ...]:
+        return warmth.solved, survival.from_arrival, gap_record.came
+
+    before = used()
     try:
         warmth.solved, survival.from_arrival = warmth._solved, survival._from_arrival
+        gap_record.came = gap_record._came
         lab.run(lab.requests([10.0]))
-        assert (warmth.solved, survival.from_arrival) == (compiled.solved, compiled.from_arrival)
+        assert used() == (compiled.solved, compiled.from_arrival, compiled.came)
     finally:
-        warmth.solved, survival.from_arrival = before
+        warmth.solved, survival.from_arrival, gap_record.came = before
