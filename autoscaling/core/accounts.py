@@ -100,7 +100,8 @@ def book(
     usage: tuple[Usage, ...] = ()
     prewarm = account.prewarm
     if prewarm is None and not used and (decision is None or decision.reason not in AHEAD):
-        return Account(observation), NOTHING
+        # The observation before counts only where something is counted from it on.
+        return NO_ACCOUNT, NOTHING
     if used and before is not None and observation.now_s > before.now_s:
         usage = _usage(spec, before, observation, prewarm)
     after = prewarm

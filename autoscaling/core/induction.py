@@ -36,7 +36,7 @@ class Costs:
     """Over which time those come, evenly."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Solved:
     """All by grid point k. Expected costs are multiplied by the survival, so that they need not be conditioned."""
 

@@ -67,7 +67,6 @@ def see(spec: Spec, observation: Observation, idle_since_s: float | None) -> See
         return None
     ready, queued, in_flight = int(observation.ready), int(observation.queued), int(observation.in_flight)  # type: ignore[arg-type]
     starting = int(observation.starting) if known(observation.starting) else 0  # type: ignore[arg-type]
-    present = int(observation.target) if known(observation.target) else ready + starting  # type: ignore[arg-type]
     prices = priced(spec, observation.rungs)
     idle: float | None = None
     if queued + in_flight == 0:
@@ -77,24 +76,25 @@ def see(spec: Spec, observation: Observation, idle_since_s: float | None) -> See
         if idle is None:
             idle = now_s
     return Seen(
-        now_s=now_s,
-        ready=ready,
-        starting=starting,
-        present=present,
-        queued=queued,
-        in_flight=in_flight,
-        arrivals=int(observation.arrivals) if known(observation.arrivals) else 0,  # type: ignore[arg-type]
-        last_arrival_s=_past(observation.last_arrival_s, now_s),
-        idle_since_s=idle,
-        rung=begins(observation.rung, prices),
-        prices=prices,
-        per_replica=per_replica(spec, observation),
+        now_s,
+        ready,
+        starting,
+        int(observation.target) if known(observation.target) else ready + starting,  # type: ignore[arg-type]
+        queued,
+        in_flight,
+        int(observation.arrivals) if known(observation.arrivals) else 0,  # type: ignore[arg-type]
+        _past(observation.last_arrival_s, now_s),
+        idle,
+        begins(observation.rung, prices),
+        prices,
+        per_replica(spec, observation),
     )
 
 
 def known(value: float | None) -> bool:
     """A count that can be decided from."""
-    return value is not None and math.isfinite(value) and value >= 0
+    # Not NaN either, which is not less than anything.
+    return value is not None and 0 <= value < math.inf
 
 
 def per_replica(spec: Spec, observation: Observation) -> float:
@@ -156,7 +156,7 @@ def begins(rung: Rung | None, prices: Mapping[Rung, RungProfile]) -> Rung:
 
 
 def _past(time_s: float | None, now_s: float) -> float | None:
-    return time_s if time_s is not None and math.isfinite(time_s) and time_s <= now_s else None
+    return time_s if time_s is not None and -math.inf < time_s <= now_s else None
 
 
 __all__ = ["Seen", "begins", "charge", "known", "per_replica", "priced", "see", "target"]

@@ -17,13 +17,16 @@ def push_peak(series: Series, now_s: float, value: float, window_s: float) -> Se
 
     What was last pushed has held until now, so that pushing seldom and pushing often give the same maximum.
     """
+    if len(series) == 1 and series[0][1] <= value:
+        # As it mostly is.
+        return ((now_s, value),)
     kept = [(min(time_s, now_s), held) for time_s, held in series]
     if kept:
         kept[-1] = (now_s, kept[-1][1])
     while kept and kept[-1][1] <= value:
         kept.pop()
     kept.append((now_s, value))
-    return (*(pair for pair in kept[:-1] if pair[0] + window_s > now_s), kept[-1])
+    return (*[pair for pair in kept[:-1] if pair[0] + window_s > now_s], kept[-1])
 
 
 def peak(series: Series) -> float:

@@ -53,7 +53,9 @@ class Book:
     def arrived(self, model: str, time_s: float, count: float) -> None:
         """Tell of arrivals. What is no number, or not positive, changes nothing."""
         with self._lock:
-            page = self._pages.setdefault(model, Page())
+            page = self._pages.get(model)
+            if page is None:
+                page = self._pages[model] = Page()
             before = page.recent
             page.recent = arrived(before, time_s, count)
             if page.recent is before:
@@ -126,6 +128,12 @@ class Book:
         """A copy of what is known; empty for a model that is unknown."""
         with self._lock:
             return replace(self._pages.get(model) or Page())
+
+    def since_fit(self, model: str) -> tuple[FittedModel | None, int, float]:
+        """(the fit, silences that ended and requests that came since it began)."""
+        with self._lock:
+            page = self._pages.get(model)
+            return (None, 0, 0.0) if page is None else (page.fitted, page.silences, page.arrivals)
 
     def fits(self) -> Mapping[str, FittedModel]:
         with self._lock:

@@ -115,31 +115,37 @@ def moving(time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats, shape:
 
     `shape`: the `bends` of the silence's age.
     """
-    age = shape[:, :1]
-    rates = np.log1p(counts)
-    onsets = np.log(np.maximum(onsets_s, 1.0))
-    scaled_onsets = (onsets - 7.0) / 2.5
     angle = (time_s % DAY_S) / DAY_S * 2 * np.pi
-    found = np.empty((len(time_s), MOVING))
-    # Column by column into its place: there are many, of few rows.
+    turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
+    return arranged(np.log1p(counts), np.log(np.maximum(onsets_s, 1.0)), day, turns, shape)
+
+
+def _arranged(rates: Floats, onsets: Floats, day: Floats, turns: Floats, shape: Floats) -> Floats:
+    """`moving`, from logarithms and `turns` of the day. Column by column: there are many, of few rows."""
+    age = shape[:, :1]
+    scaled_onsets = (onsets - 7.0) / 2.5
+    found = np.empty((len(rates), MOVING))
     found[:, :5] = rates
-    for i, knot in enumerate(_RATE_KNOTS, 1):
-        np.maximum(rates - knot, 0.0, out=found[:, 5 * i : 5 * i + 5])
+    for i in range(len(_RATE_KNOTS)):
+        found[:, 5 * i + 5 : 5 * i + 10] = np.maximum(rates - _RATE_KNOTS[i], 0.0)
     for i in (1, 2, 3):
-        np.multiply(rates[:, i : i + 1], shape, out=found[:, 10 + 5 * i : 15 + 5 * i])
+        found[:, 10 + 5 * i : 15 + 5 * i] = rates[:, i : i + 1] * shape
     found[:, 30:33] = scaled_onsets
-    np.multiply(scaled_onsets, age, out=found[:, 33:36])
-    for i, knot in enumerate(_ONSET_KNOTS):
-        np.divide(np.maximum(onsets - knot, 0.0), 2.0, out=found[:, 36 + 3 * i : 39 + 3 * i])
+    found[:, 33:36] = scaled_onsets * age
+    for i in range(len(_ONSET_KNOTS)):
+        found[:, 36 + 3 * i : 39 + 3 * i] = np.maximum(onsets - _ONSET_KNOTS[i], 0.0) / 2.0
     found[:, 45:48] = day
-    np.multiply(day[:, 0:1], shape[:, :4], out=found[:, 48:52])
-    np.multiply(day[:, 1:2], shape[:, :2], out=found[:, 52:54])
-    np.multiply(day[:, 2:3], shape[:, :2], out=found[:, 54:56])
-    found[:, 56], found[:, 57] = np.sin(angle), np.cos(angle)
-    found[:, 58], found[:, 59] = np.sin(2 * angle), np.cos(2 * angle)
-    np.multiply(found[:, 56:58], age, out=found[:, 60:62])
-    np.minimum(np.maximum(found, -CLIP, out=found), CLIP, out=found)
-    return found
+    found[:, 48:52] = day[:, 0:1] * shape[:, :4]
+    found[:, 52:54] = day[:, 1:2] * shape[:, :2]
+    found[:, 54:56] = day[:, 2:3] * shape[:, :2]
+    found[:, 56:60] = turns
+    found[:, 60:62] = turns[:, :2] * age
+    clipped: Floats = np.minimum(np.maximum(found, -CLIP), CLIP)
+    return clipped
+
+
+arranged: Callable[[Floats, Floats, Floats, Floats, Floats], Floats] = _arranged
+"""The simulator exchanges it for the same, compiled."""
 
 
 def level(age_s: Floats, own: Floats, typical: Floats, known: Floats, coefficients: Floats) -> Floats:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from math import exp
+from math import exp, isfinite
 from typing import Any, TypeVar
 
 import numpy as np
@@ -209,7 +210,7 @@ def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None
     What is no number, and a count that is not positive, changes nothing. A time before the last
     one (a clock that jumped back) counts at the last one.
     """
-    if not (np.isfinite(time_s) and np.isfinite(count)) or count <= 0:
+    if not (isfinite(time_s) and isfinite(count)) or count <= 0:
         return recent
     if recent is None:
         return Recent(
@@ -221,16 +222,14 @@ def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None
     time_s = max(time_s, recent.last_s)
     gap_s = time_s - recent.last_s
     gone_s = time_s - recent.rates_s
+    begun = bisect_right(THETAS_S, gap_s)
     return Recent(
-        last_s=time_s,
-        onsets_s=tuple(
-            time_s if gap_s >= theta else onset
-            for theta, onset in zip(THETAS_S, recent.onsets_s, strict=True)
+        time_s,
+        (time_s,) * begun + recent.onsets_s[begun:] if begun else recent.onsets_s,
+        tuple(
+            [rate * exp(-gone_s / tau) + count / tau for rate, tau in zip(recent.rates, TAUS_S, strict=True)]
         ),
-        rates=tuple(
-            rate * exp(-gone_s / tau) + count / tau for rate, tau in zip(recent.rates, TAUS_S, strict=True)
-        ),
-        rates_s=time_s,
+        time_s,
     )
 
 

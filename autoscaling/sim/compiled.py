@@ -16,7 +16,7 @@ from autoscaling.core.induction import Costs, Solved, passes_of, start_cost
 from autoscaling.core.survival import LEAST, Curve
 from autoscaling.core.types import NextArrival
 from autoscaling.core.warmth import FINEST_S, SHARES, STEPS
-from autoscaling.forecast import gap_record
+from autoscaling.forecast import gap_record, hazard
 from autoscaling.forecast.arrivals import Later
 from autoscaling.forecast.gap_record import CLOSE_S, DAYS, WIDE_S, YESTERDAY_S
 from autoscaling.forecast.hazard import DAY_S
@@ -27,6 +27,7 @@ TIMES, SURVIVAL, HAZARDS, AREAS = range(4)
 _SHARES = np.asarray(SHARES)
 
 _fill: Callable[..., None] = njit(cache=True)(induction.fill)
+arranged: Callable[[Floats, Floats, Floats, Floats, Floats], Floats] = njit(cache=True)(hazard._arranged)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -166,7 +167,7 @@ def _solve(  # noqa: PLR0917 - compiled, which takes no objects
         marks[1 : 1 + count, :size],
         rows[4 + count : 4 + count + len(leads), :size],
         marks[1 + count :, :size],
-        rows[4 + count + len(leads) :, :size],
+        rows[4 + count + len(leads) : 4 + count + 2 * len(leads), :size],
     )
     return size
 
@@ -236,9 +237,9 @@ def solved(now_s: float, curve: Curve, costs: Costs) -> tuple[Sequence[float], S
         known[TIMES], known[SURVIVAL] = curve.times, curve.survival
     count, leads = len(costs.held), len(costs.leads_s)
     most = 2 + STEPS + len(SHARES) * (1 + count)
-    rows = np.zeros((4 + count + 2 * leads, most))
+    rows = np.zeros((5 + count + 2 * leads, most))
     marks = np.zeros((1 + count + leads, most), np.int64)
-    size = _solve(now_s, known, *_asked(costs), np.empty(most), rows, marks)
+    size = _solve(now_s, known, *_asked(costs), rows[-1], rows, marks)
     first = rows[:, :2].tolist()
     drops, *held = marks[: 1 + count, :size].tolist()
     served = rows[3]
@@ -290,7 +291,8 @@ def came(active_s: Floats, time_s: Floats, before_s: Floats | float) -> NDArray[
 
 def install() -> None:
     """Let the core of this process use it."""
-    warmth.solved, survival.from_arrival, gap_record.came = solved, from_arrival, came
+    warmth.solved, survival.from_arrival = solved, from_arrival
+    gap_record.came, hazard.arranged = came, arranged
 
 
-__all__ = ["came", "from_arrival", "install", "solved"]
+__all__ = ["arranged", "came", "from_arrival", "install", "solved"]

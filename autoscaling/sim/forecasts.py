@@ -92,7 +92,12 @@ class Recorder:
         worked = np.concatenate([busy for _, busy in self._new])
         self._new = []
         for at, (step_s, kept_s) in enumerate(LEVELS):
-            index, where = np.unique((times // step_s).astype(np.int64), return_inverse=True)
+            # In order, as they came.
+            steps = (times // step_s).astype(np.int64)
+            begins = np.empty(len(steps), bool)
+            begins[0] = True
+            np.not_equal(steps[1:], steps[:-1], out=begins[1:])
+            index, where = steps[begins], begins.cumsum() - 1
             count = np.bincount(where, minlength=len(index)).astype(np.float64)
             busy = np.bincount(where, worked, len(index))
             known, known_count, known_busy = self._levels[at]
@@ -158,14 +163,13 @@ class SimForecasts:
             for second, count in enumerate(np.bincount(times.astype(np.int64) - first).tolist(), first):
                 if count:
                     self._book.arrived(model, float(second), count)
-        page = self._book.page(model)
-        fitted = page.fitted
+        fitted, silences, arrivals = self._book.since_fit(model)
         now_s = float(times[-1])
         if fitted is None:
             turn.due_s = min(turn.due_s, now_s + SETTLE_S)
             return
-        more = page.silences > CHANGED_SILENCES * fitted.known_silences
-        much = page.arrivals > 20 and page.arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
+        more = silences > CHANGED_SILENCES * fitted.known_silences
+        much = arrivals > 20 and arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
         wait_s = self._refit_s
         if more or much:
             wait_s = min(LATEST_S, max(EARLIEST_S, EARLIEST_SHARE * (now_s - turn.since_s)))

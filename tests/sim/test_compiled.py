@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autoscaling.core import induction, survival, warmth
 from autoscaling.core.survival import Curve, build
 from autoscaling.core.types import Forecast, NextArrival, Rung, RungProfile
-from autoscaling.forecast import gap_record
+from autoscaling.forecast import gap_record, hazard
 from autoscaling.forecast.arrivals import FittedPoisson, Later, next_arrival
 from autoscaling.forecast.history import Recent
 from autoscaling.sim import compiled
@@ -151,6 +151,15 @@ def test_what_came_at_the_same_time_is_counted_the_same(
     assert np.array_equal(compiled.came(active_s, time_s, before_s), plain)
 
 
+def test_features_are_arranged_the_same() -> None:
+    random = np.random.default_rng(4)
+    for rows in (1, 3, 76):
+        columns = [random.normal(0, 4, (rows, width)) for width in (5, 3, 3, 4, 5)]
+        plain, fast = hazard._arranged(*columns), compiled.arranged(*columns)
+        assert plain.flags.c_contiguous and fast.flags.c_contiguous
+        assert np.array_equal(plain, fast)
+
+
 def test_what_is_looked_at_later_is_what_was_said() -> None:
     fitted = FittedPoisson("poisson", 2.0, 100.0)
     recent = Recent(NOW_S - 20.0, (), (), NOW_S)
@@ -162,13 +171,13 @@ def test_a_replay_uses_it() -> None:
     from tests.sim import lab
 
     def used() -> tuple[Any, ...]:
-        return warmth.solved, survival.from_arrival, gap_record.came
+        return warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged
 
     before = used()
     try:
         warmth.solved, survival.from_arrival = warmth._solved, survival._from_arrival
-        gap_record.came = gap_record._came
+        gap_record.came, hazard.arranged = gap_record._came, hazard._arranged
         lab.run(lab.requests([10.0]))
-        assert used() == (compiled.solved, compiled.from_arrival, compiled.came)
+        assert used() == (compiled.solved, compiled.from_arrival, compiled.came, compiled.arranged)
     finally:
-        warmth.solved, survival.from_arrival, gap_record.came = before
+        warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged = before
