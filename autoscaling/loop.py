@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
-from autoscaling.core.accounts import Account, Prewarm, Usage, book, day_of
+from autoscaling.core.accounts import NO_ACCOUNT, NOTHING, Account, Prewarm, Usage, book, day_of
 from autoscaling.core.budget import Budget, clamp
 from autoscaling.core.decide import decide, hold
 from autoscaling.core.types import Decision, Forecast, Observation, Spec, State
 from autoscaling.ports import AccountSink, Actuator, DecisionSink, ForecastSource, MetricsSource, SpecSource
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 JUMP_S = 60.0
@@ -69,9 +70,11 @@ class Loop:
         self._specs: dict[str, Spec] = {}
         self._seen: dict[str, Observation] = {}
         self._made: dict[str, Decision] = {}
+        self._loads: dict[str, tuple[int, int] | None] = {}
         self._clamped: dict[str, Decision] = {}
         self._fits: dict[str, float | None] = {}
         self._ask_s: dict[str, float] = {}
+        self._spread: dict[str, float] = {}
         self._accounts = {prewarm.model: Account(prewarm=prewarm) for prewarm in prewarms}
         self._errors: dict[str, str] = {}
 
@@ -105,51 +108,75 @@ class Loop:
 
     def next_s(self) -> float:
         """The earliest `until_s` of all that stands."""
-        return min((decision.until_s for decision in self._made.values()), default=math.inf)
+        next_s = math.inf
+        for decision in self._made.values():
+            next_s = min(next_s, decision.until_s)
+        return next_s
+
+    def stands_for(self, model: str) -> tuple[int, int] | None:
+        """The least and the most requests in progress between which a tick would do nothing for a model, until what it
+        decided ends, as long as nothing else is seen to change. None: whatever comes must be looked at.
+
+        Where models share a budget, or what they use is counted, each tick counts.
+        """
+        if (
+            self._errors
+            or self._usage
+            or self.budget.gpus is not None
+            or self.budget.gpu_s_per_day is not None
+        ):
+            return None
+        account = self._accounts.get(model)
+        if account is not None and account.prewarm is not None:
+            return None
+        return self._loads.get(model)
 
     def tick(self, now_s: float) -> list[Decision]:
         """The decisions that were made or changed at this tick. Never raises."""
         if not math.isfinite(now_s):
             self._errors["clock"] = f"now is {now_s}"
             return []
-        self._errors.pop("clock", None)
+        errors = self._errors
+        if errors:
+            errors.pop("clock", None)
         last_s, self._last_s = self._last_s, now_s
         jumped = last_s is not None and now_s - last_s > self._jump_s
         back = last_s is not None and now_s < last_s
-        specs = self._try("specs", lambda: dict(self._spec_source.specs(now_s)))
-        specs = self._specs if specs is None else specs
-        observed = self._try("metrics", lambda: dict(self._metrics.observe(now_s))) or {}
-        observations = {model: self._fresh(observed.get(model), now_s) for model in specs}
+        found = self._try("specs", _told, self._spec_source.specs, now_s)
+        specs = self._specs if found is None else found
+        observed = self._try("metrics", _told, self._metrics.observe, now_s) or {}
+        oldest_s = now_s - STALE_S
+        observations: dict[str, Observation] = {}
         self._drop(specs)
         states: dict[str, State] = {}
         for model, spec in specs.items():
-            observation = observations[model]
+            seen = observed.get(model)
+            if seen is None or seen.now_s < oldest_s:
+                seen = Observation(now_s)
+            observations[model] = seen
             if jumped:
                 # Nothing is concluded from times that lie across the jump; the next tick goes on.
-                self._made[model] = hold(spec, observation, until_s=now_s)
+                self._made[model] = hold(spec, seen, until_s=now_s)
+                self._loads[model] = None
                 continue
-            forecast = self._news(model, spec, observation, now_s, back=back)
+            forecast = self._news(model, spec, seen, now_s, back=back)
             if forecast is not False:
-                state = self._decide(model, spec, observation, forecast)
+                state = self._decide(model, spec, seen, forecast)
                 if state is not None:
                     states[model] = state
-        self._specs, self._seen = specs, {m: observations[m] for m in specs if m in observed}
+        self._specs = specs
+        self._seen = {model: seen for model, seen in observations.items() if model in observed}
         before = self._clamped
-        self._clamped = clamp(self.budget, specs, observations, self._made, self._spent_on(now_s))
+        after = self._clamped = clamp(self.budget, specs, observations, self._made, self._spent_on(now_s))
         fresh = [
             decision
-            for model, decision in self._clamped.items()
+            for model, decision in after.items()
             if decision is not (then := before.get(model)) and decision != then
         ]
-        self._try("actuator", lambda: self._actuator.apply(now_s, specs, list(self._clamped.values())))
-        self._try("sink", lambda: self._sink.record(now_s, self._seen, fresh, states))
+        self._try("actuator", self._actuator.apply, now_s, specs, list(after.values()))
+        self._try("sink", self._sink.record, now_s, self._seen, fresh, states)
         self._book(now_s)
         return fresh
-
-    def _fresh(self, observation: Observation | None, now_s: float) -> Observation:
-        if observation is None or observation.now_s < now_s - STALE_S:
-            return Observation(now_s)
-        return observation
 
     def _news(
         self, model: str, spec: Spec, observation: Observation, now_s: float, *, back: bool
@@ -160,15 +187,17 @@ class Loop:
             made is not None
             and not back
             and now_s < made.until_s
-            and f"model {model}" not in self._errors
             and _same(self._seen.get(model), observation)
-            and self._specs.get(model) == spec
+            and ((before := self._specs.get(model)) is spec or before == spec)
+            and not (self._errors and f"model {model}" in self._errors)
         )
         if stands and now_s < self._ask_s.get(model, -math.inf):
             return False
-        forecast = self._try(f"forecast {model}", lambda: self._forecasts.forecast(model, now_s))
-        # Asked at different moments, so that a fleet's forecasts don't all come at one tick.
-        spread = 0.5 + (hash((len(model), sum(model.encode()))) % 64) / 64
+        forecast = self._try(f"forecast {model}", self._forecasts.forecast, model, now_s)
+        spread = self._spread.get(model)
+        if spread is None:
+            # Asked at different moments, so that a fleet's forecasts don't all come at one tick.
+            spread = self._spread[model] = 0.5 + (hash((len(model), sum(model.encode()))) % 64) / 64
         self._ask_s[model] = now_s + self._reforecast_s * spread
         fit = _fit(forecast)
         if stands and self._fits.get(model) == fit:
@@ -187,8 +216,12 @@ class Loop:
         except Exception as error:  # noqa: BLE001 - whatever one model's policy raises, the others are decided
             self._errors[f"model {model}"] = f"{type(error).__name__}: {error}"
             self._made[model] = hold(spec, observation, until_s=observation.now_s)
+            self._loads[model] = None
             return None
-        self._errors.pop(f"model {model}", None)
+        if self._errors:
+            self._errors.pop(f"model {model}", None)
+        # Those of the decision that says the same may be others.
+        self._loads[model] = decision.loads
         made = self._made.get(model)
         # The same again is not made anew: neither recorded nor published as news.
         if made is None or not _says(decision, made):
@@ -200,7 +233,15 @@ class Loop:
         if self._made.keys() <= specs.keys():
             return
         for model in self._made.keys() - specs.keys():
-            for kept in (self._made, self._states, self._fits, self._ask_s, self._accounts):
+            for kept in (
+                self._made,
+                self._loads,
+                self._states,
+                self._fits,
+                self._ask_s,
+                self._spread,
+                self._accounts,
+            ):
                 kept.pop(model, None)
             self._errors.pop(f"model {model}", None)
             self._errors.pop(f"forecast {model}", None)
@@ -217,31 +258,38 @@ class Loop:
         used = self._usage or self.budget.gpu_s_per_day is not None
         for model, observation in self._seen.items():
             account, booking = book(
-                self._accounts.get(model, Account()),
+                self._accounts.get(model) or NO_ACCOUNT,
                 self._specs[model],
                 observation,
                 self._clamped.get(model),
                 used=used,
             )
             self._accounts[model] = account
-            usage += booking.usage
-            prewarms += booking.prewarms
+            if booking is not NOTHING:
+                usage += booking.usage
+                prewarms += booking.prewarms
         if usage:
             self._spent += math.fsum(
                 gpu_s for row in usage if row.day == self._day for gpu_s in row.gpu_s.values()
             )
         sink = self._account_sink
         if sink is not None and (usage or prewarms):
-            self._try("accounts", lambda: sink.account(now_s, usage, prewarms))
+            self._try("accounts", sink.account, now_s, usage, prewarms)
 
-    def _try(self, what: str, call: Callable[[], T]) -> T | None:
+    def _try(self, what: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         try:
-            result = call()
+            result = call(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a port that fails is unknown, and is said
             self._errors[what] = f"{type(error).__name__}: {error}"
             return None
-        self._errors.pop(what, None)
+        if self._errors:
+            self._errors.pop(what, None)
         return result
+
+
+def _told(call: Callable[[float], Mapping[str, T]], now_s: float) -> dict[str, T]:
+    """As it is now: a source may change what it gave."""
+    return dict(call(now_s))
 
 
 def _same(before: Observation | None, now: Observation) -> bool:

@@ -80,6 +80,9 @@ class Booking:
         return math.fsum(value for usage in self.usage for value in usage.gpu_s.values())
 
 
+NO_ACCOUNT, NOTHING = Account(), Booking()
+
+
 def book(
     account: Account, spec: Spec, observation: Observation, decision: Decision | None, *, used: bool = True
 ) -> tuple[Account, Booking]:
@@ -90,12 +93,15 @@ def book(
     """
     before = account.observation
     if not (math.isfinite(observation.now_s) and known(observation.ready)):
-        return account, Booking()
+        return account, NOTHING
     if before is not None and observation.now_s < before.now_s:
         # The clock went back: what is open can't be measured any more.
-        return Account(observation, None), Booking()
+        return Account(observation, None), NOTHING
     usage: tuple[Usage, ...] = ()
     prewarm = account.prewarm
+    if prewarm is None and not used and (decision is None or decision.reason not in AHEAD):
+        # The observation before counts only where something is counted from it on.
+        return NO_ACCOUNT, NOTHING
     if used and before is not None and observation.now_s > before.now_s:
         usage = _usage(spec, before, observation, prewarm)
     after = prewarm
@@ -282,4 +288,4 @@ def _day(number: int) -> str:
     return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
-__all__ = ["AHEAD", "Account", "Booking", "Prewarm", "Usage", "book", "day_of"]
+__all__ = ["AHEAD", "NOTHING", "NO_ACCOUNT", "Account", "Booking", "Prewarm", "Usage", "book", "day_of"]

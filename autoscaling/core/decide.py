@@ -83,15 +83,16 @@ def _bounded(spec: Spec, seen: Seen, floor: Floor, proposal: Proposal) -> Decisi
     if replicas != proposal.replicas:
         numbers = {**numbers, "proposed_replicas": float(proposal.replicas)}
     return Decision(
-        model=spec.model,
-        made_s=seen.now_s,
-        replicas=replicas,
-        rung=rung,
-        reason=reason,
-        until_s=max(min(proposal.until_s, floor.until_s), seen.now_s + TICK_S),
-        policy=spec.policy,
-        numbers=numbers,
-        clamps=tuple(clamps),
+        spec.model,
+        seen.now_s,
+        replicas,
+        rung,
+        reason,
+        max(min(proposal.until_s, floor.until_s), seen.now_s + TICK_S),
+        spec.policy,
+        numbers,
+        tuple(clamps),
+        proposal.loads,
     )
 
 

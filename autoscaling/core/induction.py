@@ -1,13 +1,13 @@
 """Backward induction over a grid of times: what each state costs from each point on, and what is then best.
 
 `fill` uses nothing but numbers, indexes and `math`, so that the simulator runs the very same function compiled (see
-`autoscaling.sim.compiled`); `solve` is what calls it, and the one name that is exchanged for that.
+`autoscaling.sim.compiled`); `solve` is what calls it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Costs:
     """Over which time those come, evenly."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Solved:
     """All by grid point k. Expected costs are multiplied by the survival, so that they need not be conditioned."""
 
@@ -198,7 +198,8 @@ def fill(  # noqa: PLR0912, PLR0915, PLR0917 - one function, so that it compiles
                 held[r][k] = -1
 
 
-def _solve(curve: Curve, grid: Row, costs: Costs) -> Solved:
+def solve(curve: Curve, grid: Row, costs: Costs) -> Solved:
+    """Everything from the first point of the grid to its last; the grid lies within the curve."""
     passes = passes_of(costs)
     size, count, leads = len(grid), len(costs.held), len(costs.leads_s)
     alive, area, served, drops = [0.0] * size, [0.0] * size, [0.0] * size, [0] * size
@@ -233,7 +234,7 @@ def _solve(curve: Curve, grid: Row, costs: Costs) -> Solved:
     return Solved(alive, area, served, drops, values, held, starts)
 
 
-def start_cost(alone: float, upper: int, share: float, served: Row) -> float:
+def start_cost(alone: float, upper: int, share: float, served: Row | Mapping[int, float]) -> float:
     """Of a start, from what `fill` says of it and what it costs once it serves."""
     if upper < 0:
         return alone
@@ -241,8 +242,5 @@ def start_cost(alone: float, upper: int, share: float, served: Row) -> float:
         return alone + served[upper]
     return alone + served[upper] + share * (served[upper - 1] - served[upper])
 
-
-solve: Callable[[Curve, Row, Costs], Solved] = _solve
-"""Everything from the first point of the grid to its last; the grid lies within the curve."""
 
 __all__ = ["Costs", "Passes", "Solved", "fill", "passes_of", "solve", "start_cost"]

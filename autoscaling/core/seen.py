@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from autoscaling.core.types import Observation, Rung, RungProfile, Spec
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Seen:
-    """What policies decide from. Replicas and requests are counts over the whole model."""
+    """What policies decide from, and never change. Replicas and requests are counts over the whole model.
+
+    Not frozen, as are the other values that one decision makes for itself: that takes three times as long to make.
+    """
 
     now_s: float
     ready: int
@@ -62,7 +67,6 @@ def see(spec: Spec, observation: Observation, idle_since_s: float | None) -> See
         return None
     ready, queued, in_flight = int(observation.ready), int(observation.queued), int(observation.in_flight)  # type: ignore[arg-type]
     starting = int(observation.starting) if known(observation.starting) else 0  # type: ignore[arg-type]
-    present = int(observation.target) if known(observation.target) else ready + starting  # type: ignore[arg-type]
     prices = priced(spec, observation.rungs)
     idle: float | None = None
     if queued + in_flight == 0:
@@ -72,24 +76,25 @@ def see(spec: Spec, observation: Observation, idle_since_s: float | None) -> See
         if idle is None:
             idle = now_s
     return Seen(
-        now_s=now_s,
-        ready=ready,
-        starting=starting,
-        present=present,
-        queued=queued,
-        in_flight=in_flight,
-        arrivals=int(observation.arrivals) if known(observation.arrivals) else 0,  # type: ignore[arg-type]
-        last_arrival_s=_past(observation.last_arrival_s, now_s),
-        idle_since_s=idle,
-        rung=begins(observation.rung, prices),
-        prices=prices,
-        per_replica=per_replica(spec, observation),
+        now_s,
+        ready,
+        starting,
+        int(observation.target) if known(observation.target) else ready + starting,  # type: ignore[arg-type]
+        queued,
+        in_flight,
+        int(observation.arrivals) if known(observation.arrivals) else 0,  # type: ignore[arg-type]
+        _past(observation.last_arrival_s, now_s),
+        idle,
+        begins(observation.rung, prices),
+        prices,
+        per_replica(spec, observation),
     )
 
 
 def known(value: float | None) -> bool:
     """A count that can be decided from."""
-    return value is not None and math.isfinite(value) and value >= 0
+    # Not NaN either, which is not less than anything.
+    return value is not None and 0 <= value < math.inf
 
 
 def per_replica(spec: Spec, observation: Observation) -> float:
@@ -112,37 +117,46 @@ def charge(spec: Spec) -> float:
     return gpus if math.isfinite(gpus) and gpus > 0 else 1.0
 
 
-def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> dict[Rung, RungProfile]:
+def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> Mapping[Rung, RungProfile]:
     """Those rungs whose price and delay can be reckoned with. Empty unless one below SERVING is among them.
 
     A replica that seems to cost nothing costs what its spec charges: else it would never be worth ending.
     """
+    return _priced(rungs, charge(spec))
+
+
+@lru_cache(maxsize=4096)
+def _priced(rungs: tuple[RungProfile, ...], charged: float) -> Mapping[Rung, RungProfile]:
+    # Rungs and what replicas are charged change seldom, and this is asked for at each decision.
     prices: dict[Rung, RungProfile] = {}
     for profile in sorted(rungs, key=lambda each: each.rung):
         numbers = (profile.delay_s, profile.delay_high_s, profile.cost_per_s)
         if all(math.isfinite(number) and number >= 0 for number in numbers):
             prices[profile.rung] = profile
     if not any(rung < Rung.SERVING for rung in prices):
-        return {}
+        return NO_PRICES
     serving = prices.pop(Rung.SERVING, None)
-    cost_per_s = serving.cost_per_s if serving is not None and serving.cost_per_s > 0 else charge(spec)
+    cost_per_s = serving.cost_per_s if serving is not None and serving.cost_per_s > 0 else charged
     prices[Rung.SERVING] = RungProfile(Rung.SERVING, 0.0, 0.0, cost_per_s)
-    return prices
+    return MappingProxyType(prices)
+
+
+NO_PRICES: Mapping[Rung, RungProfile] = MappingProxyType({})
 
 
 def begins(rung: Rung | None, prices: Mapping[Rung, RungProfile]) -> Rung:
     """Where a start would begin: as seen, else the highest rung below PARKED that costs nothing. Never SERVING."""
+    if rung is not None and rung < Rung.SERVING:
+        return Rung(rung)
     below = [each for each in prices if each < Rung.SERVING]
     if rung is None:
         free = [each for each in below if each < Rung.PARKED and prices[each].cost_per_s == 0]
         return (free or below or [Rung.COLD])[-1 if free else 0]
-    if rung < Rung.SERVING:
-        return Rung(rung)
     return below[-1] if below else Rung.PARKED
 
 
 def _past(time_s: float | None, now_s: float) -> float | None:
-    return time_s if time_s is not None and math.isfinite(time_s) and time_s <= now_s else None
+    return time_s if time_s is not None and -math.inf < time_s <= now_s else None
 
 
 __all__ = ["Seen", "begins", "charge", "known", "per_replica", "priced", "see", "target"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from functools import lru_cache
 
 Series = tuple[tuple[float, float], ...]
 
@@ -16,13 +17,16 @@ def push_peak(series: Series, now_s: float, value: float, window_s: float) -> Se
 
     What was last pushed has held until now, so that pushing seldom and pushing often give the same maximum.
     """
+    if len(series) == 1 and series[0][1] <= value:
+        # As it mostly is.
+        return ((now_s, value),)
     kept = [(min(time_s, now_s), held) for time_s, held in series]
     if kept:
         kept[-1] = (now_s, kept[-1][1])
     while kept and kept[-1][1] <= value:
         kept.pop()
     kept.append((now_s, value))
-    return (*(pair for pair in kept[:-1] if pair[0] + window_s > now_s), kept[-1])
+    return (*[pair for pair in kept[:-1] if pair[0] + window_s > now_s], kept[-1])
 
 
 def peak(series: Series) -> float:
@@ -69,6 +73,21 @@ def ceil(value: float) -> int:
     return math.ceil(value - 1e-6)
 
 
+@lru_cache(maxsize=4096)
+def alike(load: int, *units: float) -> tuple[int, int]:
+    """The least (1 if not more) and the most that need as many units of each size as `load`, which is not 0."""
+    least, most = 1, load
+    for i, unit in enumerate(units):
+        need = ceil(load / unit)
+        low, high = min(load, max(1, math.floor((need - 1) * unit))), max(load, math.ceil(need * unit) + 1)
+        while ceil(low / unit) < need:
+            low += 1
+        while ceil(high / unit) > need:
+            high -= 1
+        least, most = max(least, low), high if i == 0 else min(most, high)
+    return least, most
+
+
 def mean_until_s(
     series: Series, now_s: float, window_s: float, scale: float = 1.0, offset: float = 0.0
 ) -> float:
@@ -96,6 +115,7 @@ def mean_until_s(
 __all__ = [
     "TICK_S",
     "Series",
+    "alike",
     "ceil",
     "mean",
     "mean_until_s",

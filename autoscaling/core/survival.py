@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -103,7 +103,7 @@ def curve_of(forecast: Forecast | None, now_s: float) -> Curve | None:
     """
     if forecast is None:
         return None
-    curve = _from_arrival(forecast.next_arrival) if forecast.next_arrival is not None else None
+    curve = from_arrival(forecast.next_arrival) if forecast.next_arrival is not None else None
     if curve is None and forecast.demand is not None:
         curve = _from_demand(forecast.demand)
     if curve is None or now_s >= curve.end_s or curve.at(now_s) <= LEAST:
@@ -130,6 +130,10 @@ def _from_arrival(nxt: NextArrival) -> Curve | None:
     if survival[-1] < LEAST:
         survival = tuple([max(LEAST, value) for value in survival])
     return build([made_s + time_s for time_s in times], survival)
+
+
+from_arrival: Callable[[NextArrival], Curve | None] = _from_arrival
+"""None of one that is broken. The simulator exchanges it for its own."""
 
 
 def _from_demand(demand: Demand) -> Curve | None:

@@ -209,6 +209,9 @@ class Decision:
     """What the reason was computed from, with units in the names."""
     clamps: tuple[Reason, ...] = ()
     """Which bounds then changed the replicas."""
+    loads: tuple[int, int] | None = field(default=None, compare=False)
+    """The least and the most requests in progress for which it stands as well, if nothing else is seen to change: to
+    decide at any of them gives the same, and leads to the same later. None: only for those that it was made for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from autoscaling.core import induction
@@ -52,7 +52,7 @@ class Prices:
         return self.wait_cost * waited + self.rungs[Rung.SERVING].cost_per_s * profile.delay_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Choice:
     """The cheapest thing to do now."""
 
@@ -129,19 +129,18 @@ class _Problem:
             self.rungs = [next(iter(prices.rungs))]
         self.level = min(level, self.rungs[-1]) if level < Rung.SERVING else level
         profiles = [prices.rungs[rung] for rung in self.rungs]
-        self.leads = [profile.delay_high_s for profile in profiles]
+        self.leads = tuple([profile.delay_high_s for profile in profiles])
         self.starting_left_s = starting_left_s
         self.costs = induction.Costs(
             serving=prices.rungs[Rung.SERVING].cost_per_s,
-            held=[profile.cost_per_s for profile in profiles],
-            arrivals=[prices.arrival_cost(rung) for rung in self.rungs],
-            leads_s=self.leads if starting_left_s is None else [*self.leads, starting_left_s],
+            held=tuple([profile.cost_per_s for profile in profiles]),
+            arrivals=tuple([prices.arrival_cost(rung) for rung in self.rungs]),
+            leads_s=self.leads if starting_left_s is None else (*self.leads, starting_left_s),
             wait=prices.wait_cost,
             others=prices.wait_cost * max(0.0, prices.batch_size - 1.0),
             burst_s=prices.burst_s,
         )
-        self.grid = _grid(now_s, curve, self.leads)
-        self.solved = induction.solve(curve, self.grid, self.costs)
+        self.grid, self.solved = solved(now_s, curve, self.costs)
 
     def choice(self) -> Choice:
         """The action at the first grid point, followed along the grid to where it ends."""
@@ -207,6 +206,15 @@ class _Problem:
         else:
             numbers["prewarm_cost_gpu_s"] = scale * solved.starts[level]
         return numbers
+
+
+def _solved(now_s: float, curve: Curve, costs: induction.Costs) -> tuple[list[float], induction.Solved]:
+    grid = _grid(now_s, curve, costs.leads_s[: len(costs.held)])
+    return grid, induction.solve(curve, grid, costs)
+
+
+solved: Callable[[float, Curve, induction.Costs], tuple[Sequence[float], induction.Solved]] = _solved
+"""The grid from that moment to the curve's end, and what is best on it. The simulator exchanges it for its own."""
 
 
 def _grid(now_s: float, curve: Curve, leads: Sequence[float]) -> list[float]:

@@ -23,10 +23,13 @@ class Floor:
     force even if a start would by then take less."""
 
 
+NO_FLOOR = Floor()
+
+
 def floor_of(spec: Spec, seen: Seen, begun_s: float | None) -> Floor:
     """What the spec's windows ask for at `seen.now_s`; `begun_s` is that of the floor before."""
     if not spec.windows:
-        return Floor()
+        return NO_FLOOR
     now_s = seen.now_s
     replicas, rung = 0, Rung.COLD
     replicas_reason = rung_reason = Reason.SCHEDULE

@@ -45,6 +45,39 @@ def next_arrival(fitted: ArrivalFitted, now_s: float, recent: Recent) -> NextArr
     return NextArrival(now_s, tuple(times.tolist()), tuple(survival.tolist()))
 
 
+class Later(NextArrival):
+    """The same, worked out when it is looked at: mostly it is not, since a model with requests has none to wait for."""
+
+    __slots__ = ("_fitted", "_known", "_recent")
+    _fitted: ArrivalFitted
+    _known: tuple[Floats, Floats] | None
+    _recent: Recent
+
+    def __init__(self, fitted: ArrivalFitted, now_s: float, recent: Recent) -> None:
+        put = object.__setattr__
+        put(self, "made_s", now_s)
+        put(self, "_fitted", fitted)
+        put(self, "_recent", recent)
+        put(self, "_known", None)
+
+    @property
+    def arrays(self) -> tuple[Floats, Floats]:
+        """(times_s, survival), shape (n,) each."""
+        known = self._known
+        if known is None:
+            known = survival_grid(self._fitted, self.made_s, self._recent)
+            object.__setattr__(self, "_known", known)
+        return known
+
+    @property
+    def times_s(self) -> tuple[float, ...]:
+        return tuple(self.arrays[0].tolist())
+
+    @property
+    def survival(self) -> tuple[float, ...]:
+        return tuple(self.arrays[1].tolist())
+
+
 def survival_grid(fitted: ArrivalFitted, now_s: float, recent: Recent) -> tuple[Floats, Floats]:
     """(times_s, survival), ascending from 0 and descending from 1."""
     times = GRID_S

@@ -44,14 +44,18 @@ class Page:
 class Book:
     """Thread-safe. Holds some twenty kilobytes a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, later: bool = False) -> None:
+        """`later`: forecasts are worked out as far as they are looked at (see `FittedModel.forecast`)."""
+        self._later = later
         self._pages: dict[str, Page] = {}
         self._lock = threading.Lock()
 
     def arrived(self, model: str, time_s: float, count: float) -> None:
         """Tell of arrivals. What is no number, or not positive, changes nothing."""
         with self._lock:
-            page = self._pages.setdefault(model, Page())
+            page = self._pages.get(model)
+            if page is None:
+                page = self._pages[model] = Page()
             before = page.recent
             page.recent = arrived(before, time_s, count)
             if page.recent is before:
@@ -100,7 +104,7 @@ class Book:
                     return shown
             fitted = page.fitted
         try:
-            made = fitted.forecast(now_s, recent)
+            made = fitted.forecast(now_s, recent, later=self._later)
         except Exception as error:  # noqa: BLE001 - a tick must not fail for one model; it is told and fitted anew
             self.forget(model, f"{fitted.name} raised {type(error).__name__}: {error}")
             return None
@@ -124,6 +128,12 @@ class Book:
         """A copy of what is known; empty for a model that is unknown."""
         with self._lock:
             return replace(self._pages.get(model) or Page())
+
+    def since_fit(self, model: str) -> tuple[FittedModel | None, int, float]:
+        """(the fit, silences that ended and requests that came since it began)."""
+        with self._lock:
+            page = self._pages.get(model)
+            return (None, 0, 0.0) if page is None else (page.fitted, page.silences, page.arrivals)
 
     def fits(self) -> Mapping[str, FittedModel]:
         with self._lock:

@@ -10,7 +10,7 @@ import numpy as np
 
 from autoscaling.core.types import Forecast
 from autoscaling.forecast import arrival_choice, demand
-from autoscaling.forecast.arrivals import ArrivalFitted, Renewal, batch_size, idle, next_arrival
+from autoscaling.forecast.arrivals import ArrivalFitted, Later, Renewal, batch_size, idle, next_arrival
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.demand import CHEAP, FittedDemand, Kind, demand_of, steps_of
 from autoscaling.forecast.gap_record import (
@@ -23,7 +23,7 @@ from autoscaling.forecast.gap_record import (
     silence_from,
     silences_in,
 )
-from autoscaling.forecast.hazard import ROUNDS, Expansion, Regression
+from autoscaling.forecast.hazard import ROUNDS, Deferred, Expansion, Regression
 from autoscaling.forecast.history import History, Recent, history_of, recent_of
 from autoscaling.forecast.prior import Prior, Share
 from autoscaling.forecast.season import FLAT, activity
@@ -99,7 +99,8 @@ class FittedModel:
     scores: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def forecast(self, now_s: float, recent: Recent | None = None) -> Forecast:
+    def forecast(self, now_s: float, recent: Recent | None = None, *, later: bool = False) -> Forecast:
+        """`later`: when the next request comes is worked out only when somebody looks at it."""
         recent = self.recent if recent is None else recent
         shown = None
         if self.demand is not None and self.demand.service_s is not None:
@@ -108,7 +109,7 @@ class FittedModel:
         return Forecast(
             made_s=now_s,
             forecaster=self.name,
-            next_arrival=next_arrival(self.arrivals, now_s, recent),
+            next_arrival=(Later if later else next_arrival)(self.arrivals, now_s, recent),
             demand=shown,
             batch_size=self.batch_size,
             details=self.details,
@@ -180,7 +181,10 @@ def _learned(job: Job, history: History) -> Learned:
     record = replace(record, active_s=known)
     hazard, record = learn([*silences, *open_], record, since_s, now_s, regression)
     if not again and before is not None:
-        hazard = hazard.plus(before.hazard.faded(now_s))
+        new, old = hazard, before.hazard
+        hazard = Deferred(
+            lambda: new.plus(old.faded(now_s)), max(new.until_s, old.until_s), max(new.round, old.round)
+        )
     kept = () if regression.round >= ROUNDS else tuple(silences)
     return Learned(record, hazard, kept, began)
 

@@ -9,13 +9,17 @@ import numpy as np
 from autoscaling.forecast.arrivals import ArrivalBase
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.gap_record import Record, own_hazard, record_of, same_time
-from autoscaling.forecast.hazard import CELLS_S, ONSETS, level, log_hazard, moving
+from autoscaling.forecast.hazard import CELLS_S, ONSETS, bends, level, log_hazard, moving
 from autoscaling.forecast.history import TAUS_S, Floats, History, Recent
 from autoscaling.forecast.prior import Prior
 
 _TAUS: Floats = np.asarray(TAUS_S)
 _EDGES_S: Floats = np.concatenate([[0.0], CELLS_S])
 _MIDDLES_S: Floats = (_EDGES_S[:-1] + _EDGES_S[1:]) / 2
+_WIDTHS_S: Floats = np.diff(_EDGES_S)
+_BENDS: Floats = bends(_MIDDLES_S)
+_LEFT: Floats = np.exp(-_MIDDLES_S[:, None] / _TAUS)
+"""What is left by then of each of the recent rates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,14 @@ class FittedFleet(ArrivalBase):
         time_s = recent.last_s + _MIDDLES_S
         rates = np.asarray(recent.rates) * np.exp(np.minimum((recent.rates_s - recent.last_s) / _TAUS, 50.0))
         lately = moving(
-            _MIDDLES_S,
             time_s,
-            counts=rates * _TAUS * np.exp(-_MIDDLES_S[:, None] / _TAUS),
+            counts=rates * _TAUS * _LEFT,
             onsets_s=time_s[:, None] - np.asarray([recent.onsets_s[i] for i in ONSETS]),
             day=same_time(self.record.active_s, time_s, np.inf),
+            shape=_BENDS,
         )
         hazards = np.exp(log_hazard(self._levels(), lately, self.coefficients, _MIDDLES_S, self.correction))
-        gone = np.concatenate([[0.0], np.cumsum(hazards * np.diff(_EDGES_S))])
+        gone = np.concatenate([[0.0], np.cumsum(hazards * _WIDTHS_S)])
         self._silence[:] = [(recent, hazards, gone)]
         return hazards, gone
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoscaling.forecast.arrivals import MIN_SILENCE_S, idle, silent_from
-from autoscaling.forecast.hazard import CELLS_S, DAY_S, ONSETS, Expansion, Regression, Rows, expand
+from autoscaling.forecast.hazard import CELLS_S, DAY_S, ONSETS, Deferred, Expansion, Regression, Rows, expand
 from autoscaling.forecast.history import TAUS_S, Events, Floats, History, Recent, onset_times
 
 KEPT = 60
@@ -129,17 +130,25 @@ def same_time(active_s: Floats, time_s: Floats, before_s: Floats | float) -> Flo
     On how many of DAYS within an hour, on how many right then, and how often yesterday (all as log(1 + it)), as far as
     it came before `before_s`.
     """
+    return np.asarray(np.log1p(came(active_s, time_s, before_s)))
+
+
+def _came(active_s: Floats, time_s: Floats, before_s: Floats | float) -> NDArray[np.int64]:
     back = np.arange(1, DAYS + 1) * DAY_S
     at = time_s[:, None] - back
     most = np.broadcast_to(np.asarray(before_s), time_s.shape)[:, None]
     from_s = np.stack([at - WIDE_S, at - CLOSE_S[0]])
     until_s = np.minimum(np.stack([at + WIDE_S, at + CLOSE_S[1]]), most)
-    came = np.searchsorted(active_s, until_s) > np.searchsorted(active_s, from_s)
+    found = np.searchsorted(active_s, until_s) > np.searchsorted(active_s, from_s)
     at = at[:, 0]
     yesterday = np.searchsorted(active_s, np.minimum(at + YESTERDAY_S, most[:, 0])) - np.searchsorted(
         active_s, at - YESTERDAY_S
     )
-    return np.asarray(np.log1p(np.stack([*came.sum(axis=2), np.maximum(yesterday, 0)], axis=1)))
+    return np.stack([*found.sum(axis=2), np.maximum(yesterday, 0)], axis=1)
+
+
+came: Callable[[Floats, Floats, Floats | float], NDArray[np.int64]] = _came
+"""The numbers of `same_time`. The simulator exchanges it for its own."""
 
 
 def silence_from(recent: Recent, end_s: float) -> Silence:
@@ -215,13 +224,33 @@ def learn(
 
     `record` is what was known before the first of them; one that ends after `until_s` is not over.
     """
-    gaps = np.full((len(silences), KEPT), np.nan)
-    typical, known = np.empty(len(silences)), np.empty(len(silences))
-    for i, silence in enumerate(silences):
-        gaps[i, : len(record.gaps_s)] = record.gaps_s
-        typical[i], known[i] = record.typical, record.known
+    known: list[Record] = []
+    for silence in silences:
+        known.append(record)
         if silence.end_s <= until_s:
             record = record.after(silence.end_s - silence.begin_s)
+    active_s = record.active_s
+
+    def expanded() -> Expansion:
+        return _expanded(silences, known, active_s, since_s, until_s, regression)
+
+    return Deferred(expanded, until_s, regression.round), record
+
+
+def _expanded(  # noqa: PLR0917 - what `learn` was given
+    silences: Sequence[Silence],
+    records: Sequence[Record],
+    active_s: Floats,
+    since_s: float,
+    until_s: float,
+    regression: Regression,
+) -> Expansion:
+    """`records`: what was known before each of the silences."""
+    gaps = np.full((len(silences), KEPT), np.nan)
+    typical, known = np.empty(len(silences)), np.empty(len(silences))
+    for i, record in enumerate(records):
+        gaps[i, : len(record.gaps_s)] = record.gaps_s
+        typical[i], known[i] = record.typical, record.known
     begin = np.asarray([silence.begin_s for silence in silences])
     end = np.asarray([silence.end_s for silence in silences])
     first = np.maximum(np.asarray([silence.known_from_s for silence in silences]), since_s) - begin
@@ -246,6 +275,6 @@ def learn(
         typical=typical[at],
         known=known[at],
         # Nothing that came after the silence began: it would tell how it ended.
-        day=same_time(record.active_s, time_s, begin[at]),
+        day=same_time(active_s, time_s, begin[at]),
     )
-    return expand(rows, ended, hi - lo, regression, until_s), record
+    return expand(rows, ended, hi - lo, regression, until_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -18,6 +19,7 @@ BINS = len(EDGES_S) - 1
 BANDWIDTHS = (1.0, 3.0, 8.0, 20.0)
 """Standard deviations of the smoothing kernel in bins: 2.5 % to 50 % of the age."""
 EM_STEPS = 6
+_LOG_RATIO = np.log(RATIO)
 WIDE_BINS = 6
 
 
@@ -53,20 +55,21 @@ def gap_mass(sample: GapSample, prior: Floats, strength: float, open_s: float | 
     others.
     """
     exact, rows_lo, rows_hi, rows_weight = _arrange(sample, open_s)
-    kernels = [_kernel(bandwidth) for bandwidth in BANDWIDTHS]
-    bandwidth = _best_bandwidth(exact, prior, strength)
-    kernel = kernels[bandwidth]
-    seed = _smooth(exact, kernel) + strength * prior
-    mass = seed / seed.sum()
+    kernel = _kernel(BANDWIDTHS[_best_bandwidth(exact, prior, strength)])
+    pseudo = strength * prior
+    seed = _smooth(exact, kernel) + pseudo
+    mass = seed / np.add.reduce(seed)
+    cumulative = np.zeros(BINS + 2)
     for _ in range(EM_STEPS if len(rows_lo) else 0):
-        cumulative = np.concatenate([[0.0], np.cumsum(mass)])
+        mass.cumsum(out=cumulative[1:])
         inside = np.maximum(cumulative[rows_hi] - cumulative[rows_lo], 1e-12)
+        each = rows_weight / inside
         steps = np.zeros(BINS + 2)
-        np.add.at(steps, rows_lo, rows_weight / inside)
-        np.add.at(steps, rows_hi, -rows_weight / inside)
-        spread = mass * np.cumsum(steps)[: BINS + 1]
-        total = _smooth(exact + spread, kernel) + strength * prior
-        mass = total / total.sum()
+        np.add.at(steps, rows_lo, each)
+        np.add.at(steps, rows_hi, -each)
+        spread = mass * steps.cumsum()[: BINS + 1]
+        total = _smooth(exact + spread, kernel) + pseudo
+        mass = total / np.add.reduce(total)
     return np.asarray(mass)
 
 
@@ -78,8 +81,7 @@ def log_survival(mass: Floats) -> Floats:
 
 def bin_of(ages_s: Floats) -> NDArrayInt:
     """The bin of each age, BINS for what is longer than all."""
-    with np.errstate(divide="ignore"):
-        bins = np.floor(np.log(np.maximum(ages_s, 1e-9)) / np.log(RATIO)).astype(np.int64) + 1
+    bins = np.floor(np.log(np.maximum(ages_s, 1e-9)) / _LOG_RATIO).astype(np.int64) + 1
     return np.where(ages_s < 1.0, 0, np.minimum(bins, BINS))
 
 
@@ -104,6 +106,7 @@ def _arrange(sample: GapSample, open_s: float | None) -> tuple[Floats, NDArrayIn
     return exact, rows_lo.astype(np.int64), rows_hi.astype(np.int64), weight
 
 
+@cache
 def _kernel(bandwidth: float) -> Floats:
     reach = int(np.ceil(3 * bandwidth))
     offsets = np.arange(-reach, reach + 1)
@@ -114,21 +117,27 @@ def _kernel(bandwidth: float) -> Floats:
 def _smooth(mass: Floats, kernel: Floats) -> Floats:
     """All but the first bin (what comes within a second) and the last."""
     reach = len(kernel) // 2
-    padded = np.concatenate([np.zeros(reach), mass[1:-1], np.zeros(reach)])
-    inner = np.convolve(padded, kernel, mode="same")[reach:-reach]
-    lost = mass[1:-1].sum() - inner.sum()
-    return np.concatenate([[mass[0]], inner + lost * (inner / max(inner.sum(), 1e-12)), [mass[-1]]])
+    padded = np.zeros(len(mass) - 2 + 2 * reach)
+    padded[reach:-reach] = mass[1:-1]
+    inner = np.convolve(padded, kernel, mode="valid")
+    total = np.add.reduce(inner)
+    lost = np.add.reduce(mass[1:-1]) - total
+    smooth = np.empty(len(mass))
+    smooth[0], smooth[-1] = mass[0], mass[-1]
+    np.add(inner, lost * (inner / max(total, 1e-12)), out=smooth[1:-1])
+    return smooth
+
+
+_FIRST = int(bin_of(np.asarray([5.0]))[0])
 
 
 def _best_bandwidth(exact: Floats, prior: Floats, strength: float) -> int:
     """By the leave-one-out likelihood of the gaps of five seconds and more, the ones that decide about warmth."""
     counts = exact.copy()
-    first = int(bin_of(np.asarray([5.0]))[0])
-    if counts[first:-1].sum() >= 3:
-        counts[:first] = 0
+    if np.add.reduce(counts[_FIRST:-1]) >= 3:
+        counts[:_FIRST] = 0
     counts[0] = counts[-1] = 0
-    total = counts.sum()
-    if total < 3:
+    if np.add.reduce(counts) < 3:
         return len(BANDWIDTHS) - 2
     where = np.flatnonzero(counts)
     scores = []

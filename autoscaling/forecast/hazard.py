@@ -10,8 +10,8 @@ single models, so that no process ever needs the traffic of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -39,7 +39,9 @@ CELLS_S: Floats = _edges()
 _KNOTS: Floats = np.log(np.asarray([30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 14400.0, 43200.0]))
 _BENDS: Floats = np.log(np.asarray([60.0, 300.0, 1800.0, 10800.0]))
 _RATE_KNOTS = (0.7, 1.8)
-_ONSET_KNOTS: Floats = np.asarray([5.5, 7.5, 9.5])
+_ONSET_KNOTS = (5.5, 7.5, 9.5)
+MOVING = 62
+"""How many features go by what came lately: see `moving`."""
 RIDGE = 30.0
 MOST_STEP = 1.0
 LEAST_SILENCES, ROUNDS = 200.0, 4
@@ -85,7 +87,7 @@ def offset(age_s: Floats) -> Floats:
 
 def design(rows: Rows) -> Floats:
     """Features, scaled by hand to about one, shape (n, FEATURES): first those of `still`."""
-    lately = moving(rows.age_s, rows.time_s, rows.counts, rows.onsets_s, rows.day)
+    lately = moving(rows.time_s, rows.counts, rows.onsets_s, rows.day, bends(rows.age_s))
     return np.concatenate([still(rows.age_s, rows.own, rows.typical, rows.known), lately], axis=1)
 
 
@@ -109,33 +111,49 @@ def still(age_s: Floats, own: Floats, typical: Floats, known: Floats) -> Floats:
     return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
 
 
-def moving(age_s: Floats, time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats) -> Floats:
-    """Those that go by what came lately and by the time of day, shape (n, FEATURES - STILL). See Rows."""
+def bends(age_s: Floats) -> Floats:
+    """What a silence's age is multiplied with other features as, shape (n, 5)."""
     log_age = np.log1p(age_s)
     age = (log_age - 6.0) / 2.0
-    bends = np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0
-    shape = np.concatenate([age[:, None], bends], axis=1)
-    rates = np.log1p(counts)
-    onsets = np.log(np.maximum(onsets_s, 1.0))
-    scaled_onsets = (onsets - 7.0) / 2.5
-    wide, close, yesterday = day.T
+    return np.concatenate([age[:, None], np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0], axis=1)
+
+
+def moving(time_s: Floats, counts: Floats, onsets_s: Floats, day: Floats, shape: Floats) -> Floats:
+    """Those that go by what came lately and by the time of day, shape (n, FEATURES - STILL). See Rows.
+
+    `shape`: the `bends` of the silence's age.
+    """
     angle = (time_s % DAY_S) / DAY_S * 2 * np.pi
     turns = np.stack([np.sin(angle), np.cos(angle), np.sin(2 * angle), np.cos(2 * angle)], axis=1)
-    blocks = (
-        rates,
-        *(np.maximum(rates - knot, 0.0) for knot in _RATE_KNOTS),
-        *(rates[:, [i]] * shape for i in (1, 2, 3)),
-        scaled_onsets,
-        scaled_onsets * age[:, None],
-        *(np.maximum(onsets - knot, 0.0) / 2.0 for knot in _ONSET_KNOTS),
-        day,
-        wide[:, None] * shape[:, :4],
-        close[:, None] * shape[:, :2],
-        yesterday[:, None] * shape[:, :2],
-        turns,
-        turns[:, :2] * age[:, None],
-    )
-    return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
+    return arranged(np.log1p(counts), np.log(np.maximum(onsets_s, 1.0)), day, turns, shape)
+
+
+def _arranged(rates: Floats, onsets: Floats, day: Floats, turns: Floats, shape: Floats) -> Floats:
+    """`moving`, from logarithms and `turns` of the day. Column by column: there are many, of few rows."""
+    age = shape[:, :1]
+    scaled_onsets = (onsets - 7.0) / 2.5
+    found = np.empty((len(rates), MOVING))
+    found[:, :5] = rates
+    for i in range(len(_RATE_KNOTS)):
+        found[:, 5 * i + 5 : 5 * i + 10] = np.maximum(rates - _RATE_KNOTS[i], 0.0)
+    for i in (1, 2, 3):
+        found[:, 10 + 5 * i : 15 + 5 * i] = rates[:, i : i + 1] * shape
+    found[:, 30:33] = scaled_onsets
+    found[:, 33:36] = scaled_onsets * age
+    for i in range(len(_ONSET_KNOTS)):
+        found[:, 36 + 3 * i : 39 + 3 * i] = np.maximum(onsets - _ONSET_KNOTS[i], 0.0) / 2.0
+    found[:, 45:48] = day
+    found[:, 48:52] = day[:, 0:1] * shape[:, :4]
+    found[:, 52:54] = day[:, 1:2] * shape[:, :2]
+    found[:, 54:56] = day[:, 2:3] * shape[:, :2]
+    found[:, 56:60] = turns
+    found[:, 60:62] = turns[:, :2] * age
+    clipped: Floats = np.minimum(np.maximum(found, -CLIP), CLIP)
+    return clipped
+
+
+arranged: Callable[[Floats, Floats, Floats, Floats, Floats], Floats] = _arranged
+"""The simulator exchanges it for the same, compiled."""
 
 
 def level(age_s: Floats, own: Floats, typical: Floats, known: Floats, coefficients: Floats) -> Floats:
@@ -203,6 +221,55 @@ class Expansion:
             self.foretold * np.float32(weight**LATELY),
             self.came * np.float32(weight**LATELY),
         )
+
+
+class Deferred(Expansion):
+    """The same, worked out when it is looked at: what only the fleet asks for, and whoever sends it elsewhere."""
+
+    __slots__ = ("_found", "_make")
+    _found: Expansion | None
+    _make: Callable[[], Expansion] | None
+
+    def __init__(self, make: Callable[[], Expansion], until_s: float, round_: int) -> None:
+        put = object.__setattr__
+        put(self, "until_s", until_s)
+        put(self, "round", round_)
+        put(self, "_make", make)
+        put(self, "_found", None)
+
+    def found(self) -> Expansion:
+        """What it stands for."""
+        if self._found is None:
+            assert self._make is not None
+            object.__setattr__(self, "_found", self._make())
+            # What it was made from need not be kept.
+            object.__setattr__(self, "_make", None)
+        assert self._found is not None
+        return self._found
+
+    @property
+    def curvature(self) -> Floats:
+        return self.found().curvature
+
+    @property
+    def slope(self) -> Floats:
+        return self.found().slope
+
+    @property
+    def silences(self) -> float:
+        return self.found().silences
+
+    @property
+    def foretold(self) -> Floats:
+        return self.found().foretold
+
+    @property
+    def came(self) -> Floats:
+        return self.found().came
+
+    def __reduce__(self) -> tuple[object, ...]:
+        made = self.found()
+        return Expansion, tuple(getattr(made, each.name) for each in fields(Expansion))
 
 
 @dataclass(frozen=True, slots=True)

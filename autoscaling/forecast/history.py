@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from math import exp
+from math import exp, isfinite
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,27 +102,46 @@ def history_of(traffic: Traffic, now_s: float) -> History:
 
 
 def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
+    if _is_clean(level, now_s):
+        none = np.zeros(len(level.index), np.float32)
+        columns = (level.arrivals.astype(np.float32), none, none, level.busy_s.astype(np.float32))
+        span = level.step_s, min(level.start_s, now_s), min(level.end_s, now_s)
+        return Buckets(*span, level.index.astype(np.int64), *columns), 0
     arrivals = np.asarray(level.arrivals, np.float64)
     good = np.isfinite(arrivals) & (arrivals >= 0) & (level.index * level.step_s <= now_s)
     dropped = int(len(arrivals) - good.sum())
     busy = np.nan_to_num(np.asarray(level.busy_s, np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(0)
     good &= (arrivals > 0) | (busy > 0)
     index, where = np.unique(level.index[good], return_inverse=True)
-    columns = {}
+    added = {}
     for name, column in (("arrivals", arrivals), ("busy_s", busy)):
-        columns[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
+        added[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
     tokens = np.zeros(len(index), np.float32)
     clean = Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, now_s),
         end_s=min(level.end_s, now_s),
         index=index.astype(np.int64),
-        arrivals=columns["arrivals"],
+        arrivals=added["arrivals"],
         input_tokens=tokens,
         output_tokens=tokens,
-        busy_s=columns["busy_s"],
+        busy_s=added["busy_s"],
     )
     return clean, dropped
+
+
+def _is_clean(level: Buckets, now_s: float) -> bool:
+    """Whether nothing is to be done to it, as is usual."""
+    index, arrivals, busy = level.index, level.arrivals, level.busy_s
+    if not len(index):
+        return True
+    least, most = min(arrivals.min(), busy.min()), max(arrivals.max(), busy.max())
+    return bool(
+        0 <= least <= most < np.inf
+        and index[-1] * level.step_s <= now_s
+        and (index[1:] > index[:-1]).all()
+        and ((arrivals > 0) | (busy > 0)).all()
+    )
 
 
 def _until(level: Buckets, until_s: float) -> Buckets:
@@ -190,7 +210,7 @@ def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None
     What is no number, and a count that is not positive, changes nothing. A time before the last
     one (a clock that jumped back) counts at the last one.
     """
-    if not (np.isfinite(time_s) and np.isfinite(count)) or count <= 0:
+    if not (isfinite(time_s) and isfinite(count)) or count <= 0:
         return recent
     if recent is None:
         return Recent(
@@ -202,16 +222,14 @@ def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None
     time_s = max(time_s, recent.last_s)
     gap_s = time_s - recent.last_s
     gone_s = time_s - recent.rates_s
+    begun = bisect_right(THETAS_S, gap_s)
     return Recent(
-        last_s=time_s,
-        onsets_s=tuple(
-            time_s if gap_s >= theta else onset
-            for theta, onset in zip(THETAS_S, recent.onsets_s, strict=True)
+        time_s,
+        (time_s,) * begun + recent.onsets_s[begun:] if begun else recent.onsets_s,
+        tuple(
+            [rate * exp(-gone_s / tau) + count / tau for rate, tau in zip(recent.rates, TAUS_S, strict=True)]
         ),
-        rates=tuple(
-            rate * exp(-gone_s / tau) + count / tau for rate, tau in zip(recent.rates, TAUS_S, strict=True)
-        ),
-        rates_s=time_s,
+        time_s,
     )
 
 

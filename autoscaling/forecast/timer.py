@@ -121,31 +121,35 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
     blur = np.maximum(step[1:], step[:-1])
     n = len(intervals)
     # What is known to the second counts more than what is known to the minute.
-    weight = 0.5 ** (np.arange(n)[::-1] / 16.0) / (1.0 + blur / np.median(intervals) * 50)
+    weight = 0.5 ** (np.arange(n)[::-1] / 16.0) / (1.0 + blur / _median(intervals) * 50)
     period = _weighted_median(intervals, weight)
     for _ in range(2):
         beats = np.clip(np.round(intervals / period), 1, MISSES)
         off = intervals - beats * period
         near = np.abs(off) <= np.maximum(TOLERANCE * period, blur)
-        if not (weight * near).sum():
+        nearly = weight * near
+        total = nearly.sum()
+        if not total:
             return None
-        period += float((weight * near * off / beats).sum() / (weight * near).sum())
-    kept = float((weight * near).sum() / weight.sum())
-    effective = float(weight[near].sum() ** 2 / (weight[near] ** 2).sum())
-    rms = float(np.sqrt((weight[near] * off[near] ** 2).sum() / weight[near].sum()))
-    blurred_s = float(np.median(blur[near]))
+        period += float((nearly * off / beats).sum() / total)
+    kept = float(total / weight.sum())
+    counted, away = weight[near], off[near]
+    known = counted.sum()
+    effective = float(known**2 / (counted**2).sum())
+    rms = float(np.sqrt((counted * away**2).sum() / known))
+    blurred_s = _median(blur[near])
     if blurred_s > rms / 2:
         # What the buckets' edges add to an interval is known; what is left is the rhythm's, or chance.
         deviation = float(np.sqrt(max(rms**2 * (1 + 2 * np.sqrt(2 / effective)) - blurred_s**2 / 6, 0.0)))
     else:
-        deviation = max(1.4826 * _weighted_median(np.abs(off[near]), weight[near]), rms / 2)
+        deviation = max(1.4826 * _weighted_median(np.abs(away), counted), rms / 2)
     # Equal readings from coarse buckets bound the jitter by the chance that none crossed an edge.
     floor = max(0.5, blurred_s * min(0.29, 1.0 / effective))
     deviation = max(deviation, floor) * (1 + 2.0 / effective)
     quality = kept * float(np.log(period / deviation))
     if quality < MIN_QUALITY:
         return None
-    missed = float((weight * near * (beats > 1)).sum() / (weight * near).sum())
+    missed = float((nearly * (beats > 1)).sum() / total)
     return Rhythm(
         theta=theta,
         period_s=float(period),
@@ -154,6 +158,13 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
         irregular=((1 - kept) * n + 0.5) / (n + 2),
         quality=quality,
     )
+
+
+def _median(values: Floats) -> float:
+    """As numpy's, of some dozen values, in a fifth of the time."""
+    ordered = np.sort(values)
+    middle = len(ordered) // 2
+    return float(ordered[middle]) if len(ordered) % 2 else float((ordered[middle - 1] + ordered[middle]) / 2)
 
 
 def _weighted_median(values: Floats, weight: Floats) -> float:

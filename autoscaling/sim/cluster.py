@@ -19,13 +19,18 @@ from autoscaling.sim.queueing import (
     DARK,
     FREED,
     HELD_S,
+    IN_FLIGHT,
     LAST_ARRIVAL,
     LAST_BUSY,
     NOW,
+    READY,
+    WAITING,
     Floats,
     Queue,
 )
 from autoscaling.sim.rest import Rest, Used
+
+NO_TICKS: Floats = np.zeros(0)
 
 
 class VirtualModel:
@@ -59,6 +64,7 @@ class VirtualModel:
         self._follower = State()
         concurrency = profile.engine.concurrency
         self._capacity = Capacity(float(concurrency)) if concurrency < spec.target_ongoing_requests else None
+        self._per_replica = per_replica(spec, Observation(0.0, capacity=self._capacity))
 
     # Time
 
@@ -91,6 +97,27 @@ class VirtualModel:
     def unanswered(self) -> bool:
         """A request waits or is in progress, or is known to come."""
         return self.queue.unanswered
+
+    def ride(self, now_s: float, before_s: float, tick_s: float, loads: tuple[int, int]) -> Floats:
+        """All that happens up to the last tick before `before_s`, or to the first at which fewer or more requests than
+        that are queued or in flight, if ticks have no more to do than to count requests.
+
+        Returns those ticks.
+        """
+        queue = self.queue
+        replicas = queue.ready
+        if (
+            not replicas == queue.held == self._target == self._there
+            or self.moved
+            or self._stops
+            or self._acts_s < math.inf
+            or self._rest.next_s < math.inf
+            or "raised" in self._follower.values
+        ):
+            return NO_TICKS
+        # Above that Serve's policy may raise what was decided.
+        least, most = loads[0], min(loads[1], math.floor(replicas * self._per_replica))
+        return queue.ride(now_s, before_s, tick_s, (least, most)) if least <= self.load <= most else NO_TICKS
 
     def advance(self, until_s: float) -> None:
         """All that happens up to and at `until_s`."""
@@ -127,29 +154,36 @@ class VirtualModel:
         soon_s = self.now_s + self.profile.wake_s
         return bool(self._starts or self._pending or self._ceiling == 0 or self._acts_s <= soon_s)
 
+    @property
+    def load(self) -> int:
+        """Requests that are queued or in flight."""
+        return self.queue.queued + self.queue.in_flight
+
     # What the controller sees and does
 
     def observe(self, now_s: float) -> Observation:
         """Arrivals are those since the call before."""
-        queue = self.queue
         self._rest.evicted = False
-        f, arrived = queue.f, int(queue.n[ARRIVED])
+        n, f = self.queue.n, self.queue.f
+        arrived, queued, in_flight = int(n[ARRIVED]), int(n[WAITING]), int(n[IN_FLIGHT])
         came, self._arrived = arrived - self._arrived, arrived
-        queued, in_flight = queue.queued, queue.in_flight
-        last_arrival_s, last_busy_s = float(f[LAST_ARRIVAL]), float(f[LAST_BUSY])
+        last_arrival_s = last_busy_s = None
+        if arrived:
+            last_arrival_s = float(f[LAST_ARRIVAL])
+            last_busy_s = now_s if queued or in_flight else float(f[LAST_BUSY])
         return Observation(
-            now_s=now_s,
-            ready=queue.ready,
-            starting=len(self._starts) + self._pending,
-            target=self._target,
-            queued=queued,
-            in_flight=in_flight,
-            arrivals=came,
-            last_arrival_s=last_arrival_s if arrived else None,
-            last_busy_s=(now_s if queued or in_flight else last_busy_s) if arrived else None,
-            rung=self._rest.rung,
-            rungs=self.rungs,
-            capacity=self._capacity,
+            now_s,
+            int(n[READY]),
+            len(self._starts) + self._pending,
+            self._target,
+            queued,
+            in_flight,
+            came,
+            last_arrival_s,
+            last_busy_s,
+            self._rest.rung,
+            self.rungs,
+            self._capacity,
         )
 
     def apply(self, now_s: float, spec: Spec, decision: Decision, observation: Observation | None) -> None:

@@ -266,4 +266,74 @@ next_event_s: Callable[..., float] = njit(cache=True)(_next_s)
 """When a request comes, ends, or has waited too long; infinite if none does."""
 
 
-__all__ = ["CELLS", "DARK", "DONE", "FREED", "Floats", "advance", "next_event_s"]
+GRID = 1e-6
+"""Share of a tick within which a moment counts as the tick."""
+
+
+def _ride(  # noqa: PLR0917 - what `advance` is given, and four numbers
+    now_s: float,
+    before_s: float,
+    tick_s: float,
+    least: int,
+    most: int,
+    ticks: Floats,
+    limits: Floats,
+    times: Floats,
+    work: Floats,
+    cold: NDArray[np.uint8],
+    f: Floats,
+    n: NDArray[np.int64],
+    state: NDArray[np.uint8],
+    load: NDArray[np.int64],
+    virtual: Floats,
+    since: Floats,
+    ends: Floats,
+    heap: Floats,
+    slowdown: Floats,
+    histogram: NDArray[np.int64],
+) -> int:
+    for done in range(len(ticks)):
+        next_s = f[NEXT]
+        if math.isnan(next_s):
+            next_s = next_event_s(times, n, load, ends, limits[0])
+        if next_s >= before_s:
+            return done
+        to_s = max(math.ceil(next_s / tick_s - GRID) * tick_s, now_s + tick_s)
+        if to_s >= before_s:
+            return done
+        advance(
+            to_s,
+            0,
+            limits,
+            times,
+            work,
+            cold,
+            f,
+            n,
+            state,
+            load,
+            virtual,
+            since,
+            ends,
+            heap,
+            slowdown,
+            histogram,
+        )
+        ticks[done] = now_s = to_s
+        if not least <= n[WAITING] + n[IN_FLIGHT] <= most:
+            return done + 1
+    return len(ticks)
+
+
+ride: Callable[..., int] = njit(cache=True)(_ride)
+"""ride(now_s, before_s, tick_s, least, most, ticks, ...): `advance` from tick to tick where something happens, up to
+the last one before `before_s`, or the first at which fewer than `least` or more than `most` requests wait or are in
+progress.
+
+Time passes in the very steps in which it would if each tick were looked at, so that no sum differs in its last digit.
+At least one replica must accept requests and none be draining. Returns how many ticks there were; `ticks`, of any shape
+(m,), is filled with them, and ends it when it is full.
+"""
+
+
+__all__ = ["CELLS", "DARK", "DONE", "FREED", "GRID", "Floats", "advance", "next_event_s", "ride"]

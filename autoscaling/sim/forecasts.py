@@ -38,6 +38,8 @@ class Foresight(Protocol):
     pools: bool
     """Whether it learns from the fleet at once, so that all models must get to the same moments; else it is told the
     whole trace before anything happens."""
+    settles_s: float
+    """For so long after a moment nothing is fitted for what has come since."""
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None: ...
     def coming(self, model: str, times: Floats, work: Floats) -> None: ...
@@ -90,7 +92,12 @@ class Recorder:
         worked = np.concatenate([busy for _, busy in self._new])
         self._new = []
         for at, (step_s, kept_s) in enumerate(LEVELS):
-            index, where = np.unique((times // step_s).astype(np.int64), return_inverse=True)
+            # In order, as they came.
+            steps = (times // step_s).astype(np.int64)
+            begins = np.empty(len(steps), bool)
+            begins[0] = True
+            np.not_equal(steps[1:], steps[:-1], out=begins[1:])
+            index, where = steps[begins], begins.cumsum() - 1
             count = np.bincount(where, minlength=len(index)).astype(np.float64)
             busy = np.bincount(where, worked, len(index))
             known, known_count, known_busy = self._levels[at]
@@ -122,11 +129,12 @@ class SimForecasts:
     def __init__(self, fitter: Fitter = fit_standard, refit_s: float = REFIT_S) -> None:
         self._fitter = fitter
         self._refit_s = refit_s
-        self._book = Book()
+        self._book = Book(later=True)
         self._turns: dict[str, _Turn] = {}
         self._prior: Prior = NO_FLEET
         self.fits = 0
         self.pools = True
+        self.settles_s = SETTLE_S
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:
@@ -155,14 +163,13 @@ class SimForecasts:
             for second, count in enumerate(np.bincount(times.astype(np.int64) - first).tolist(), first):
                 if count:
                     self._book.arrived(model, float(second), count)
-        page = self._book.page(model)
-        fitted = page.fitted
+        fitted, silences, arrivals = self._book.since_fit(model)
         now_s = float(times[-1])
         if fitted is None:
             turn.due_s = min(turn.due_s, now_s + SETTLE_S)
             return
-        more = page.silences > CHANGED_SILENCES * fitted.known_silences
-        much = page.arrivals > 20 and page.arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
+        more = silences > CHANGED_SILENCES * fitted.known_silences
+        much = arrivals > 20 and arrivals > CHANGED_ARRIVALS * fitted.known_arrivals
         wait_s = self._refit_s
         if more or much:
             wait_s = min(LATEST_S, max(EARLIEST_S, EARLIEST_SHARE * (now_s - turn.since_s)))
@@ -219,6 +226,7 @@ class NoForecasts:
     def __init__(self) -> None:
         self.fits = 0
         self.pools = True
+        self.settles_s = math.inf
         self.failures: Mapping[str, str] = {}
 
     def watch(self, model: str, since_s: float, horizon_s: float) -> None:

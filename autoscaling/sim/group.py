@@ -12,6 +12,7 @@ from autoscaling.loop import Loop
 from autoscaling.sim.adapters import SimCluster, SimSink, SimSpecs
 from autoscaling.sim.clock import VirtualClock
 from autoscaling.sim.cluster import VirtualModel
+from autoscaling.sim.events import GRID
 from autoscaling.sim.forecasts import Foresight, NoForecasts
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile
@@ -33,8 +34,6 @@ from autoscaling.sim.queueing import (
 from autoscaling.sim.report import ModelReport, figures
 
 PATIENCE_S = 86400.0
-GRID = 1e-6
-"""Share of a tick within which a moment counts as the tick."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,12 @@ class Group:
         self._sample_s = setup.sample_s
         self._sampled_s = math.inf if setup.sample_s is None else begin_s
         self._owed_s = math.inf
+        self._rides = (
+            len(specs) == 1
+            and profile.gpus is None
+            and profile.parked_engines is None
+            and setup.tick_s.is_integer()
+        )
         self.samples: dict[str, list[Sample]] = {name: [] for name in specs}
         self._loop = Loop(
             SimSpecs(specs),
@@ -153,6 +158,8 @@ class Group:
                 self._owed_s = tick_s
                 self._measure()
                 continue
+            if self._rides and self._owed_s == math.inf and self._ride(until_s):
+                continue
             if tick_s > until_s or (tick_s == until_s and not inclusive):
                 return
             for model in self.models.values():
@@ -160,6 +167,38 @@ class Group:
             self._owed_s = math.inf
             self._clock.advance(tick_s)
             self._tick(tick_s)
+
+    def _ride(self, until_s: float) -> bool:
+        """Over ticks at which the loop would do nothing, as it says itself; whether there were any.
+
+        Up to none at which a forecaster might learn: what comes may ask for that.
+        """
+        (name, model), *_ = self.models.items()
+        loads = self._loop.stands_for(name)
+        if loads is None:
+            return False
+        now_s = self._clock.now_s()
+        known_s = self._grid(min(self._loop.next_s(), self._forecasts.next_s(name)))
+        before_s = min(until_s, known_s, self._sampled_s, now_s + self._forecasts.settles_s + self._tick_s)
+        if not self._measured:
+            before_s = min(before_s, self._measure_s)
+        ticks = model.ride(now_s, before_s, self._tick_s, loads).tolist()
+        if not ticks:
+            return False
+        self._clock.advance(ticks[-1])
+        decides = not loads[0] <= model.load <= loads[1]
+        if self._foresees:
+            queue = model.queue
+            first, until = self._taken[name], int(queue.n[TAIL])
+            times = queue.times[first:until]
+            for tick_s, last in zip(ticks, times.searchsorted(ticks, "right").tolist(), strict=True):
+                self._learn(name, first + last)
+                if tick_s < ticks[-1] or not decides:
+                    # What it would have said then, it says for some seconds.
+                    self._forecasts.forecast(name, tick_s)
+        if decides:
+            self._tick(ticks[-1])
+        return True
 
     def close(self, end_s: float) -> None:
         """Whatever is open is charged until then."""
@@ -210,11 +249,13 @@ class Group:
                 self._forecasts.fit(name, now_s)
         self._loop.tick(now_s)
 
-    def _learn(self, name: str) -> None:
+    def _learn(self, name: str, until: int | None = None) -> None:
+        """Of what has come, or of as much of it."""
         if not self._foresees:
             return
         queue = self.models[name].queue
-        taken, until = self._taken[name], int(queue.n[TAIL])
+        taken = self._taken[name]
+        until = int(queue.n[TAIL]) if until is None else until
         if until > taken:
             self._taken[name] = until
             self._forecasts.arrived(name, queue.times[taken:until], abs(queue.work[taken:until]))

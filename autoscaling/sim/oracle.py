@@ -40,6 +40,7 @@ class Oracle:
         self.fits = 0
         self.failures: Mapping[str, str] = {}
         self.pools = False
+        self.settles_s = 0.0
         self._slow = float(slowdown[-1])
         self._tick_s = tick_s
         self._share = share

@@ -50,6 +50,9 @@ from autoscaling.sim.events import (
     Floats,
 )
 
+RIDE = 256
+"""Ticks of one ride at most."""
+
 
 class Queue:
     """Of one model."""
@@ -71,6 +74,7 @@ class Queue:
         self.times, self.work = np.zeros(0), np.zeros(0)
         self.cold = np.zeros(0, np.uint8)
         self.histogram = np.zeros(CELLS, np.int64)
+        self.ticks: Floats | None = None
         self._size(4)
 
     def _size(self, slots: int) -> None:
@@ -114,6 +118,34 @@ class Queue:
             self.slowdown,
             self.histogram,
         )
+
+    def ride(self, now_s: float, before_s: float, tick_s: float, loads: tuple[int, int]) -> Floats:
+        """The ticks of `events.ride`."""
+        if self.ticks is None:
+            self.ticks = np.zeros(RIDE)
+        count = events.ride(
+            now_s,
+            before_s,
+            tick_s,
+            loads[0],
+            loads[1],
+            self.ticks,
+            self.limits,
+            self.times,
+            self.work,
+            self.cold,
+            self.f,
+            self.n,
+            self.state,
+            self.load,
+            self.virtual,
+            self.since,
+            self.ends,
+            self.heap,
+            self.slowdown,
+            self.histogram,
+        )
+        return self.ticks[:count]
 
     def next_s(self) -> float:
         """See `events.next_event_s`."""
@@ -216,16 +248,19 @@ __all__ = [
     "EPISODES",
     "FREED",
     "HELD_S",
+    "IN_FLIGHT",
     "IN_FLIGHT_S",
     "IN_TIME",
     "LAST_ARRIVAL",
     "LAST_BUSY",
     "LONGEST_S",
     "NOW",
+    "READY",
     "REJECTED",
     "REQUESTS",
     "TAIL",
     "WAITED_S",
+    "WAITING",
     "Floats",
     "Queue",
     "waited_quantile_s",

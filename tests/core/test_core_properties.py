@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from autoscaling.core import codec
 from autoscaling.core.decide import decide
 from autoscaling.core.policies import POLICIES
+from autoscaling.core.series import alike, ceil
 from autoscaling.core.types import (
     Capacity,
     Decision,
@@ -169,6 +170,53 @@ def test_a_decision_stands_until_it_says(
         state, then = decide(cluster.spec, state, later(observation, now_s), forecast)
         assert said(then) == said(decision)
         assert then.until_s == pytest.approx(decision.until_s, abs=0.02) or then.until_s >= decision.until_s
+
+
+@quickly
+@given(histories(), st.data())
+def test_a_decision_stands_for_the_loads_that_it_says(
+    history: tuple[Cluster, Observation, Forecast | None], data: st.DataObject
+) -> None:
+    """Whether it is looked at meanwhile with any of those loads, or not: now and later the same is decided."""
+    cluster, observation, forecast = history
+    assume(observation.queued or observation.in_flight)
+    state, decision = decide(cluster.spec, cluster.state, observation, forecast)
+    if decision.loads is None:
+        assert cluster.spec.policy not in {"keep-alive", "reactive", "hybrid-histogram"}
+        return
+    least, most = decision.loads
+    assert 1 <= least <= (observation.queued or 0) + (observation.in_flight or 0) <= most
+    span_s = min(decision.until_s - observation.now_s, 500.0)
+    assume(span_s > 0.05)
+    looked_at = state
+    loads = st.one_of(st.sampled_from([least, most]), st.integers(least, most))
+    for share in sorted(data.draw(st.lists(st.floats(0, 1), max_size=3))):
+        load = data.draw(loads)
+        now_s = observation.now_s + share * (span_s - 0.02)
+        meanwhile = replace(
+            observation, now_s=now_s, queued=0, in_flight=load, arrivals=load, last_arrival_s=now_s
+        )
+        looked_at, same = decide(cluster.spec, looked_at, meanwhile, forecast)
+        assert said(same) == said(decision)
+        assert same.until_s == decision.until_s
+        assert same.loads == decision.loads
+    then_s = observation.now_s + span_s + data.draw(st.sampled_from([-0.01, 0.0, 1.0, 70.0]))
+    load = data.draw(st.one_of(loads, st.integers(0, 120)))
+    then = replace(
+        observation, now_s=then_s, queued=0, in_flight=load, last_busy_s=then_s - 0.5 * (load == 0)
+    )
+    assert decide(cluster.spec, looked_at, then, forecast) == decide(cluster.spec, state, then, forecast)
+
+
+@given(st.integers(1, 300), st.lists(st.floats(0.01, 300), min_size=1, max_size=3))
+def test_loads_that_are_alike_need_the_same(load: int, units: list[float]) -> None:
+    def need(load: int) -> list[int]:
+        return [ceil(load / unit) for unit in units]
+
+    least, most = alike(load, *units)
+    assert need(least) == need(load) == need(most)
+    assert least == 1 or need(least - 1) != need(load)
+    assert need(most + 1) != need(load)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])

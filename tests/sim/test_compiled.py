@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autoscaling.core import induction, warmth
+from autoscaling.core import induction, survival, warmth
 from autoscaling.core.survival import Curve, build
-from autoscaling.core.types import Rung, RungProfile
+from autoscaling.core.types import Forecast, NextArrival, Rung, RungProfile
+from autoscaling.forecast import gap_record, hazard
+from autoscaling.forecast.arrivals import FittedPoisson, Later, next_arrival
+from autoscaling.forecast.history import Recent
 from autoscaling.sim import compiled
 
 NOW_S = 1.7e9
@@ -67,13 +70,13 @@ def test_both_choose_the_same(  # noqa: PLR0917 - what is drawn
     profiles = {profile.rung: profile for profile in (*held, SERVING)}
     prices = warmth.Prices(profiles, wait_cost, batch_size, burst_s)
     made = {}
-    before = induction.solve
+    before = warmth.solved
     try:
-        for name, solve in (("plain", induction._solve), ("compiled", compiled.solve)):
-            induction.solve = solve
+        for name, solved in (("plain", warmth._solved), ("compiled", compiled.solved)):
+            warmth.solved = solved
             made[name] = warmth.choose(NOW_S + since_s, curve, prices, level, left_s)
     finally:
-        induction.solve = before
+        warmth.solved = before
     plain, fast = made["plain"], made["compiled"]
     assert dict(fast.numbers) == pytest.approx(dict(plain.numbers), rel=1e-9, abs=1e-9)
     # Sums in another order may tip what is exactly even; nothing here is.
@@ -81,13 +84,100 @@ def test_both_choose_the_same(  # noqa: PLR0917 - what is drawn
     assert fast.until_s == pytest.approx(plain.until_s, abs=1e-3)
 
 
+class Known:
+    """A forecaster that says what it was given."""
+
+    name = "known"
+
+    def __init__(self, times_s: Any, survival: Any) -> None:
+        self.times_s, self.survival = times_s, survival
+
+    def log_survival(self, now_s: float, recent: Recent, times_s: Any) -> Any:
+        return np.log(self.survival)
+
+    def extra_times(self, now_s: float, recent: Recent) -> Any:
+        return np.zeros(0)
+
+    def forecast(self, now_s: float, recent: Recent | None) -> Forecast:
+        return Forecast(now_s, self.name)
+
+
+@given(
+    curve=curves(),
+    broken=st.sampled_from([None, None, None, "nan", "inf", "order", "rises", "above", "gone"]),
+    asked_s=st.lists(st.floats(-10.0, 200000.0), max_size=5),
+)
+@settings(max_examples=150)
+def test_a_curve_on_arrays_is_the_same(curve: Curve, broken: str | None, asked_s: list[float]) -> None:
+    times, alive = GRID_S.copy(), np.asarray(curve.survival)
+    if broken in {"nan", "inf"}:
+        times[40] = float(broken)
+    elif broken == "order":
+        times[40] = times[39]
+    elif broken == "rises":
+        alive[40] = alive[39] * 1.01
+    elif broken == "above":
+        alive[0] = 1.5
+    elif broken == "gone":
+        alive[60:] = 0.0
+    later = Later(Known(times, alive), NOW_S, Recent(NOW_S, (), (), NOW_S))
+    object.__setattr__(later, "_known", (times, alive))
+    plain = survival._from_arrival(NextArrival(NOW_S, tuple(times.tolist()), tuple(alive.tolist())))
+    fast = compiled.from_arrival(later)
+    assert (fast is None) == (plain is None) == (broken not in {None, "gone"})
+    if plain is None or fast is None:
+        return
+    assert (fast.times, fast.survival, fast.end_s) == (plain.times, plain.survival, plain.end_s)
+    for ahead_s in asked_s:
+        assert fast.at(NOW_S + ahead_s) == plain.at(NOW_S + ahead_s)
+    costs = induction.Costs(1.0, (0.0, 0.01), (50.0, 20.0), (5.0, 1.0), 10.0, 0.0, 5.0)
+    grid, _ = compiled.solved(NOW_S + 3.0, fast, costs)
+    assert list(grid) == warmth._grid(NOW_S + 3.0, plain, (5.0, 1.0))
+
+
+@given(
+    active=st.lists(st.integers(0, 2600), max_size=60, unique=True),
+    times=st.lists(st.integers(0, 2600), max_size=20),
+    known=st.sampled_from(["all", "each", "little"]),
+)
+@settings(max_examples=150)
+def test_what_came_at_the_same_time_is_counted_the_same(
+    active: list[int], times: list[int], known: str
+) -> None:
+    active_s = np.sort(np.asarray(active, float)) * 300.0 + 150.0
+    time_s = np.asarray(times, float) * 330.0 + 7 * 86400.0
+    before_s = {"all": np.inf, "each": time_s - 500.0, "little": time_s - 3 * 86400.0}[known]
+    plain = gap_record._came(active_s, time_s, before_s)
+    assert np.array_equal(compiled.came(active_s, time_s, before_s), plain)
+
+
+def test_features_are_arranged_the_same() -> None:
+    random = np.random.default_rng(4)
+    for rows in (1, 3, 76):
+        columns = [random.normal(0, 4, (rows, width)) for width in (5, 3, 3, 4, 5)]
+        plain, fast = hazard._arranged(*columns), compiled.arranged(*columns)
+        assert plain.flags.c_contiguous and fast.flags.c_contiguous
+        assert np.array_equal(plain, fast)
+
+
+def test_what_is_looked_at_later_is_what_was_said() -> None:
+    fitted = FittedPoisson("poisson", 2.0, 100.0)
+    recent = Recent(NOW_S - 20.0, (), (), NOW_S)
+    said, later = next_arrival(fitted, NOW_S, recent), Later(fitted, NOW_S, recent)
+    assert (later.made_s, later.times_s, later.survival) == (said.made_s, said.times_s, said.survival)
+
+
 def test_a_replay_uses_it() -> None:
     from tests.sim import lab
 
-    before = induction.solve
+    def used() -> tuple[Any, ...]:
+        return warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged
+
+    before = used()
     try:
-        induction.solve = induction._solve
+        warmth.solved, survival.from_arrival = warmth._solved, survival._from_arrival
+        gap_record.came, hazard.arranged = gap_record._came, hazard._arranged
         lab.run(lab.requests([10.0]))
-        assert induction.solve is compiled.solve
+        assert used() == (compiled.solved, compiled.from_arrival, compiled.came, compiled.arranged)
     finally:
-        induction.solve = before
+        warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged = before

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from autoscaling.core.types import Rung
+from autoscaling.core.types import Decision, Rung
 from autoscaling.sim import replay as replaying
 from autoscaling.sim.arrivals import pieces
+from autoscaling.sim.cluster import VirtualModel
 from autoscaling.sim.compare import Base, Variant, compare
-from autoscaling.sim.profile import Start
-from autoscaling.sim.replay import Setup, replay
+from autoscaling.sim.profile import Engine, Start
+from autoscaling.sim.replay import Replay, Setup, replay
 from autoscaling.sim.report import Report
 from autoscaling.traces import Row
 from tests.sim import lab
@@ -58,6 +59,44 @@ def test_looking_on_changes_nothing(policy: str) -> None:
     alone = played(rows, policy=policy, measure_from_s=3600.5)
     for name, value in alone["total"].items():
         assert seen["total"][name] == pytest.approx(value), name
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "kpa", "hybrid-histogram", "predictive"])
+@pytest.mark.parametrize("setup", [{}, {"sample_s": 7.3, "measure_from_s": 900.5}])
+def test_ticks_that_are_ridden_over_would_have_done_nothing(
+    policy: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digit, whether the loop looks at each tick or only where what it decided does not stand."""
+    random = np.random.default_rng(3)
+    rows = [
+        Row(burst + float(at), f"m{i % 3}", exec_s=float(random.exponential(4)))
+        for i, burst in enumerate(np.cumsum(random.exponential(90, 40)).tolist())
+        for at in np.cumsum(random.exponential(0.4, 60))
+    ]
+    rows.sort()
+    ridden: list[float] = []
+    riding = VirtualModel.ride
+
+    def counted(model: VirtualModel, *given: Any) -> Any:
+        ticks = riding(model, *given)
+        ridden.extend(ticks)
+        return ticks
+
+    def run() -> tuple[dict[str, Any], list[Decision], Any]:
+        made = lab.profile(starts=VARYING, engine=Engine(concurrency=8), start_failures=0.1)
+        found = Replay(
+            rows,
+            lambda m: lab.spec(m, policy=policy, max_replicas=4, target_ongoing_requests=3.0),
+            Setup(made, keep_decisions=True, **setup),
+        )
+        report = found.run()
+        return said(report), found.decisions, report.timeline
+
+    monkeypatch.setattr(VirtualModel, "ride", counted)
+    fast = run()
+    assert len(ridden) > 30 or policy == "kpa"
+    monkeypatch.setattr(VirtualModel, "ride", lambda model, *_: np.zeros(0))
+    assert run() == fast
 
 
 def test_what_a_model_gets_does_not_depend_on_the_others() -> None:

@@ -25,7 +25,7 @@ class Param:
     doc: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
     """What a policy proposes from. Nothing in it is unknown."""
 
@@ -51,7 +51,7 @@ class Context:
         return self.seen.present if held is None else int(held)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Proposal:
     """What a policy would do, before floors and bounds, and until when if nothing happens."""
 
@@ -64,6 +64,8 @@ class Proposal:
     values: Mapping[str, float] = field(default_factory=dict)
     series: Series = ()
     histogram: tuple[float, ...] = ()
+    loads: tuple[int, int] | None = None
+    """See `Decision.loads`."""
 
 
 class Policy(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
-from autoscaling.core.series import ceil, peak, peak_until_s, push_peak
+from autoscaling.core.series import alike, ceil, peak, peak_until_s, push_peak
 
 TARGET = Param(
     "target",
@@ -37,7 +37,15 @@ def follow(context: Context, *, target: float, delay_s: float, idle_s: float) ->
             return Proposal(0, rung, reason, math.inf, numbers, series=((now_s, 0.0),))
         replicas = max(1, replicas)
         until_s = min(until_s, ends_s)
-    return Proposal(replicas, seen.rung, carried(context, replicas, need), until_s, numbers, series=series)
+    return Proposal(
+        replicas,
+        seen.rung,
+        carried(context, replicas, need),
+        until_s,
+        numbers,
+        series=series,
+        loads=alike(seen.load, target) if seen.load > 0 else None,
+    )
 
 
 __all__ = ["IDLE", "TARGET", "follow"]

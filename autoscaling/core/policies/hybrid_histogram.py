@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
 from autoscaling.core.policies.following import TARGET
 from autoscaling.core.seen import target
-from autoscaling.core.series import ceil
+from autoscaling.core.series import alike, ceil
 from autoscaling.core.survival import curve_of
 from autoscaling.core.types import Reason
 
@@ -55,10 +55,18 @@ class HybridHistogram:
             cell = min(BINS, int((came_s - idle_from_s) / BIN_S))
             histogram = (*histogram[:cell], histogram[cell] + 1, *histogram[cell + 1 :])
         if seen.idle_since_s is None:
-            need = ceil(seen.load / context.param(TARGET, target(context.spec)))
+            unit = context.param(TARGET, target(context.spec))
+            need = ceil(seen.load / unit)
             numbers = {"load": float(seen.load), "need_replicas": float(need)}
             return Proposal(
-                need, seen.rung, carried(context, need, need), math.inf, numbers, values, (), histogram
+                need,
+                seen.rung,
+                carried(context, need, need),
+                math.inf,
+                numbers,
+                values,
+                histogram=histogram,
+                loads=alike(seen.load, unit),
             )
         since_s = seen.idle_since_s
         values["idle_from_s"] = since_s

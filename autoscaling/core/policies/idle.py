@@ -23,7 +23,7 @@ _CHOICE = ("choice_lit", "choice_rung", "choice_until_s")
 _NUMBER = "choice."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Idle:
     lit: bool
     rung: Rung
@@ -96,7 +96,9 @@ def _choice(
     ready: bool,
 ) -> warmth.Choice:
     seen, spec, memory = context.seen, context.spec, context.state.values
-    rungs = {rung: profile for rung, profile in seen.prices.items() if spec.park or rung != Rung.PARKED}
+    rungs = seen.prices
+    if not spec.park and Rung.PARKED in rungs:
+        rungs = {rung: profile for rung, profile in rungs.items() if rung != Rung.PARKED}
     lit = ready or left_s is not None
     if len(rungs) < 2:
         # No prices: the spec's fixed idle time.

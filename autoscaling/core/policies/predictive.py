@@ -9,7 +9,7 @@ from autoscaling.core.demand import expected, service_s
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
 from autoscaling.core.policies.idle import BURST, KEEP_ALIVE_BOUND, Idle, idle
 from autoscaling.core.seen import Seen, charge
-from autoscaling.core.series import Series, ceil, peak, peak_until_s, push_peak
+from autoscaling.core.series import Series, alike, ceil, peak, peak_until_s, push_peak
 from autoscaling.core.types import Demand, Reason, Rung
 
 STABLE = Param(
@@ -44,7 +44,7 @@ SURE = 1.0
 MOST_SURGE = 1.5
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Need:
     """Replicas without which the SLO breaks now or within a start's time, and those below which it is safe to stay."""
 
@@ -56,6 +56,8 @@ class _Need:
     until_s: float
     foreseen_until_s: float
     """When the forecast's part of it changes."""
+    loads: tuple[int, int] | None
+    """The least and the most requests in progress that need as much."""
 
 
 class Predictive:
@@ -125,7 +127,7 @@ class Predictive:
             reason = Reason.SCALE_DOWN_DELAY
         else:
             reason = Reason.DEMAND
-        return Proposal(replicas, seen.rung, reason, until_s, numbers, values, need.series)
+        return Proposal(replicas, seen.rung, reason, until_s, numbers, values, need.series, loads=need.loads)
 
     def _idle(self, context: Context, need: _Need, numbers: dict[str, float]) -> Proposal:
         choice: Idle = idle(context)
@@ -154,26 +156,30 @@ class Predictive:
         stable_s = context.param(STABLE, max(STABLE_S, lead_s))
         need = ceil(seen.load / full)
         # A replica that holds few requests can't be a little less than full.
-        fitting = ceil(seen.load / max(full * context.param(HEADROOM), min(full, 1.0)))
+        fuller = max(full * context.param(HEADROOM), min(full, 1.0))
+        fitting = ceil(seen.load / fuller)
         ahead, keep = 0, 0
         foreseen_s = math.inf
         demand = context.forecast.demand if context.forecast is not None else None
-        quantile = context.param(QUANTILE, newsvendor(context))
-        here = expected(demand, 0.5, now_s, 0.0)
-        soon = expected(demand, quantile, now_s, lead_s)
-        then = expected(demand, quantile, now_s + lead_s, 0.0)
-        middle = expected(demand, 0.5, now_s + lead_s, 0.0)
-        if demand and here and soon and then and middle:
-            more = surge(seen, here.concurrency)
-            ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
-            need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
-            fitting = max(need, ahead)
-            foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
+        if demand is not None:
+            quantile = context.param(QUANTILE, newsvendor(context))
+            here = expected(demand, 0.5, now_s, 0.0)
+            soon = expected(demand, quantile, now_s, lead_s)
+            then = expected(demand, quantile, now_s + lead_s, 0.0)
+            middle = expected(demand, 0.5, now_s + lead_s, 0.0)
+            if here and soon and then and middle:
+                more = surge(seen, here.concurrency)
+                ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
+                need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
+                fitting = max(need, ahead)
+                foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
         safe = max(int(peak(series)), keep)
         until_s = min(peak_until_s(series, stable_s), foreseen_s)
-        return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s)
+        # What is forecast to come is weighed against each number of requests.
+        loads = alike(seen.load, full, fuller) if demand is None and seen.load > 0 else None
+        return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s, loads)
 
 
 def newsvendor(context: Context) -> float:
