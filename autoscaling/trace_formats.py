@@ -13,6 +13,8 @@ LATEST_S = 4_102_444_800.0
 """The year 2100: a larger time is in milliseconds or a mistake."""
 MOST_IN_WINDOW = 100_000_000
 """Requests of one window, all of which are in memory at once."""
+MOST_DIGITS = len(str(MOST_IN_WINDOW)) - 1
+"""Of a number that is surely no more."""
 
 
 class Row(NamedTuple):
@@ -40,16 +42,21 @@ def _requests(header: list[str], window_s: float, model: str) -> Make:
     at, width = {name: i for i, name in enumerate(header)}, len(header)
     t, m = at["timestamp_s"], at["model"]
     tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
+    names: set[str] = set()
 
     def make(cells: list[str]) -> Row:
-        check_width(cells, width)
+        if len(cells) != width:
+            check_width(cells, width)
+        time_s, name = _plain_time(cells[t]), cells[m]
+        if name not in names:
+            names.add(model_name(name))
         return Row(
-            _time(cells[t], "timestamp_s"),
-            model_name(cells[m]),
+            _time(cells[t], "timestamp_s") if time_s is None else time_s,
+            name,
             1,
             0.0,
-            _known_count(cells, tokens_in, "input_tokens"),
-            _known_count(cells, tokens_out, "output_tokens"),
+            0 if tokens_in is None else _plain_count(cells[tokens_in], "input_tokens"),
+            0 if tokens_out is None else _plain_count(cells[tokens_out], "output_tokens"),
             0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
         )
 
@@ -61,24 +68,56 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
     t, m, n = at["minute"], at["model"], at["count"]
     tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
     varies, length = at.get("cv"), at.get("window_s")
+    names: set[str] = set()
+    minutes = _Minutes()
 
     def make(cells: list[str]) -> Row:
-        check_width(cells, width)
+        if len(cells) != width:
+            check_width(cells, width)
         lasts_s = window_s if length is None else _positive(cells[length], "window_s")
         if lasts_s == 0:
             raise ValueError("window_s must be above 0")
+        time_s, name = minutes[cells[t]], cells[m]
+        if name not in names:
+            names.add(model_name(name))
         return Row(
-            _time(cells[t], "minute", 60.0),
-            model_name(cells[m]),
-            count(cells[n], "count"),
+            time_s,
+            name,
+            _plain_count(cells[n], "count") if cells[n] else count(cells[n], "count"),
             lasts_s,
-            _known_count(cells, tokens_in, "input_tokens"),
-            _known_count(cells, tokens_out, "output_tokens"),
+            0 if tokens_in is None else _plain_count(cells[tokens_in], "input_tokens"),
+            0 if tokens_out is None else _plain_count(cells[tokens_out], "output_tokens"),
             0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
             1.0 if varies is None or not cells[varies] else _positive(cells[varies], "cv"),
         )
 
     return make
+
+
+class _Minutes(dict[str, float]):
+    """Seconds of what a column of minutes says, the last one remembered: its rows come together."""
+
+    def __missing__(self, text: str) -> float:
+        time_s = _time(text, "minute", 60.0)
+        self.clear()
+        self[text] = time_s
+        return time_s
+
+
+def _plain_time(text: str) -> float | None:
+    """Seconds; None of what must be looked at closer."""
+    try:
+        time_s = float(text)
+    except ValueError:
+        return None
+    return time_s if 0 <= time_s <= LATEST_S else None
+
+
+def _plain_count(text: str, name: str) -> int:
+    """As `count`, and 0 of nothing."""
+    if text.isdecimal() and len(text) <= MOST_DIGITS:
+        return int(text)
+    return count(text, name) if text else 0
 
 
 def _azure_llm(header: list[str], window_s: float, model: str) -> Make:
@@ -173,11 +212,6 @@ def _positive(text: str, name: str) -> float:
     if value < 0:
         raise ValueError(f"{name} {text!r} is negative")
     return value
-
-
-def _known_count(cells: list[str], where: int | None, name: str) -> int:
-    """0 where the trace does not say."""
-    return 0 if where is None or not cells[where] else count(cells[where], name)
 
 
 def count(text: str | float, name: str) -> int:

@@ -122,12 +122,20 @@ def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> Mapping[Rung, RungProf
 
     A replica that seems to cost nothing costs what its spec charges: else it would never be worth ending.
     """
-    return _priced(rungs, charge(spec))
+    charged = charge(spec)
+    # Mostly it is the very object that was asked for at the decision before.
+    known = _KNOWN.get(id(rungs))
+    if known is not None and known[0] is rungs and known[1] == charged:
+        return known[2]
+    prices = _priced(rungs, charged)
+    if len(_KNOWN) >= MOST_KNOWN:
+        _KNOWN.clear()
+    _KNOWN[id(rungs)] = rungs, charged, prices
+    return prices
 
 
 @lru_cache(maxsize=4096)
 def _priced(rungs: tuple[RungProfile, ...], charged: float) -> Mapping[Rung, RungProfile]:
-    # Rungs and what replicas are charged change seldom, and this is asked for at each decision.
     prices: dict[Rung, RungProfile] = {}
     for profile in sorted(rungs, key=lambda each: each.rung):
         numbers = (profile.delay_s, profile.delay_high_s, profile.cost_per_s)
@@ -142,6 +150,9 @@ def _priced(rungs: tuple[RungProfile, ...], charged: float) -> Mapping[Rung, Run
 
 
 NO_PRICES: Mapping[Rung, RungProfile] = MappingProxyType({})
+MOST_KNOWN = 4096
+_KNOWN: dict[int, tuple[tuple[RungProfile, ...], float, Mapping[Rung, RungProfile]]] = {}
+"""By identity: the rungs, what a replica is charged, and what follows."""
 
 
 def begins(rung: Rung | None, prices: Mapping[Rung, RungProfile]) -> Rung:

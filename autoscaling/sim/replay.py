@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -25,6 +27,9 @@ EPOCH_S, SHORTEST_EPOCH_S, EPOCH_SHARE = 6 * 3600.0, 600.0, 0.25
 
 Live it is every half minute."""
 
+
+THRESHOLDS = (50_000, 20, 100)
+"""Of Python's collector while something is replayed."""
 
 SpecOf = Callable[[str], Spec]
 
@@ -99,7 +104,7 @@ class Replay:
 
     def run(self) -> Report:
         # The matrices are small: BLAS would only have its other threads wait for each other, busily.
-        with threadpool_limits(1, user_api="blas"):
+        with threadpool_limits(1, user_api="blas"), _collecting_seldom():
             return self._replayed()
 
     def _replayed(self) -> Report:
@@ -292,6 +297,20 @@ class Replay:
     def decisions(self) -> list[Decision]:
         """All that were made, if they were kept."""
         return [decision for group in self.groups.values() for decision in group.sink.decisions]
+
+
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """Fewer collections of garbage than by Python's own rule, which goes through all that is imported again and again.
+
+    Next to nothing that a replay makes is in cycles.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*THRESHOLDS)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _until(rows: Iterable[Row], until_s: float) -> Iterator[Row]:
