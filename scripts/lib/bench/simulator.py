@@ -157,8 +157,8 @@ def _uncompiled(path: Path, setup: Setup, spec: Spec, requests: int) -> float:
     assert setup.until_s is not None
     share = min(1.0, 10_000 / requests)
     trace = open_trace(path)
-    compiled = events.advance, events.next_event_s
-    events.advance, events.next_event_s = events._advance, events._next_s
+    compiled = events.advance, events.next_event_s, events.ride
+    events.advance, events.next_event_s, events.ride = events._advance, events._next_s, events._ride
     try:
         cpu_s = time.process_time()
         until_s = max(trace.window_s, setup.until_s * share)
@@ -170,7 +170,7 @@ def _uncompiled(path: Path, setup: Setup, spec: Spec, requests: int) -> float:
         )
         return report.total.requests / (time.process_time() - cpu_s)
     finally:
-        events.advance, events.next_event_s = compiled
+        events.advance, events.next_event_s, events.ride = compiled
 
 
 def _ladder(name: str) -> Profile:
@@ -193,11 +193,12 @@ def sparse(path: Path, name: str) -> dict[str, Any]:
 
 def every_tick(path: Path) -> dict[str, Any]:
     """Six hours of the same; what all of it would take follows."""
-    skipping = Group._next_s
+    skipping = Group._next_s, Group._ride
     spec = Spec("", wait_cost=10.0, max_replicas=1, target_ongoing_requests=1.0)
     setup = Setup(profile=_ladder("two states"), until_s=6 * 3600.0)
     _warm_up("predictive")
     Group._next_s = lambda group: group._clock.now_s()  # type: ignore[method-assign]
+    Group._ride = lambda group, until_s: False  # type: ignore[method-assign]
     try:
         cpu_s = time.process_time()
         report = replay(
@@ -205,7 +206,7 @@ def every_tick(path: Path) -> dict[str, Any]:
         )
         cpu_s = time.process_time() - cpu_s
     finally:
-        Group._next_s = skipping  # type: ignore[method-assign]
+        Group._next_s, Group._ride = skipping  # type: ignore[method-assign]
     model_hours = len(report.models) * (report.until_s - report.measured_from_s) / 3600
     whole = replay(
         open_trace(path),
