@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from bench import policies_bound
 from bench.policies_bound import (
     DAY_S,
     KEEP_ALIVES_S,
@@ -18,6 +19,15 @@ from bench.policies_bound import (
 )
 
 RANDOM = np.random.default_rng(3)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer trees, learned less often: what is tested is what they are given."""
+    monkeypatch.setattr(policies_bound, "TREES", 60)
+    monkeypatch.setattr(policies_bound, "RELEARN_S", 15 * DAY_S)
+
+
 SCORED_S = 30 * DAY_S
 
 
@@ -87,10 +97,11 @@ def test_what_is_worked_on_costs_the_same_under_any_policy() -> None:
     assert dear == pytest.approx(1.0, abs=1e-3)
 
 
-def test_the_last_day_is_not_learned_from_before_it_comes() -> None:
+def test_the_last_day_is_not_learned_from_before_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is known of a day's silences does not change with what comes after it."""
-    times = np.sort(RANDOM.uniform(0, 40 * DAY_S, 3000)).tolist()
-    some, more = found([t for t in times if t < 33 * DAY_S]), found(times)
+    monkeypatch.setattr(policies_bound, "RELEARN_S", DAY_S)
+    times = np.sort(RANDOM.uniform(0, 33 * DAY_S, 800)).tolist()
+    some, more = found([t for t in times if t < 32 * DAY_S]), found(times)
     few, many = cells(some), cells(more)
     early = few.begin_s < 31.5 * DAY_S
     one = learned_before(some, few, 30 * DAY_S)[early]
