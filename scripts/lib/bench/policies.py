@@ -12,12 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import clusters, policies_bound, policies_dense, policies_ladder, policies_sparse
+from bench import (
+    clusters,
+    policies_bound,
+    policies_bound_dense,
+    policies_dense,
+    policies_ladder,
+    policies_sparse,
+)
 from bench.clusters import say
 
 PARTS = ("sparse", "ladder", "dense")
 BOUND = "bound"
-"""What forbids a bar of the sparse part; not among what is run if nothing is named."""
+"""What forbids a bar of the others; not among what is run if nothing is named."""
+
+BOUND_DENSE = "bound, dense"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +56,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             result[part] = module.measure(options.traces, wanted, options.processes)
     if BOUND in parts:
         result[BOUND] = policies_bound.measure(options.traces, wanted)
+        dense_names = [case.name for case in policies_dense.CASES]
+        result[BOUND_DENSE] = policies_bound_dense.measure(options.traces, dense_names)
     if "dense" in parts:
         say("dense")
         own = argparse.ArgumentParser()
@@ -63,6 +74,7 @@ def text(result: Mapping[str, Any]) -> str:
     shown = {
         "sparse": policies_sparse.text,
         BOUND: policies_bound.text,
+        BOUND_DENSE: policies_bound_dense.text,
         "ladder": policies_ladder.text,
         "dense": policies_dense.text,
     }
