@@ -36,6 +36,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}; also {BOUND}")
     names = ",".join(policies_sparse.CASES)
     parser.add_argument("--sparse-traces", default=names, help=f"default: {names}")
+    parser.add_argument(
+        "--sparse-policies",
+        default="",
+        help=f"only these beside {' and '.join(policies_sparse.COMPARED)} (default: all)",
+    )
     parser.add_argument("--processes", type=int, default=None, help="default: one for each core")
 
 
@@ -50,10 +55,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         names = ", ".join(policies_sparse.CASES)
         raise clusters.BenchError(f"--sparse-traces: unknown {sorted(unknown)}; there are {names}")
     result: dict[str, Any] = {}
-    for part, module in (("sparse", policies_sparse), ("ladder", policies_ladder)):
-        if part in parts:
-            say(part)
-            result[part] = module.measure(options.traces, wanted, options.processes)
+    if "sparse" in parts:
+        say("sparse")
+        beside = [each for each in options.sparse_policies.split(",") if each]
+        known = {variant.policy for variant in policies_sparse.variants()}
+        if unknown := set(beside) - known:
+            raise clusters.BenchError(
+                f"--sparse-policies: unknown {sorted(unknown)}; there are {', '.join(sorted(known))}"
+            )
+        result["sparse"] = policies_sparse.measure(options.traces, wanted, options.processes, beside)
+    if "ladder" in parts:
+        say("ladder")
+        result["ladder"] = policies_ladder.measure(options.traces, wanted, options.processes)
     if BOUND in parts:
         result[BOUND] = policies_bound.measure(options.traces, wanted)
         dense_names = [case.name for case in policies_dense.CASES]

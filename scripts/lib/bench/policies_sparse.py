@@ -38,6 +38,7 @@ BUSY_PER_H = 60.0
 """What is asked more often in the part that is learned from is not sparse, and left out."""
 PER_H = 1.0
 COLD_BAR, COST_BAR = 0.80, 0.85
+COMPARED = ("predictive", "keep-alive")
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,15 @@ def _run(job: Job) -> tuple[Job, Report]:
     return job, replace(report, models=(), timeline={})
 
 
-def variants() -> list[Variant]:
+def variants(policies: Sequence[str] = ()) -> list[Variant]:
+    """What is run; only those policies, where any are named."""
     found = [Variant(policy, {"wait_cost": cost}) for cost in WAIT_COSTS for policy in ("predictive", ORACLE)]
     found += [
         Variant("hybrid-histogram", {"tail_percentile": tail}) for tail in (99.0, 95.0, 90.0, 75.0, 50.0)
     ]
     found += [Variant("kpa", {"stable_window_s": window}) for window in (60.0, 300.0, 600.0, 1800.0, 3600.0)]
     found += [Variant("keep-alive", {"keep_alive_s": float(idle_s)}) for idle_s in KEEP_ALIVES_S]
-    return found
+    return [each for each in found if not policies or each.policy in policies]
 
 
 def plain(job: Job, report: Report) -> dict[str, Any]:
@@ -220,9 +222,13 @@ def cost(point: Mapping[str, Any], wait_cost: float) -> float:
     return float(point["gpu_s"] + wait_cost * point["waited_s"])
 
 
-def measure(folder: Path, names: Sequence[str], processes: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, names: Sequence[str], processes: int | None, policies: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`policies`: only these beside those that are compared, which are always run."""
     read(folder, names)
-    jobs = [Job(name, TWO_STATES, variant) for name in names for variant in variants()]
+    wanted = (*policies, *COMPARED) if policies else ()
+    jobs = [Job(name, TWO_STATES, variant) for name in names for variant in variants(wanted)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for at, (job, report) in enumerate(run(jobs, processes), 1):
         found[job.case].append(plain(job, report))
@@ -249,7 +255,9 @@ def judged(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for point in sorted(ours, key=lambda each: float(each["settings"]["wait_cost"])):
         wait_cost = float(point["settings"]["wait_cost"])
         best = min(fixed, key=lambda each: cost(each, wait_cost))
-        bound = next(each for each in by[ORACLE] if each["settings"]["wait_cost"] == wait_cost)
+        bound = next(
+            (each for each in by.get(ORACLE, ()) if each["settings"]["wait_cost"] == wait_cost), None
+        )
         idle = point["idle_gpu_s"] + point["early_gpu_s"]
         rows.append(
             {
@@ -265,12 +273,12 @@ def judged(name: str, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "best_keep_alive_s": best["settings"]["keep_alive_s"],
                 "best_fixed_cost": cost(best, wait_cost),
                 "cost_ratio": ratio(cost(point, wait_cost), cost(best, wait_cost)),
-                "oracle_cost_ratio": ratio(cost(bound, wait_cost), cost(best, wait_cost)),
+                "oracle_cost_ratio": bound and ratio(cost(bound, wait_cost), cost(best, wait_cost)),
             }
         )
     others = []
     for policy in ("hybrid-histogram", "kpa"):
-        for point in by[policy]:
+        for point in by.get(policy, ()):
             idle = point["idle_gpu_s"] + point["early_gpu_s"]
             mine = at_idle(ours, idle)
             others.append(
