@@ -10,7 +10,15 @@ import numpy as np
 
 from autoscaling.core.types import Forecast
 from autoscaling.forecast import arrival_choice, demand
-from autoscaling.forecast.arrivals import ArrivalFitted, Later, Renewal, batch_size, idle, next_arrival
+from autoscaling.forecast.arrivals import (
+    MIN_SILENCE_S,
+    ArrivalFitted,
+    Later,
+    Renewal,
+    batch_size,
+    idle,
+    next_arrival,
+)
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.demand import CHEAP, FittedDemand, Kind, demand_of, steps_of
 from autoscaling.forecast.gap_record import (
@@ -198,7 +206,8 @@ def share_at(fitted: FittedModel, recent: Recent | None, now_s: float, regressio
     learned = fitted.learned
     before = learned.hazard
     recent = fitted.recent if recent is None else recent
-    if now_s <= before.until_s:
+    if now_s <= max(before.until_s, recent.last_s + MIN_SILENCE_S):
+        # Nothing has gone by in silence.
         return fitted.share
     open_ = silence_from(recent, np.inf)
     since, _ = learn([open_], learned.record, before.until_s, now_s, regression)
