@@ -129,10 +129,12 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
 
 
 def forecasters_for(prior: Prior) -> tuple[Forecaster, ...]:
-    """First the default one: of those that always apply, the one that is right for most of the fleet."""
-    found = FLEET_FORECASTERS if prior.hazard.knows else FORECASTERS
-    first = max((f for f in found if f.name in STEADY), key=lambda f: _weight(prior, f.name))
-    return (first, *(f for f in found if f is not first))
+    """First the default one, which always applies.
+
+    The regression where there is one: it alone has seen how many models never come back. What the fleet's idle times
+    say of that is said by those that did.
+    """
+    return FLEET_FORECASTERS if prior.hazard.knows else FORECASTERS
 
 
 def _weight(prior: Prior, name: str) -> float:
