@@ -18,6 +18,8 @@ WAKE_S = 3.0
 PARKED_COST = 0.01
 """GPU-seconds for a second of a parked engine's host memory: a hundredth of a GPU's price."""
 WAIT_COSTS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+MORE_COSTS = (1000.0, 3000.0)
+"""For the ladder only: at the highest of the others it spends less than half of what the two states do."""
 KEEP_ALIVES_S = (0, 15, 30, 60, 90, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200, 14400)
 BAR = 1 / 3
 LADDER = replace(
@@ -27,7 +29,7 @@ LADDER = replace(
 
 def measure(folder: Path, names: Sequence[str], processes: int | None) -> dict[str, Any]:
     read(folder, names)
-    ours = [Variant("predictive", {"wait_cost": each, "park": 1.0}) for each in WAIT_COSTS]
+    ours = [Variant("predictive", {"wait_cost": each, "park": 1.0}) for each in (*WAIT_COSTS, *MORE_COSTS)]
     others = [Variant("predictive", {"wait_cost": each}) for each in WAIT_COSTS]
     others += [Variant("hybrid-histogram", {"tail_percentile": each}) for each in (99.0, 90.0, 75.0, 50.0)]
     others += [Variant("kpa", {"stable_window_s": each}) for each in (60.0, 300.0, 600.0, 3600.0)]
