@@ -100,9 +100,11 @@ class Queue:
 
     def advance(self, until_s: float, stop: int = 0) -> int:
         """See `events.advance`."""
-        return events.advance(
-            until_s,
-            stop,
+        return events.advance(until_s, stop, *self._arrays())
+
+    def _arrays(self) -> tuple[Any, ...]:
+        """What `events` works on, in its order; some are exchanged as requests and replicas come."""
+        return (
             self.limits,
             self.times,
             self.work,
@@ -123,28 +125,7 @@ class Queue:
         """The ticks of `events.ride`."""
         if self.ticks is None:
             self.ticks = np.zeros(RIDE)
-        count = events.ride(
-            now_s,
-            before_s,
-            tick_s,
-            loads[0],
-            loads[1],
-            self.ticks,
-            self.limits,
-            self.times,
-            self.work,
-            self.cold,
-            self.f,
-            self.n,
-            self.state,
-            self.load,
-            self.virtual,
-            self.since,
-            self.ends,
-            self.heap,
-            self.slowdown,
-            self.histogram,
-        )
+        count = events.ride(now_s, before_s, tick_s, *loads, self.ticks, *self._arrays())
         return self.ticks[:count]
 
     def next_s(self) -> float:
