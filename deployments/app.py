@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from autoscaling.core.codec import to_json, to_plain
@@ -39,6 +39,11 @@ GATEWAY_MAX_ONGOING = 100_000
 DEFAULT_CPU_KV_CACHE_GIB = "1"
 REQUEST_ID = b"x-request-id"
 MOST_REPLICAS = 1000
+# Serve's own default router, by the module that it is in. Serve pickles a router's module by value into each
+# deployment's settings, and each replica hands those back when it is up: by the default path, which names the package,
+# they are 110 kB, which Ray keeps as an object on the replica's node, and a node that holds an object is never idle.
+# Serve lets go of it with the replica, or when its garbage collector comes by, which may be never.
+ROUTER = "ray.serve._private.request_router.pow_2_router:PowerOfTwoChoicesRequestRouter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +376,7 @@ def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) ->
             max_ongoing_requests=scaling.max_ongoing_requests,
             ray_actor_options=options,
             autoscaling_config=autoscaling_config(model),
+            request_router_config=RequestRouterConfig(request_router_class=ROUTER),
             # Serve kills a replica that drains longer; a lease lasts as long as its generation.
             graceful_shutdown_timeout_s=model.limits.drain_deadline_s + 5,
             graceful_shutdown_wait_loop_s=0.2,

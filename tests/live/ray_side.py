@@ -9,6 +9,8 @@ from typing import Any
 import ray
 from ray import serve
 
+STORE = "object_store_memory"
+
 
 def answer(question: str) -> Any:
     """One answer, as JSON."""
@@ -26,6 +28,13 @@ def answer(question: str) -> Any:
         }
     if question == "labels":
         return {n["NodeID"]: n["Labels"] for n in ray.nodes() if n["Alive"]}
+    if question == "objects":
+        free = ray._private.state.available_resources_per_node()
+        return {
+            n["NodeID"]: n["Resources"][STORE] - free[n["NodeID"]].get(STORE, 0.0)
+            for n in ray.nodes()
+            if n["Alive"] and n["NodeID"] in free
+        }
     raise ValueError(question)
 
 

