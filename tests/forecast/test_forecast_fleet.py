@@ -265,7 +265,9 @@ def test_what_is_not_known_yet_is_not_corrected() -> None:
 
 def test_how_wrong_it_was_is_forgotten_sooner_than_what_was_learned() -> None:
     one = learn(silences(sessions(1)), EMPTY, -np.inf, START_S + 3 * DAY_S, NOTHING)[0]
-    one = replace(one.faded(one.until_s), came=np.ones(BANDS, np.float32), foretold=np.ones(BANDS, np.float32))
+    one = replace(
+        one.faded(one.until_s), came=np.ones(BANDS, np.float32), foretold=np.ones(BANDS, np.float32)
+    )
     later = one.faded(one.until_s + 14 * DAY_S)
     assert later.silences == pytest.approx(one.silences / 2)
     assert later.came == pytest.approx(np.full(BANDS, 1 / 16))

@@ -123,7 +123,7 @@ def test_censored_gaps_follow_what_the_exact_ones_say() -> None:
         np.concatenate([exact + 1, blurred + 120]),
         np.ones(520),
     )
-    mass = gap_mass(sample, default_prior(), 2.0)
+    mass = gap_mass(sample, default_prior(), 2.0, None)
     near = (EDGES_S > 150) & (EDGES_S < 195)
     assert mass[near].sum() > 0.75
 

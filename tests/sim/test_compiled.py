@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,17 @@ from hypothesis import strategies as st
 from autoscaling.core import induction, survival, warmth
 from autoscaling.core.survival import Curve, build
 from autoscaling.core.types import Forecast, NextArrival, Rung, RungProfile
-from autoscaling.forecast import gap_record, hazard
+from autoscaling.forecast import demand, demand_model, gap_record, gaps, hazard
 from autoscaling.forecast.arrivals import FittedPoisson, Later, next_arrival
-from autoscaling.forecast.history import Recent
-from autoscaling.sim import compiled
+from autoscaling.forecast.base import NotApplicable
+from autoscaling.forecast.demand_model import FittedDemand, Smoothed
+from autoscaling.forecast.history import Recent, history_of
+from autoscaling.forecast.profile import Profile
+from autoscaling.sim import compiled, compiled_demand, compiled_gaps
+from tests.forecast.made_traffic import DAY_S, START_S, traffic
 
 NOW_S = 1.7e9
+EVEN_S = START_S + np.arange(0.0, 3 * 3600.0, 3.7)
 GRID_S = np.concatenate([np.arange(10.0), np.geomspace(10.0, 172800.0, 80)])
 LADDER = (
     RungProfile(Rung.WEIGHTS, 60.0, 66.0, 0.0),
@@ -160,6 +166,74 @@ def test_features_are_arranged_the_same() -> None:
         assert np.array_equal(plain, fast)
 
 
+@given(
+    gaps_s=st.lists(
+        st.tuples(st.floats(0, 1e6), st.sampled_from([0.05, 1.0, 60.0, 3600.0]), st.floats(0, 10)),
+        max_size=60,
+    ),
+    strength=st.sampled_from([0.5, 2.0, 20.0]),
+    open_s=st.one_of(st.none(), st.floats(0, 1e8)),
+)
+@settings(max_examples=150)
+def test_gaps_are_distributed_the_same(
+    gaps_s: list[tuple[float, float, float]], strength: float, open_s: float | None
+) -> None:
+    lo_s, wide_s, weight = np.asarray(gaps_s).reshape(-1, 3).T
+    sample = gaps.GapSample(lo_s, lo_s + wide_s, weight)
+    plain = gaps._gap_mass(sample, gaps.default_prior(), strength, open_s)
+    fast = compiled_gaps.gap_mass(sample, gaps.default_prior(), strength, open_s)
+    assert fast == pytest.approx(plain, rel=1e-9, abs=1e-15)
+
+
+@pytest.fixture(scope="module")
+def fitted_demand() -> dict[str, FittedDemand]:
+    """One of each kind, periodic or not, of steps of a minute and of ten seconds."""
+    days = np.arange(0.0, 8 * DAY_S, 40.0)
+    daily = (
+        START_S + days[np.random.default_rng(0).random(len(days)) < 0.5 + 0.5 * np.sin(days / DAY_S * 6.283)]
+    )
+    found = {}
+    for name, until_s in (("long", 8 * DAY_S), ("some hours", 3 * 3600.0), ("young", 700.0)):
+        now_s = START_S + until_s
+        history = history_of(traffic(daily[daily < now_s] if name == "long" else EVEN_S, now_s), now_s)
+        for kind, profile in demand.CHEAP.items():
+            with contextlib.suppress(NotApplicable):
+                chosen = demand.choose(history, 120.0, 2.0, {kind: profile})
+                found[f"{name}, {kind}"] = chosen.fitted
+    last = found["long, daily"]
+    profile = Profile(60.0, np.random.default_rng(1).gamma(2.0, 0.02, 2000), START_S + 5 * DAY_S)
+    last = replace(last, model=replace(last.model, profile=profile), smoothed=Smoothed.of(profile))
+    return {**found, "of a season of its own": last}
+
+
+@given(
+    off_s=st.floats(0, 10 * DAY_S),
+    rates=st.lists(st.floats(0, 20.0), min_size=5, max_size=5),
+    steps=st.integers(1, 60),
+    service_s=st.sampled_from([0.01, 2.0, 300.0]),
+)
+@settings(max_examples=60)
+def test_as_much_is_expected(
+    fitted_demand: dict[str, FittedDemand], off_s: float, rates: list[float], steps: int, service_s: float
+) -> None:
+    assert {each.model.profile.period_s is None for each in fitted_demand.values()} == {True, False}
+    assert {each.step_s for each in fitted_demand.values()} == {10.0, 60.0}
+    now_s = START_S + off_s
+    recent = Recent(now_s - 7.0, (), tuple(rates), now_s - 7.0)
+    for each in fitted_demand.values():
+        fitted = replace(each, service_s=service_s)
+        plain = demand_model._shown(fitted, now_s, recent, steps)
+        fast = compiled_demand.shown(fitted, now_s, recent, steps)
+        assert (fast.made_s, fast.step_s, fast.quantiles) == (plain.made_s, plain.step_s, plain.quantiles)
+        # Whole requests: what is within rounding of two is either.
+        assert np.asarray(fast.rate_per_s) == pytest.approx(
+            np.asarray(plain.rate_per_s), abs=1.001 / plain.step_s
+        )
+        assert np.asarray(fast.concurrency) == pytest.approx(
+            np.asarray(plain.concurrency), rel=1e-6, abs=1e-6
+        )
+
+
 def test_what_is_looked_at_later_is_what_was_said() -> None:
     fitted = FittedPoisson("poisson", 2.0, 100.0)
     recent = Recent(NOW_S - 20.0, (), (), NOW_S)
@@ -171,13 +245,23 @@ def test_a_replay_uses_it() -> None:
     from tests.sim import lab
 
     def used() -> tuple[Any, ...]:
-        return warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged
+        core = warmth.solved, survival.from_arrival
+        return *core, gap_record.came, hazard.arranged, gaps.gap_mass, demand_model.shown
+
+    def use(core: Any, curve: Any, *forecast: Any) -> None:
+        warmth.solved, survival.from_arrival = core, curve
+        gap_record.came, hazard.arranged, gaps.gap_mass, demand_model.shown = forecast
 
     before = used()
     try:
-        warmth.solved, survival.from_arrival = warmth._solved, survival._from_arrival
-        gap_record.came, hazard.arranged = gap_record._came, hazard._arranged
+        use(
+            *(warmth._solved, survival._from_arrival),
+            *(gap_record._came, hazard._arranged, gaps._gap_mass, demand_model._shown),
+        )
         lab.run(lab.requests([10.0]))
-        assert used() == (compiled.solved, compiled.from_arrival, compiled.came, compiled.arranged)
+        assert used() == (
+            *(compiled.solved, compiled.from_arrival, compiled.came, compiled.arranged),
+            *(compiled_gaps.gap_mass, compiled_demand.shown),
+        )
     finally:
-        warmth.solved, survival.from_arrival, gap_record.came, hazard.arranged = before
+        use(*before)
