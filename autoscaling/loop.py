@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from autoscaling.core.accounts import NO_ACCOUNT, NOTHING, Account, Prewarm, Usage, book, day_of
 from autoscaling.core.budget import Budget, clamp
@@ -21,6 +21,14 @@ STALE_S = 10.0
 """What was seen longer ago than this is not known any more."""
 REFORECAST_S = 10.0
 """How often a model's forecast is asked for, to see whether it was fitted anew, while nothing else happens."""
+
+
+class Stands(NamedTuple):
+    """For which requests in progress a decision stands: see `Decision.loads` and `Decision.silence_s`."""
+
+    least: int
+    most: int
+    silence_s: float
 
 
 class Loop:
@@ -70,7 +78,7 @@ class Loop:
         self._specs: dict[str, Spec] = {}
         self._seen: dict[str, Observation] = {}
         self._made: dict[str, Decision] = {}
-        self._loads: dict[str, tuple[int, int] | None] = {}
+        self._stands: dict[str, Stands | None] = {}
         self._clamped: dict[str, Decision] = {}
         self._fits: dict[str, float | None] = {}
         self._ask_s: dict[str, float] = {}
@@ -113,9 +121,9 @@ class Loop:
             next_s = min(next_s, decision.until_s)
         return next_s
 
-    def stands_for(self, model: str) -> tuple[int, int] | None:
-        """The least and the most requests in progress between which a tick would do nothing for a model, until what it
-        decided ends, as long as nothing else is seen to change. None: whatever comes must be looked at.
+    def stands_for(self, model: str) -> Stands | None:
+        """For which requests in progress a tick would do nothing for a model, until what it decided ends, as long as
+        nothing else is seen to change. None: whatever comes must be looked at.
 
         Where models share a budget, or what they use is counted, each tick counts.
         """
@@ -129,7 +137,7 @@ class Loop:
         account = self._accounts.get(model)
         if account is not None and account.prewarm is not None:
             return None
-        return self._loads.get(model)
+        return self._stands.get(model)
 
     def tick(self, now_s: float) -> list[Decision]:
         """The decisions that were made or changed at this tick. Never raises."""
@@ -157,7 +165,7 @@ class Loop:
             if jumped:
                 # Nothing is concluded from times that lie across the jump; the next tick goes on.
                 self._made[model] = hold(spec, seen, until_s=now_s)
-                self._loads[model] = None
+                self._stands[model] = None
                 continue
             forecast = self._news(model, spec, seen, now_s, back=back)
             if forecast is not False:
@@ -216,12 +224,12 @@ class Loop:
         except Exception as error:  # noqa: BLE001 - whatever one model's policy raises, the others are decided
             self._errors[f"model {model}"] = f"{type(error).__name__}: {error}"
             self._made[model] = hold(spec, observation, until_s=observation.now_s)
-            self._loads[model] = None
+            self._stands[model] = None
             return None
         if self._errors:
             self._errors.pop(f"model {model}", None)
         # Those of the decision that says the same may be others.
-        self._loads[model] = decision.loads
+        self._stands[model] = None if decision.loads is None else Stands(*decision.loads, decision.silence_s)
         made = self._made.get(model)
         # The same again is not made anew: neither recorded nor published as news.
         if made is None or not _says(decision, made):
@@ -235,7 +243,7 @@ class Loop:
         for model in self._made.keys() - specs.keys():
             for kept in (
                 self._made,
-                self._loads,
+                self._stands,
                 self._states,
                 self._fits,
                 self._ask_s,

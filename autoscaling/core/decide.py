@@ -93,6 +93,7 @@ def _bounded(spec: Spec, seen: Seen, floor: Floor, proposal: Proposal) -> Decisi
         numbers,
         tuple(clamps),
         proposal.loads,
+        proposal.silence_s,
     )
 
 

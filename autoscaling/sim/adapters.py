@@ -62,7 +62,7 @@ class SimSink:
         """By model."""
         self.hits: Counter[str] = Counter()
         self._since_s = since_s
-        self._keep = keep
+        self.keeps = keep
 
     def record(
         self,
@@ -72,7 +72,7 @@ class SimSink:
         states: Mapping[str, State],
     ) -> None:
         """Those that are new."""
-        if self._keep:
+        if self.keeps:
             self.decisions += decisions
 
     def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:

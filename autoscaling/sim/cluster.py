@@ -11,6 +11,7 @@ import numpy as np
 from autoscaling.core.plan import Entry, follow
 from autoscaling.core.seen import charge, per_replica
 from autoscaling.core.types import Capacity, Decision, Observation, Reason, Rung, Spec, State
+from autoscaling.loop import Stands
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile
 from autoscaling.sim.queueing import (
@@ -98,9 +99,9 @@ class VirtualModel:
         """A request waits or is in progress, or is known to come."""
         return self.queue.unanswered
 
-    def ride(self, now_s: float, before_s: float, tick_s: float, loads: tuple[int, int]) -> Floats:
-        """All that happens up to the last tick before `before_s`, or to the first at which fewer or more requests than
-        that are queued or in flight, if ticks have no more to do than to count requests.
+    def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
+        """All that happens up to the last tick before `before_s`, or to the first at which what was decided does not
+        stand for the requests that are queued or in flight, if ticks have no more to do than to count them.
 
         Returns those ticks.
         """
@@ -116,8 +117,12 @@ class VirtualModel:
         ):
             return NO_TICKS
         # Above that Serve's policy may raise what was decided.
-        least, most = loads[0], min(loads[1], math.floor(replicas * self._per_replica))
-        return queue.ride(now_s, before_s, tick_s, (least, most)) if least <= self.load <= most else NO_TICKS
+        stands = stands._replace(most=min(stands.most, math.floor(replicas * self._per_replica)))
+        return (
+            queue.ride(now_s, before_s, tick_s, stands)
+            if stands.least <= self.load <= stands.most
+            else NO_TICKS
+        )
 
     def advance(self, until_s: float) -> None:
         """All that happens up to and at `until_s`."""

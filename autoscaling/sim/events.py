@@ -270,12 +270,13 @@ GRID = 1e-6
 """Share of a tick within which a moment counts as the tick."""
 
 
-def _ride(  # noqa: PLR0917 - what `advance` is given, and four numbers
+def _ride(  # noqa: PLR0917 - what `advance` is given, and its own
     now_s: float,
     before_s: float,
     tick_s: float,
     least: int,
     most: int,
+    silence_s: float,
     ticks: Floats,
     limits: Floats,
     times: Floats,
@@ -320,15 +321,20 @@ def _ride(  # noqa: PLR0917 - what `advance` is given, and four numbers
             histogram,
         )
         ticks[done] = now_s = to_s
-        if not least <= n[WAITING] + n[IN_FLIGHT] <= most:
+        here = n[WAITING] + n[IN_FLIGHT]
+        if here == 0 and silence_s > 0.0 and n[TAIL] < n[END]:
+            comes_s = max(math.ceil(times[n[TAIL]] / tick_s - GRID) * tick_s, now_s + tick_s)
+            if comes_s < before_s and comes_s < f[LAST_BUSY] + silence_s:
+                continue
+        if not least <= here <= most:
             return done + 1
     return len(ticks)
 
 
 ride: Callable[..., int] = njit(cache=True)(_ride)
-"""ride(now_s, before_s, tick_s, least, most, ticks, ...): `advance` from tick to tick where something happens, up to
-the last one before `before_s`, or the first at which fewer than `least` or more than `most` requests wait or are in
-progress.
+"""ride(now_s, before_s, tick_s, least, most, silence_s, ticks, ...): `advance` from tick to tick where something
+happens, up to the last one before `before_s`, or the first at which fewer than `least` or more than `most` requests
+wait or are in progress; but over none at all if the next one is seen before `silence_s` is over and before `before_s`.
 
 Time passes in the very steps in which it would if each tick were looked at, so that no sum differs in its last digit.
 At least one replica must accept requests and none be draining. Returns how many ticks there were; `ticks`, of any shape

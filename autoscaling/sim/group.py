@@ -174,19 +174,22 @@ class Group:
         Up to none at which a forecaster might learn: what comes may ask for that.
         """
         (name, model), *_ = self.models.items()
-        loads = self._loop.stands_for(name)
-        if loads is None:
+        stands = self._loop.stands_for(name)
+        if stands is None:
             return False
+        if self.sink.keeps:
+            # What is said of silences is to be kept too.
+            stands = stands._replace(silence_s=0.0)
         now_s = self._clock.now_s()
         known_s = self._grid(min(self._loop.next_s(), self._forecasts.next_s(name)))
         before_s = min(until_s, known_s, self._sampled_s, now_s + self._forecasts.settles_s + self._tick_s)
         if not self._measured:
             before_s = min(before_s, self._measure_s)
-        ticks = model.ride(now_s, before_s, self._tick_s, loads).tolist()
+        ticks = model.ride(now_s, before_s, self._tick_s, stands).tolist()
         if not ticks:
             return False
         self._clock.advance(ticks[-1])
-        decides = not loads[0] <= model.load <= loads[1]
+        decides = not stands.least <= model.load <= stands.most
         if self._foresees:
             queue = model.queue
             first, until = self._taken[name], int(queue.n[TAIL])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoscaling.loop import Stands
 from autoscaling.sim import events
 from autoscaling.sim.events import (
     ACCEPTS,
@@ -121,11 +122,11 @@ class Queue:
             self.histogram,
         )
 
-    def ride(self, now_s: float, before_s: float, tick_s: float, loads: tuple[int, int]) -> Floats:
+    def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
         """The ticks of `events.ride`."""
         if self.ticks is None:
             self.ticks = np.zeros(RIDE)
-        count = events.ride(now_s, before_s, tick_s, *loads, self.ticks, *self._arrays())
+        count = events.ride(now_s, before_s, tick_s, *stands, self.ticks, *self._arrays())
         return self.ticks[:count]
 
     def next_s(self) -> float:

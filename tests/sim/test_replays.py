@@ -14,6 +14,7 @@ from autoscaling.sim import replay as replaying
 from autoscaling.sim.arrivals import pieces
 from autoscaling.sim.cluster import VirtualModel
 from autoscaling.sim.compare import Base, Variant, compare
+from autoscaling.sim.events import ARRIVED
 from autoscaling.sim.profile import Engine, Start
 from autoscaling.sim.replay import Replay, Setup, replay
 from autoscaling.sim.report import Report
@@ -61,12 +62,16 @@ def test_looking_on_changes_nothing(policy: str) -> None:
         assert seen["total"][name] == pytest.approx(value), name
 
 
-@pytest.mark.parametrize("policy", ["keep-alive", "kpa", "hybrid-histogram", "predictive"])
+@pytest.mark.parametrize("policy", ["keep-alive", "reactive", "kpa", "hybrid-histogram", "predictive"])
 @pytest.mark.parametrize("setup", [{}, {"sample_s": 7.3, "measure_from_s": 900.5}])
+@pytest.mark.parametrize("kept", [True, False])
 def test_ticks_that_are_ridden_over_would_have_done_nothing(
-    policy: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    policy: str, setup: dict[str, Any], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the last digit, whether the loop looks at each tick or only where what it decided does not stand."""
+    """To the last digit, whether the loop looks at each tick or only where what it decided does not stand.
+
+    Where decisions are kept, what is said of silences is too; else the ride goes over short ones.
+    """
     random = np.random.default_rng(3)
     rows = [
         Row(burst + float(at), f"m{i % 3}", exec_s=float(random.exponential(4)))
@@ -87,14 +92,58 @@ def test_ticks_that_are_ridden_over_would_have_done_nothing(
         found = Replay(
             rows,
             lambda m: lab.spec(m, policy=policy, max_replicas=4, target_ongoing_requests=3.0),
-            Setup(made, keep_decisions=True, **setup),
+            Setup(made, keep_decisions=kept, **setup),
         )
         report = found.run()
         return said(report), found.decisions, report.timeline
 
     monkeypatch.setattr(VirtualModel, "ride", counted)
     fast = run()
-    assert len(ridden) > 30 or policy == "kpa"
+    assert len(ridden) > 20 or policy == "kpa"
+    monkeypatch.setattr(VirtualModel, "ride", lambda model, *_: np.zeros(0))
+    assert run() == fast
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "reactive"])
+@pytest.mark.parametrize("setup", [{}, {"sample_s": 7.3, "measure_from_s": 900.5, "apply_s": 0.4}])
+def test_silences_that_are_ridden_over_would_have_done_nothing(
+    policy: str, setup: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those about as long as idle time, to the second and to its parts; between bursts and requests alone."""
+    random = np.random.default_rng(5)
+    gaps_s = np.concatenate(
+        [random.exponential(45, 300), random.integers(58, 66, 100), random.uniform(59, 63, 200)]
+    )
+    random.shuffle(gaps_s)
+    rows = [
+        Row(float(at), "m", exec_s=float(random.choice([0.25, 1.0, 3.0, random.exponential(5)])))
+        for at in np.cumsum(gaps_s)
+        for _ in range(7 if random.random() < 0.04 else 1)
+    ]
+    within = 0
+    riding = VirtualModel.ride
+
+    def counted(model: VirtualModel, *given: Any) -> Any:
+        nonlocal within
+        came = int(model.queue.n[ARRIVED])
+        ticks = riding(model, *given)
+        within += int(model.queue.n[ARRIVED]) - came
+        return ticks
+
+    def run() -> dict[str, Any]:
+        options = dict(setup)
+        made = lab.profile(starts=VARYING, engine=Engine(concurrency=4), apply_s=options.pop("apply_s", 0.0))
+        found = Replay(
+            rows,
+            lambda m: lab.spec(m, policy=policy, max_replicas=3, target_ongoing_requests=4.0),
+            Setup(made, **options),
+        ).run()
+        return {**said(found), "timeline": found.timeline}
+
+    monkeypatch.setattr(VirtualModel, "ride", counted)
+    fast = run()
+    # A ride ends where somebody looks.
+    assert within > (10 if "sample_s" in setup else len(rows) / 3)
     monkeypatch.setattr(VirtualModel, "ride", lambda model, *_: np.zeros(0))
     assert run() == fast
 

@@ -66,6 +66,8 @@ class Proposal:
     histogram: tuple[float, ...] = ()
     loads: tuple[int, int] | None = None
     """See `Decision.loads`."""
+    silence_s: float = 0.0
+    """See `Decision.silence_s`."""
 
 
 class Policy(Protocol):

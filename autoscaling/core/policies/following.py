@@ -45,6 +45,8 @@ def follow(context: Context, *, target: float, delay_s: float, idle_s: float) ->
         numbers,
         series=series,
         loads=alike(seen.load, target) if seen.load > 0 else None,
+        # The last replica stays for so long, and nothing is remembered of a load beyond it.
+        silence_s=idle_s if seen.load > 0 and replicas == 1 and len(series) == 1 else 0.0,
     )
 
 
