@@ -67,6 +67,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", default="dense,sparse,memory", help="which parts (default: all)")
     parser.add_argument("--rows", type=int, default=200_000, help="of the streamed trace (default: 200000)")
     parser.add_argument("--models", type=int, default=100, help="of the streamed trace (default: 100)")
+    parser.add_argument(
+        "--keep-alive-s",
+        type=float,
+        default=600.0,
+        help="idle time on the streamed trace (default: 600): the shorter, the more starts there are to replay",
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -89,7 +95,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["every_tick"] = _alone(every_tick, path)
     if "memory" in parts:
         say(f"a window trace of {options.rows} rows, streamed")
-        result["memory"] = _alone(streamed, options.rows, options.models)
+        result["memory"] = _alone(streamed, options.rows, options.models, options.keep_alive_s)
         few = min(options.rows, 500_000)
         say(f"a window trace of {few} rows, read at once")
         result["at_once"] = [_alone(at_once, rows, options.models) for rows in (few // 2, few)]
@@ -218,7 +224,7 @@ def every_tick(path: Path) -> dict[str, Any]:
     return {"model_hours": model_hours, "cpu_s": cpu_s, "whole_s": cpu_s / model_hours * hours}
 
 
-def streamed(rows: int, models: int) -> dict[str, Any]:
+def streamed(rows: int, models: int, keep_alive_s: float) -> dict[str, Any]:
     """A file of so many rows, through the reader and a policy."""
     held: list[dict[str, float]] = []
     _warm_up("keep-alive")
@@ -227,13 +233,16 @@ def streamed(rows: int, models: int) -> dict[str, Any]:
         write(path, rows, models)
         began_s, cpu_s = time.perf_counter(), time.process_time()
         report = replay(
-            _watched(open_trace(path).rows(), rows, held), lambda model: Spec(model, policy="keep-alive")
+            _watched(open_trace(path).rows(), rows, held),
+            lambda model: Spec(model, policy="keep-alive", keep_alive_s=keep_alive_s),
         )
         cpu_s, wall_s = time.process_time() - cpu_s, time.perf_counter() - began_s
     return {
         "rows": rows,
         "models": models,
+        "keep_alive_s": keep_alive_s,
         "requests": report.total.requests,
+        "cold_starts": report.total.cold_starts,
         "days": (report.until_s - report.measured_from_s) / DAY_S,
         "cpu_s": cpu_s,
         "wall_s": wall_s,
@@ -376,7 +385,8 @@ def _memory_text(streamed: Mapping[str, Any], whole: list[Mapping[str, Any]]) ->
     return "\n".join(
         [
             f"Streamed: {streamed['rows']} rows of windows ({streamed['requests']} requests, {streamed['models']}"
-            f" models, {streamed['days']:.1f} days) in {streamed['cpu_s']:.1f} s of one core,"
+            f" models, {streamed['days']:.1f} days, keep-alive of {streamed['keep_alive_s']:g} s:"
+            f" {streamed['cold_starts']} cold starts) in {streamed['cpu_s']:.1f} s of one core,"
             f" {streamed['rows_per_core_s']:.0f} rows/s",
             f"  held at every twentieth, MiB: {steps}; peak {streamed['peak_bytes'] / mib:.0f},"
             f" second half {streamed['growth_bytes'] / mib:+.1f}",
