@@ -81,7 +81,7 @@ class Group:
         self.models = {
             name: VirtualModel(spec, profile, self._pool, seed=setup.seed) for name, spec in specs.items()
         }
-        self._tick_s = setup.tick_s
+        self._tick_s = float(setup.tick_s)
         self._forecasts = forecasts
         self._clock = VirtualClock(begin_s)
         self._taken = dict.fromkeys(specs, 0)
@@ -97,7 +97,7 @@ class Group:
             len(specs) == 1
             and profile.gpus is None
             and profile.parked_engines is None
-            and setup.tick_s.is_integer()
+            and self._tick_s.is_integer()
         )
         self.samples: dict[str, list[Sample]] = {name: [] for name in specs}
         self._loop = Loop(
