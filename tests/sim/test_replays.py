@@ -151,7 +151,9 @@ def test_silences_that_are_ridden_over_would_have_done_nothing(
 def test_a_tick_in_whole_seconds_may_be_a_whole_number() -> None:
     """As the fleet file has it."""
     for policy in ("keep-alive", "predictive"):
-        assert played(windows(100), policy=policy, tick_s=2) == played(windows(100), policy=policy, tick_s=2.0)
+        assert played(windows(100), policy=policy, tick_s=2) == played(
+            windows(100), policy=policy, tick_s=2.0
+        )
 
 
 def test_what_a_model_gets_does_not_depend_on_the_others() -> None:
