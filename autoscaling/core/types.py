@@ -213,8 +213,8 @@ class Decision:
     """The least and the most requests in progress for which it stands as well, if nothing else is seen to change: to
     decide at any of them gives the same, and leads to the same later. None: only for those that it was made for."""
     silence_s: float = field(default=0.0, compare=False)
-    """It stands as well while there are none, if that ends sooner after the last one's end: what is decided in between
-    is other in what it says alone, and leads to the same later."""
+    """It stands as well while none is in progress, if the next one comes within so many seconds of the last one's end:
+    a decision in between would give another reason, and lead to the same later. 0: it does not."""
 
 
 @dataclass(frozen=True, slots=True)

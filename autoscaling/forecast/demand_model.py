@@ -125,16 +125,16 @@ class FittedDemand:
         if recent is None or self.service_s is None:
             return Forecast(now_s, self.name)
         steps = len(AHEAD) if horizon_s is None else steps_of(horizon_s, self.step_s)
-        return Forecast(now_s, self.name, demand=shown(self, now_s, recent, steps))
+        return Forecast(now_s, self.name, demand=predict(self, now_s, recent, steps))
 
 
-def _shown(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Demand:
-    """What is forecast, of a model whose service time is known."""
+def _predict(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Demand:
+    """Demand from `now_s` on, for so many steps. The service time must be known."""
     assert fitted.service_s is not None
     return demand_of(now_s, fitted.step_s, fitted.counts(now_s, recent, steps), fitted.service_s)
 
 
-shown: Callable[[FittedDemand, float, Recent, int], Demand] = _shown
+predict: Callable[[FittedDemand, float, Recent, int], Demand] = _predict
 """The simulator exchanges it for the same, compiled."""
 
 
@@ -194,7 +194,7 @@ __all__ = [
     "demand_of",
     "factors",
     "log_ratios",
-    "shown",
+    "predict",
     "spread",
     "steps_of",
 ]

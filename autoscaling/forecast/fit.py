@@ -113,7 +113,7 @@ class FittedModel:
         shown = None
         if self.demand is not None and self.demand.service_s is not None:
             steps = steps_of(self.horizon_s, self.demand.step_s)
-            shown = demand_model.shown(self.demand, now_s, recent, steps)
+            shown = demand_model.predict(self.demand, now_s, recent, steps)
         return Forecast(
             made_s=now_s,
             forecaster=self.name,

@@ -294,7 +294,7 @@ def install() -> None:
     """Let the core of this process use it."""
     warmth.solved, survival.from_arrival = solved, from_arrival
     gap_record.came, hazard.arranged = came, arranged
-    gaps.gap_mass, demand_model.shown = compiled_gaps.gap_mass, compiled_demand.shown
+    gaps.gap_mass, demand_model.predict = compiled_gaps.gap_mass, compiled_demand.predict
 
 
 __all__ = ["arranged", "came", "from_arrival", "install", "solved"]

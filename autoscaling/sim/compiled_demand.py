@@ -130,8 +130,8 @@ def _demand(  # noqa: PLR0917 - as above
     return found
 
 
-def shown(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Demand:
-    """As `demand_model.shown`."""
+def predict(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Demand:
+    """As `demand_model.predict`."""
     assert fitted.service_s is not None
     smoothed, profile, swing = fitted.smoothed, fitted.model.profile, fitted.swing
     ratios = _ratios(
@@ -160,4 +160,4 @@ def shown(fitted: FittedDemand, now_s: float, recent: Recent, steps: int) -> Dem
     return Demand(now_s, fitted.step_s, QUANTILES, tuple(map(tuple, rates)), tuple(map(tuple, busy)))
 
 
-__all__ = ["shown"]
+__all__ = ["predict"]

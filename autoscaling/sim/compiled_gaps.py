@@ -9,10 +9,11 @@ from numba import njit  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from autoscaling.forecast import gaps
-from autoscaling.forecast.gaps import BANDWIDTHS, BINS, EM_STEPS, RATIO, WIDE_BINS, GapSample
+from autoscaling.forecast.gaps import BANDWIDTHS, BINS, EDGES_S, EM_STEPS, RATIO, WIDE_BINS, GapSample
 
 Floats = NDArray[np.float64]
 _LOG_RATIO = math.log(RATIO)
+_LAST_S = float(EDGES_S[-1])
 _FIRST = gaps._FIRST
 _KERNELS = tuple(gaps._kernel(bandwidth) for bandwidth in BANDWIDTHS)
 _MIDDLING = len(BANDWIDTHS) - 2
@@ -21,8 +22,11 @@ _MIDDLING = len(BANDWIDTHS) - 2
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _bin(age_s: float) -> int:
     """As `gaps.bin_of`."""
-    if age_s < 1.0:
+    # Whatever is no age must be no index either: nothing checks it here.
+    if not age_s >= 1.0:
         return 0
+    if age_s >= _LAST_S:
+        return BINS
     return min(math.floor(math.log(age_s) / _LOG_RATIO) + 1, BINS)
 
 

@@ -109,7 +109,8 @@ def test_a_type_that_does_not_come_is_given_up_for_the_next(nodes: Relight) -> N
     kinds = {node: labels.get("ray.io/accelerator-type") for node, labels in nodes.ray("labels").items()}
     assert set(kinds.values()) - {None} == {"L4"}
     # A node on which Ray keeps an object is not idle, also when nothing runs there any more.
-    assert not [held for node, held in nodes.ray("objects").items() if kinds.get(node) and held]
+    held = {node: size for node, size in nodes.ray("objects").items() if kinds.get(node)}
+    assert held and not any(held.values()), held
 
 
 def test_a_type_that_is_refused_is_given_up_at_once(nodes: Relight) -> None:
