@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autoscaling.core.plan import Entry, Plan, make_plan
-from autoscaling.core.types import Decision, Rung, Spec
+from autoscaling.core.types import Decision, Reason, Rung, Spec
 from autoscaling.live.metrics import LiveMetrics
 from autoscaling.live.node_waits import NodeWaits
 from autoscaling.live.nodes import Node, NodeRequests, bundles
@@ -147,7 +147,7 @@ class RungKeeper:
             nodes = self._metrics.eligible(decision.model)
             present = {node.id: self._metrics.rung_on(decision.model, node.id) for node in nodes}
             for node in nodes[:1]:
-                if decision.rung > present[node.id] and self._may_raise(decision, node.id):
+                if decision.rung > present[node.id] and self._may_raise(decision, node):
                     new = self._is_new(node.id)
                     self._ask(decision.model, node, decision.rung, 0.0 if new else RAISE_AFTER_S)
                     break
@@ -176,7 +176,7 @@ class RungKeeper:
             for key in [k for k, ask in self._asks.items() if k[0] == model and not ask.running]:
                 del self._asks[key]
 
-    def _may_raise(self, decision: Decision, node_id: str) -> bool:
+    def _may_raise(self, decision: Decision, node: Node) -> bool:
         if decision.rung >= Rung.SERVING or decision.rung <= Rung.NODE:
             return False
         if decision.rung < Rung.PARKED:
@@ -185,18 +185,34 @@ class RungKeeper:
         setup = self._metrics.models[decision.model]
         serve = self._metrics.serve()
         replicas = serve.get(setup.deployment) if serve is not None else None
-        engines = [
-            engine
+        engines = {
+            engine["engine_id"]: engine
             for report in self._metrics.reports().values()
-            if report["node"] == node_id
+            if report["node"] == node.id
             for engine in report["engines"]
-        ]
+        }.values()
         return (
             setup.can_park
             and replicas is not None
             and not sum(replicas.states.values())
             and not any(engine["model"] == decision.model for engine in engines)
+            and self._has_device(decision, node, engines)
         )
+
+    def _has_device(self, decision: Decision, node: Node, engines: Collection[Mapping[str, Any]]) -> bool:
+        """Whether an engine that is only to sleep finds devices that nobody uses or waits for.
+
+        It loads on those that Ray grants, for as long as that takes, and what sleeps on them goes. So one that had to
+        make way would come back in the way of whoever it made way for, and end what sleeps there by then.
+        """
+        gpus = self._metrics.models[decision.model].resources.get("GPU", 0.0)
+        if not gpus or decision.reason is not Reason.PARK:
+            return True
+        serve = self._metrics.serve() or {}
+        others = [m.deployment for m in self._metrics.models.values() if m.resources.get("GPU")]
+        waiting = any(serve[name].starting for name in others if name in serve)
+        taken = sum(len(engine["gpu_ids"]) for engine in engines)
+        return not waiting and node.gpus - taken >= gpus
 
     def _is_scarce(self, node_id: str) -> bool:
         memory = [r.get("memory") for r in self._metrics.reports().values() if r["node"] == node_id]

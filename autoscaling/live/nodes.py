@@ -250,9 +250,13 @@ class Warming:
         here = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(_warm_on_gpus if gpus else self._warm)
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
         arguments = (self._warm, message) if gpus else (message,)
-        answer: dict[str, Any] = ray.get(
-            here.options(scheduling_strategy=strategy).remote(*arguments), timeout=timeout_s
-        )
+        working = here.options(scheduling_strategy=strategy).remote(*arguments)
+        try:
+            answer: dict[str, Any] = ray.get(working, timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            # Else it would still be granted what it waits for, some time, and nobody would know.
+            ray.cancel(working, force=True)
+            raise
         return answer
 
 

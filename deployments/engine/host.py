@@ -670,6 +670,8 @@ class Host:
             engine.watcher({"event": "exit", "engine_id": info.engine_id, "reason": info.reason})
         log.info("engine %s is %s: %s", info.engine_id, info.state, info.reason)
         self._changed(engine)
+        # A parked one that is gone leaves its model colder, which only the whole status tells.
+        self._changed()
 
     def _keep_one_log(self, info: EngineInfo) -> None:
         """Of the starts of a model that failed, the log of the last one is kept for a look."""

@@ -99,10 +99,20 @@ PRELOAD_CPU = (
 Serve = Callable[[Mapping[str, Any], socket.socket, StatusReporter], None]
 
 
+def _keep_kernels_together() -> None:
+    """One folder for what Triton compiles, whoever compiles it.
+
+    Unless it is named, torch's compiler names one of its own in every process that compiles a model, and Triton keeps
+    the kernels that all models share there: a start that only loads what was compiled before doesn't find them.
+    """
+    os.environ.setdefault("TRITON_CACHE_DIR", str(Path("~/.triton/cache").expanduser()))
+
+
 def preload() -> None:
     """Import all that an engine needs. Must not start a thread or touch a device."""
     for name, value in SINGLE_THREAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _keep_kernels_together()
     # vLLM's command line chooses spawn, which would import everything again in the engine core.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     import tqdm

@@ -72,6 +72,7 @@ def engine(model: str = "m", **changes: Any) -> dict[str, Any]:
         "requested_s": NOW_S,
         "ready_s": NOW_S + 1,
         "memory_bytes": 0,
+        "gpu_ids": [],
         "phases": [],
     }
     return {**values, **changes}

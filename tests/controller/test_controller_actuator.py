@@ -29,8 +29,10 @@ from tests.controller.lab import GIB, NODE, NOW_S, HandClock, engine, report, se
 from tests.controller.lab import serve_view as view
 
 
-def decision(replicas: int | None = 0, rung: Rung = Rung.TEMPLATE, model: str = "m") -> Decision:
-    return Decision(model, NOW_S, replicas, rung, Reason.PREWARM, NOW_S + 100, "predictive")
+def decision(
+    replicas: int | None = 0, rung: Rung = Rung.TEMPLATE, model: str = "m", reason: Reason = Reason.PREWARM
+) -> Decision:
+    return Decision(model, NOW_S, replicas, rung, reason, NOW_S + 100, "predictive")
 
 
 class Now(Executor):
@@ -226,6 +228,23 @@ def test_an_engine_on_gpus_is_parked_by_a_task_that_holds_them() -> None:
     hosts.see(rung="weights")
     hosts.go(decision(rung=Rung.TEMPLATE), 60)
     assert [asked["gpus"] for asked in hosts.asked[1:]] == [0, 0]
+
+
+@pytest.mark.parametrize("state", ["ready", "parked"])
+def test_what_only_rests_takes_no_device_from_anybody(state: str) -> None:
+    """It made way for an engine that serves or sleeps there: loading it again would end that one, or make it wait."""
+    hosts = Hosts(resources={"GPU": 1.0})
+    hosts.node = Node(NODE.id, {"CPU": 4.0, "GPU": 1.0})
+    rests = decision(rung=Rung.PARKED, reason=Reason.PARK)
+    hosts.see(engine("other", state=state, held=state == "ready", gpu_ids=["0"]), rung="template")
+    hosts.go(rests, 60)
+    assert hosts.asked == []
+    hosts.go(decision(rung=Rung.PARKED), 20)
+    assert [asked["gpus"] for asked in hosts.asked] == [1]
+    hosts.asked.clear()
+    hosts.see(rung="template")
+    hosts.go(rests, 60)
+    assert hosts.asked
 
 
 @pytest.mark.parametrize("kind", ["reason", "error"])

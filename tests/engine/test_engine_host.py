@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +168,14 @@ async def test_a_parked_engine_that_was_killed_is_forgotten(node: Node, weights:
     node.configure(model, park_memory_bytes=1024 * MIB)
     client, first = await node.lit(model)
     await node.released(client)
+    told: list[Mapping[str, Any]] = []
+    node.host._watchers.add(told.append)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     await until(lambda: not node.host.engines)
+    # Who watches learns that the model is colder now, too.
+    rungs = [each["rung"] for message in told if message["event"] == "status" for each in message["models"]]
+    assert rungs and rungs[-1] != "parked"
     _, second = await node.lit(model)
     assert second.kind == "forked"
 

@@ -50,6 +50,17 @@ def test_models_are_looked_at_in_a_fork(monkeypatch: pytest.MonkeyPatch) -> None
     assert registry._run_in_subprocess(fail) == "a new Python"
 
 
+def test_all_starts_keep_kernels_in_one_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own, or Triton's usual one."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/mine")
+    template._keep_kernels_together()
+    assert os.environ["TRITON_CACHE_DIR"] == "/mine"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    template._keep_kernels_together()
+    assert os.environ["TRITON_CACHE_DIR"] == "/home/somebody/.triton/cache"
+
+
 def test_a_version_that_looks_at_models_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, REGISTRY)
     template._inspect_in_forks()
