@@ -29,13 +29,17 @@ FLEET_FORECASTERS: tuple[Forecaster, ...] = (
     Renewal(),
     Renewal("recent-renewal", by_gaps=8),
     Timer(),
-    Poisson(),
 )
-"""Where the fleet's silences are enough for a regression."""
+"""Where the fleet's silences are enough for a regression. Not the rate alone: of a model that has just begun with a few
+requests it foretells more of the same, and nobody is as wrong about the first long silence."""
 STEADY = ("fleet", "renewal")
 """Apply to whatever is known."""
 PSEUDO_MODELS = 20.0
-"""How many models each of STEADY is taken to be right for before any was judged, and the others for one."""
+"""How many models the default forecaster is taken to be right for before any was judged, and each other one for one."""
+LEARNING_RATE = 0.1
+"""Of a posterior among forecasters none of which is quite right, beside the regression (generalized Bayes: Grünwald and
+van Ommen 2017, Bayesian Analysis 12). The regression goes by the model's own silences too, so that what others seem to
+be better by in a few of them is mostly chance."""
 LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
@@ -139,7 +143,8 @@ def forecasters_for(prior: Prior) -> tuple[Forecaster, ...]:
 
 def _weight(prior: Prior, name: str) -> float:
     """Over how many models this forecaster is thought to be the right one."""
-    return (PSEUDO_MODELS if name in STEADY else 1.0) + prior.odds.get(name, 0.0)
+    default = forecasters_for(prior)[0].name
+    return (PSEUDO_MODELS if name == default else 1.0) + prior.odds.get(name, 0.0)
 
 
 def again(
@@ -221,12 +226,13 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
 
 
 def _posterior(totals: Mapping[str, float], prior: Prior, silences: int) -> dict[str, float]:
-    """Of each forecaster, from the summed log-likelihoods that it gave to so many silences."""
+    """Of each forecaster, from the summed log-likelihoods that it gave to so many silences, and LEARNING_RATE."""
     if not totals:
         return {}
     weights = np.log([_weight(prior, name) for name in totals])
     bounded = np.maximum(weights - weights.max(), -min(MARGIN, EARLY_MARGIN * silences))
-    logs = np.asarray(list(totals.values())) + bounded
+    rate = LEARNING_RATE if prior.hazard.knows else 1.0
+    logs = rate * np.asarray(list(totals.values())) + bounded
     odds = np.exp(logs - logs.max())
     return dict(zip(totals, (odds / odds.sum()).tolist(), strict=True))
 
