@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bench import policies_bound
+from bench import policies_bound, policies_sparse
 from bench.policies_bound import (
     DAY_S,
-    KEEP_ALIVES_S,
+    EDGES_S,
+    Foretold,
+    Learn,
     Silences,
     cells,
-    cold_ratios,
-    cost_ratios,
     learned_before,
     learned_on_it,
+    points,
     same_time,
     silences,
+    silences_of,
 )
+
+from autoscaling.core.survival import curve_of
+from autoscaling.traces import Row
 
 RANDOM = np.random.default_rng(3)
 
@@ -59,54 +64,78 @@ def test_nothing_is_known_of_later() -> None:
     np.testing.assert_array_equal(same_time(some, at, then_s), same_time(more, at, then_s))
 
 
-def test_chance_leaves_nothing_to_learn() -> None:
-    """Poisson traffic at one rate: a fixed keep-alive is as good as anything, but for what was fitted of chance."""
-    times = found(np.cumsum(RANDOM.exponential(600.0, 8000)).tolist())
-    cut = cells(times)
-    before, cheated = (learn(times, cut, SCORED_S) for learn in (learned_before, learned_on_it))
-    # Few requests come later than after 900 s.
-    colds = [cold_ratios(times, cut, hazard, SCORED_S)[:5] for hazard in (before, cheated)]
-    assert colds[0] == pytest.approx([1.0] * 5, abs=0.1)
-    assert np.mean(colds[1]) < np.mean(colds[0])
-    costs = [cost_ratios(times, cut, hazard, SCORED_S, 0.0) for hazard in (before, cheated)]
-    # Where waiting is worth little, dark at once is the best; where much, always lit: neither needs a forecast.
-    assert costs[0] == pytest.approx([1.0] * 6, abs=0.05)
-    assert np.mean(costs[1]) <= np.mean(costs[0])
+def judged(
+    monkeypatch: pytest.MonkeyPatch, times: list[float], learn: Learn, work_s: float = 5.0
+) -> dict[float, tuple[float, float]]:
+    """By wait_cost, (cold starts over fixed keep-alive's, cost over the best one's) of one model's traffic."""
+    case = policies_sparse.Case("", SCORED_S, lambda rows, _: rows, "")
+    monkeypatch.setitem(policies_sparse.CASES, "one", case)
+    # With no more at once than it comes, each is worked on for as long as the silences were made for.
+    monkeypatch.setitem(
+        policies_sparse._ROWS, "one", [Row(time_s, "m0", 1, exec_s=work_s) for time_s in times]
+    )
+    monkeypatch.setattr(policies_sparse, "KEEP_ALIVES_S", (0.0, 30.0, 120.0, 600.0, 2400.0, 9600.0))
+    monkeypatch.setattr(policies_sparse, "WAIT_COSTS", (1.0, 10.0, 100.0))
+    fixed = [
+        policies_sparse.Job("one", policies_sparse.TWO_STATES, variant)
+        for variant in policies_sparse.variants(("keep-alive",))
+    ]
+    runs = [policies_sparse.plain(job, report) for job, report in policies_sparse.run(fixed, 1)]
+    known, scored_s = silences_of("one")
+    hazards = learn(known, cells(known), scored_s)
+    rows = policies_sparse.judged("one", [*runs, *points("one", known, hazards)])["rows"]
+    return {row["wait_cost"]: (row["cold_ratio"], row["cost_ratio"]) for row in rows}
 
 
-def test_a_rhythm_is_learned() -> None:
+def test_chance_leaves_nothing_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poisson traffic at one rate: nothing is cheaper than the best keep-alive, but for what was fitted of chance."""
+    times = np.cumsum(RANDOM.exponential(600.0, 6500)).tolist()
+    before, cheated = (judged(monkeypatch, times, learn) for learn in (learned_before, learned_on_it))
+    costs = [[cost for _, cost in each.values()] for each in (before, cheated)]
+    assert costs[0] == pytest.approx([1.0] * 3, abs=0.05)
+    assert np.mean(costs[1]) < np.mean(costs[0])
+
+
+def test_a_rhythm_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of requests, 100 s apart, every half hour: the end of either silence is known to the second or so."""
-    begins = np.arange(0.0, 60 * DAY_S, 1800.0)
+    begins = np.arange(0.0, 40 * DAY_S, 1800.0)
     times = np.sort(np.concatenate([begins, begins + 100.0])) + RANDOM.uniform(0, 2, 2 * len(begins))
-    known = found(times.tolist())
-    cut = cells(known)
-    hazard = learned_before(known, cut, SCORED_S)
-    colds = dict(zip(KEEP_ALIVES_S, cold_ratios(known, cut, hazard, SCORED_S), strict=True))
-    assert colds[60.0] < 0.7
-    assert colds[900.0] < 0.2
-    assert cost_ratios(known, cut, hazard, SCORED_S, 0.0)[3] < 0.3
+    found = judged(monkeypatch, times.tolist(), learned_before)
+    assert found[10.0][1] < 0.7
+    assert found[100.0][1] < 0.5
 
 
-def test_what_is_worked_on_costs_the_same_under_any_policy() -> None:
-    begins = np.arange(0.0, 60 * DAY_S, 1800.0)
-    known = found(np.sort(np.concatenate([begins, begins + 100.0])).tolist())
-    cut = cells(known)
-    hazard = np.log(np.where(cut.ended > 0, 1.0, 1e-9))
-    free, dear = (cost_ratios(known, cut, hazard, SCORED_S, busy_s)[3] for busy_s in (0.0, 1e12))
-    assert free < 0.5
-    assert dear == pytest.approx(1.0, abs=1e-3)
+def test_forecasts_are_of_the_silence_that_goes_on() -> None:
+    """Survival falls by the hazards from the silence's age on, and not before it has begun; before the first scored one
+    nothing is foretold."""
+    known = found([0.0, 100.0, 1000.0])
+    hazards = np.full((3, len(EDGES_S) - 1), 0.01)
+    hazards[0] = np.nan
+    foretold = Foretold(known, hazards)
+    times = np.asarray([0.0, 100.0, 1000.0])
+    foretold.coming("m0", times, np.full(3, 5.0))
+    assert foretold.forecast("m0", 50.0) is None
+    assert foretold.forecast("m1", 50.0) is None
+    for now_s, quiet_s in ((103.0, 2.0), (105.0, 0.0), (400.0, 0.0)):
+        forecast = foretold.forecast("m0", now_s)
+        assert forecast is not None
+        curve = curve_of(forecast, now_s)
+        assert curve is not None
+        assert curve.at(now_s + quiet_s + 50.0) == pytest.approx(np.exp(-0.5), rel=1e-6)
 
 
 def test_the_last_day_is_not_learned_from_before_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of a day's silences does not change with what comes after it."""
+    """What is foretold of a day's silences does not change with what comes after it."""
     monkeypatch.setattr(policies_bound, "RELEARN_S", DAY_S)
     times = np.sort(RANDOM.uniform(0, 33 * DAY_S, 800)).tolist()
-    some, more = found([t for t in times if t < 32 * DAY_S]), found(times)
-    few, many = cells(some), cells(more)
-    early = few.begin_s < 31.5 * DAY_S
-    one = learned_before(some, few, 30 * DAY_S)[early]
-    other = learned_before(more, many, 30 * DAY_S)[: len(early)][early]
-    scored = np.isfinite(one)
-    assert scored.any()
-    day = some.begin_s[few.of][early] < 30.9 * DAY_S
-    np.testing.assert_allclose(one[scored & day], other[scored & day])
+    # Both begin to learn anew at the same moments: a day apart from the beginning of what is scored.
+    last = max(t for t in times if t < 32 * DAY_S)
+    some, more = (
+        found([t for t in times if t < 32 * DAY_S]),
+        found([*(t for t in times if t < 32 * DAY_S), last + 2 * DAY_S]),
+    )
+    few = learned_before(some, cells(some), last + 5.0 - 2 * DAY_S)
+    many = learned_before(more, cells(more), last + 5.0 - 2 * DAY_S)
+    day = (some.begin_s >= last + 5.0 - 2 * DAY_S) & (some.begin_s < last + 5.0 - DAY_S)
+    assert day.any()
+    np.testing.assert_allclose(few[day], many[: len(few)][day])

@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         say("ladder")
         result["ladder"] = policies_ladder.measure(options.traces, wanted, options.processes)
     if BOUND in parts:
-        result[BOUND] = policies_bound.measure(options.traces, wanted)
+        result[BOUND] = policies_bound.measure(options.traces, wanted, options.processes)
         dense_names = [case.name for case in policies_dense.CASES]
         result[BOUND_DENSE] = policies_bound_dense.measure(options.traces, dense_names)
     if "dense" in parts:

@@ -1,26 +1,29 @@
 """What could be had from knowing the past: boosted trees as the forecaster, learned before, or on what is scored.
 
 For each silence, the hazard of its end (piecewise exponential over its age: Friedman 1982) is a Poisson regression by
-LightGBM (Ke et al. 2017) over what was known when it began and over what the rest of the fleet has done since, with
-many more shapes than Relight's own regression has.
-A replica that is lit wherever the hazard is above a threshold is the best that such a forecaster can do at equal idle
-time. Learned on the scored part itself, no forecaster of this kind that learns from the past alone does better; that it
-fits chance too makes the bound a generous one. Starts cost nothing here, and take no time.
+LightGBM (Ke et al. 2017) over what was known when it began, with many more shapes than Relight's own regression has.
+What they foretell goes into the policy `predictive` in place of its own forecasts, in the same simulator.
+Learned on the scored part itself, no forecaster of this kind that learns from the past alone does better by much; that
+it fits chance too makes the bound a generous one.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from autoscaling.core.types import Forecast, NextArrival, Spec
 from autoscaling.sim import arrivals
+from autoscaling.sim.compare import Variant
+from autoscaling.sim.peers import Peers
+from autoscaling.sim.replay import Setup, replay
 from bench import clusters, policies_sparse
 from bench.clusters import say
 from bench.numbers import table
@@ -29,12 +32,12 @@ Floats = NDArray[np.float64]
 DAY_S = 86400.0
 END_S = 2 * DAY_S
 EDGES_S: Floats = np.concatenate([np.arange(0.0, 60.0, 5.0), np.geomspace(60.0, END_S, 60)])
-KEEP_ALIVES_S = (30.0, 60.0, 120.0, 300.0, 900.0, 3600.0, 7200.0)
 WINDOWS_S = (60.0, 300.0, 900.0, 3600.0, 14400.0, DAY_S, 3 * DAY_S)
-FLEET_S = (60.0, 300.0, 1800.0, 7200.0)
-"""Over which times the whole fleet's requests are counted, at each moment of a silence."""
 RELEARN_S = DAY_S
 KEPT = 60
+BURST_S, APART_S = 5.0, 30.0
+"""Over which time the requests are counted that come with the one that ends a silence, and what parts bursts."""
+AT_ONCE = 4000
 TREES = 200
 SETTINGS: Mapping[str, Any] = {
     "objective": "poisson",
@@ -63,6 +66,7 @@ class Silences:
     known: Floats
     arrivals: Sequence[Floats]
     """Of each silence's model, shape (requests,)."""
+    model: Sequence[str]
 
 
 def silences(requests: Mapping[str, tuple[Floats, Floats]]) -> Silences:
@@ -71,7 +75,8 @@ def silences(requests: Mapping[str, tuple[Floats, Floats]]) -> Silences:
     rows: list[tuple[float, float, float, bool]] = []
     known: list[list[float]] = []
     of_model: list[Floats] = []
-    for number, (times, work) in enumerate(requests.values()):
+    names: list[str] = []
+    for number, (name, (times, work)) in enumerate(requests.items()):
         done = np.maximum.accumulate(times + work)
         following = np.append(times[1:], np.inf)
         gaps = np.diff(times, prepend=np.nan)
@@ -83,6 +88,7 @@ def silences(requests: Mapping[str, tuple[Floats, Floats]]) -> Silences:
             gap_s = float(following[i] - done[i])
             rows.append((float(done[i]), float(times[i]), min(gap_s, END_S), gap_s < END_S))
             of_model.append(times)
+            names.append(name)
             newest = np.asarray(past[-KEPT:] or [np.nan])
             hour_s = times[i] % DAY_S
             known.append(
@@ -105,7 +111,9 @@ def silences(requests: Mapping[str, tuple[Floats, Floats]]) -> Silences:
             if np.isfinite(gap_s):
                 past.append(gap_s)
     begin_s, last_s, length_s, over = (np.asarray(column) for column in zip(*rows, strict=True))
-    return Silences(begin_s, last_s, length_s, over.astype(bool), np.asarray(known, np.float64), of_model)
+    return Silences(
+        begin_s, last_s, length_s, over.astype(bool), np.asarray(known, np.float64), of_model, names
+    )
 
 
 def same_time(found: Silences, at: NDArray[np.int64], time_s: Floats) -> Floats:
@@ -148,38 +156,45 @@ def cells(found: Silences) -> Cells:
     at, cell = np.nonzero(left_s > 0)
     exposure_s = np.minimum(left_s[at, cell], np.diff(EDGES_S)[cell])
     ended = (found.over[at] & (found.length_s[at] <= EDGES_S[cell + 1])).astype(np.float64)
-    begin_s = found.begin_s[at] + EDGES_S[cell]
+    return Cells(at, found.begin_s[at] + EDGES_S[cell], exposure_s, ended, *_features(found, at, cell))
+
+
+def _features(found: Silences, at: NDArray[np.int64], cell: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """(offset, known) of cells, as Cells has them: nothing in it is of later than the silence's beginning."""
     age_s = (EDGES_S[cell] + EDGES_S[cell + 1]) / 2
     since_s = age_s + (found.begin_s - found.last_s)[at]
-    everything = np.sort(np.concatenate(list({id(times): times for times in found.arrivals}.values())))
-    lately = [
-        np.searchsorted(everything, begin_s) - np.searchsorted(everything, begin_s - back_s)
-        for back_s in FLEET_S
-    ]
     day = same_time(found, at, found.begin_s[at] + age_s)
-    known = (found.known[at], np.log1p(age_s)[:, None], np.log1p(since_s)[:, None], day, np.stack(lately, 1))
-    return Cells(at, begin_s, exposure_s, ended, np.log(0.5 / (age_s + 30.0)), np.concatenate(known, axis=1))
+    known = (found.known[at], np.log1p(age_s)[:, None], np.log1p(since_s)[:, None], day)
+    return np.log(0.5 / (age_s + 30.0)), np.concatenate(known, axis=1)
+
+
+Learn = Callable[[Silences, Cells, float], Floats]
 
 
 def learned_before(found: Silences, cut: Cells, scored_s: float) -> Floats:
-    """log hazards of the cells of silences after `scored_s`, learned anew each RELEARN_S from what came before."""
-    hazard = np.full(len(cut.of), -np.inf)
-    begin_s = found.begin_s[cut.of]
+    """Hazards per second, shape (silences, cells), of those after `scored_s`: learned anew each RELEARN_S from what
+    came before. NaN of the others."""
+    hazards = np.full((len(found.begin_s), len(EDGES_S) - 1), np.nan)
     ends_s = cut.begin_s + cut.exposure_s
-    span_s = float(begin_s.max()) - scored_s
+    span_s = float(found.begin_s.max()) - scored_s
     steps = max(1, math.ceil(span_s / RELEARN_S))
-    for from_s in scored_s + span_s / steps * np.arange(steps):
-        now = begin_s >= from_s
-        hazard[now] = _learned(cut, ends_s < from_s)[now]
-    return hazard
+    froms_s = scored_s + span_s / steps * np.arange(steps)
+    for from_s, until_s in zip(froms_s, [*froms_s[1:], np.inf], strict=True):
+        where = np.flatnonzero((found.begin_s >= from_s) & (found.begin_s < until_s))
+        hazards[where] = _learned(found, cut, ends_s < from_s, where)
+    return hazards
 
 
 def learned_on_it(found: Silences, cut: Cells, scored_s: float) -> Floats:
-    """The same, learned from the very cells: what nobody can know."""
-    return _learned(cut, found.begin_s[cut.of] >= scored_s)
+    """The same, learned from the very silences: what nobody can know."""
+    hazards = np.full((len(found.begin_s), len(EDGES_S) - 1), np.nan)
+    where = np.flatnonzero(found.begin_s >= scored_s)
+    hazards[where] = _learned(found, cut, found.begin_s[cut.of] >= scored_s, where)
+    return hazards
 
 
-def _learned(cut: Cells, learn: NDArray[np.bool_]) -> Floats:
+def _learned(found: Silences, cut: Cells, learn: NDArray[np.bool_], where: NDArray[np.int64]) -> Floats:
+    """What is learned from those cells, as hazards of the silences `where`, over all ages."""
     import lightgbm
 
     rates = cut.ended[learn] / cut.exposure_s[learn]
@@ -187,105 +202,153 @@ def _learned(cut: Cells, learn: NDArray[np.bool_]) -> Floats:
         cut.known[learn], rates, weight=cut.exposure_s[learn], init_score=cut.offset[learn]
     )
     model = lightgbm.train(dict(SETTINGS), data, TREES)
-    return np.asarray(model.predict(cut.known, raw_score=True) + cut.offset)
+    count = len(EDGES_S) - 1
+    hazards = np.empty((len(where), count))
+    for first in range(0, len(where), AT_ONCE):
+        some = where[first : first + AT_ONCE]
+        offset, known = _features(found, np.repeat(some, count), np.tile(np.arange(count), len(some)))
+        hazards[first : first + AT_ONCE] = np.exp(model.predict(known, raw_score=True) + offset).reshape(
+            -1, count
+        )
+    return hazards
 
 
-def cold_ratios(found: Silences, cut: Cells, hazard: Floats, scored_s: float) -> list[float]:
-    """Cold starts over those of each fixed keep-alive, at its idle time, of silences that begin after `scored_s`."""
-    idle_s, cold = _front(found, cut, hazard, scored_s)
-    result = []
-    for keep_s in KEEP_ALIVES_S:
-        fixed_idle_s, fixed = _fixed(found, scored_s, keep_s)
-        result.append(float(np.interp(fixed_idle_s, idle_s, cold)) / fixed)
-    return result
+BEFORE, ON_IT = "learned before", "learned on what is scored"
 
 
-def cost_ratios(found: Silences, cut: Cells, hazard: Floats, scored_s: float, busy_s: float) -> list[float]:
-    """GPU-seconds + wait_cost * waiting over those of the best fixed keep-alive, for each of WAIT_COSTS.
+class Foretold:
+    """`Foresight` by hazards that were worked out before; where there are none, it forecasts nothing."""
 
-    The threshold is the one that is best in hindsight, too.
-    """
-    idle_s, cold = _front(found, cut, hazard, scored_s)
-    fixed = [_fixed(found, scored_s, keep_s) for keep_s in policies_sparse.KEEP_ALIVES_S]
-    result = []
+    def __init__(self, found: Silences, hazards: Floats) -> None:
+        self.fits = 0
+        self.failures: Mapping[str, str] = {}
+        self.pools = False
+        self.settles_s = 0.0
+        gone = np.cumsum(hazards * np.diff(EDGES_S), axis=1)
+        self._gone = np.concatenate([np.zeros((len(gone), 1)), gone], axis=1)
+        self._begin_s = found.begin_s
+        self._times: dict[str, Floats] = {}
+        self._batch: dict[str, float] = {}
+        self._where = {
+            (model, float(last_s)): i
+            for i, (model, last_s) in enumerate(zip(found.model, found.last_s, strict=True))
+            if not np.isnan(hazards[i, 0])
+        }
+
+    def watch(self, model: str, since_s: float, horizon_s: float) -> None:
+        """Nothing."""
+
+    def coming(self, model: str, times: Floats, work: Floats) -> None:
+        """All that will ever come; of what is to come, only the mean batch is used."""
+        self._times[model] = times
+        firsts = np.flatnonzero(np.diff(times, prepend=-np.inf) > APART_S)
+        until = np.searchsorted(times, times[firsts] + BURST_S)
+        self._batch[model] = float((until - firsts).mean())
+
+    def arrived(self, model: str, times: Floats, work: Floats) -> None:
+        """Known before."""
+
+    def next_s(self, model: str) -> float:
+        """Never learns anything new."""
+        return math.inf
+
+    def fit(self, model: str, now_s: float) -> None:
+        """Nothing."""
+
+    def pool(self, peers: Peers, now_s: float) -> None:
+        """Nothing."""
+
+    def forecast(self, model: str, now_s: float) -> Forecast | None:
+        times = self._times.get(model)
+        at = 0 if times is None else int(np.searchsorted(times, now_s, side="right"))
+        if times is None or not at:
+            return None
+        last_s = float(times[at - 1])
+        where = self._where.get((model, last_s))
+        if where is None:
+            return None
+        age_s = now_s - float(self._begin_s[where])
+        if age_s >= EDGES_S[-1] - 1.0:
+            return None
+        begun_s = max(0.0, age_s)
+        ages = np.concatenate([[begun_s], EDGES_S[np.searchsorted(EDGES_S, begun_s + 1e-3) :]])
+        gone = np.interp(ages, EDGES_S, self._gone[where])
+        times_s = ages - age_s
+        if age_s < 0:
+            times_s, gone = np.insert(times_s, 0, 0.0), np.insert(gone, 0, 0.0)
+        survival = np.exp(gone[0] - gone)
+        next_arrival = NextArrival(now_s, tuple(times_s.tolist()), tuple(survival.tolist()))
+        return Forecast(now_s, "trees", next_arrival, batch_size=self._batch[model], fitted_s=last_s)
+
+
+def points(name: str, found: Silences, hazards: Floats) -> Iterator[dict[str, Any]]:
+    """What `predictive` makes of those hazards, for each of policies_sparse.WAIT_COSTS, as policies_sparse tells it."""
+    setup = Setup(
+        profile=policies_sparse.TWO_STATES, measure_from_s=policies_sparse.CASES[name].measure_from_s
+    )
     for wait_cost in policies_sparse.WAIT_COSTS:
-        each = policies_sparse.START_S * (1 + wait_cost)
-        best = min(fixed_idle_s + fixed_cold * each for fixed_idle_s, fixed_cold in fixed)
-        result.append((busy_s + float((idle_s + cold * each).min())) / (busy_s + best))
-    return result
+        variant = Variant("predictive", {"wait_cost": wait_cost})
+        spec = variant.applied(Spec("", max_replicas=1, target_ongoing_requests=64.0))
+
+        def of(model: str, spec: Spec = spec) -> Spec:
+            return replace(spec, model=model)
+
+        rows = policies_sparse.rows_of(name)
+        report = replay(rows, of, setup, forecasts=Foretold(found, hazards))
+        yield policies_sparse.plain(policies_sparse.Job(name, setup.profile, variant), report)
 
 
-def _front(found: Silences, cut: Cells, hazard: Floats, scored_s: float) -> tuple[Floats, Floats]:
-    """Idle seconds, ascending, and cold starts, of a replica that is lit above each threshold of the hazard."""
-    scored = found.begin_s >= scored_s
-    mine = scored[cut.of]
-    order = np.argsort(-hazard[mine], kind="stable")
-    idle_s = np.concatenate([[0.0], np.cumsum(cut.exposure_s[mine][order])])
-    hits = np.concatenate([[0.0], np.cumsum(cut.ended[mine][order])])
-    return idle_s, scored.sum() - hits
+def silences_of(name: str) -> tuple[Silences, float]:
+    """Of a trace that was read, at the simulator's times; and from when on they are scored."""
+    work = policies_sparse.TWO_STATES.engine.work_s
+    (piece,) = arrivals.pieces(policies_sparse.rows_of(name), work, most=None)
+    first_s = min(float(times[0]) for times, _ in piece.requests.values())
+    return silences(piece.requests), first_s + policies_sparse.CASES[name].measure_from_s
 
 
-def _fixed(found: Silences, scored_s: float, keep_s: float) -> tuple[float, int]:
-    """Idle seconds and cold starts of a fixed keep-alive."""
-    scored = found.begin_s >= scored_s
-    lengths = found.length_s[scored]
-    met = int((found.over[scored] & (lengths <= keep_s)).sum())
-    return float(np.minimum(lengths, keep_s).sum()), int(scored.sum()) - met
-
-
-def measure(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def measure(folder: Path, names: Sequence[str], processes: int | None = None) -> dict[str, Any]:
     if importlib.util.find_spec("lightgbm") is None:
         raise clusters.BenchError(
             "the bound needs lightgbm, which `scripts/test` installs with what tests need"
         )
     policies_sparse.read(folder, names)
-    result = {}
+    result: dict[str, Any] = {}
     for name in names:
         say(f"{name}: what boosted trees could do")
-        rows = policies_sparse.rows_of(name)
-        work = policies_sparse.TWO_STATES.engine.work_s
-        (piece,) = arrivals.pieces(rows, work, most=None)
-        first_s = min(float(times[0]) for times, _ in piece.requests.values())
-        found = silences(piece.requests)
-        scored_s = first_s + policies_sparse.CASES[name].measure_from_s
-        busy_s = sum(float(work[times >= scored_s].sum()) for times, work in piece.requests.values())
+        fixed = [
+            policies_sparse.Job(name, policies_sparse.TWO_STATES, variant)
+            for variant in policies_sparse.variants(("keep-alive",))
+        ]
+        compared = [
+            policies_sparse.plain(job, report) for job, report in policies_sparse.run(fixed, processes)
+        ]
+        found, scored_s = silences_of(name)
         cut = cells(found)
         result[name] = {"silences": int((found.begin_s >= scored_s).sum())}
-        for label, learn in (
-            ("learned_before", learned_before),
-            ("learned_on_what_is_scored", learned_on_it),
-        ):
-            hazard = learn(found, cut, scored_s)
-            result[name][label] = {
-                "cold_ratios": cold_ratios(found, cut, hazard, scored_s),
-                "cost_ratios": cost_ratios(found, cut, hazard, scored_s, busy_s),
-            }
+        learns: Mapping[str, Learn] = {BEFORE: learned_before, ON_IT: learned_on_it}
+        for label, learn in learns.items():
+            hazards = learn(found, cut, scored_s)
+            judged = policies_sparse.judged(name, [*compared, *points(name, found, hazards)])
+            result[name][label] = judged["rows"]
+            say(f"{name}: {label}")
     return result
 
 
 def text(result: Mapping[str, Any]) -> str:
-    labels = (("learned_before", "learned before"), ("learned_on_what_is_scored", "on what is scored"))
     parts = []
-    for key, says, columns in (
-        (
-            "cold_ratios",
-            f"cold starts over fixed keep-alive's, at its idle time (bar: {policies_sparse.COLD_BAR:g})",
-            [f"{keep_s:g} s" for keep_s in KEEP_ALIVES_S],
-        ),
-        (
-            "cost_ratios",
-            f"cost over the best fixed keep-alive's (bar: {policies_sparse.COST_BAR:g})",
-            [f"wait_cost {wait_cost:g}" for wait_cost in policies_sparse.WAIT_COSTS],
-        ),
+    for column, bar, says in (
+        ("cold_ratio", policies_sparse.COLD_BAR, "cold starts over fixed keep-alive's, at its idle time"),
+        ("cost_ratio", policies_sparse.COST_BAR, "cost over the best fixed keep-alive's"),
     ):
         rows = [
-            [f"{name}: boosted trees, {label}", found["silences"], *found[which][key]]
+            [f"{name}: boosted trees, {label}", found["silences"], *(row[column] for row in found[label])]
             for name, found in result.items()
-            for which, label in labels
+            for label in (BEFORE, ON_IT)
         ]
-        parts.append(table([says, "silences", *columns], rows))
+        costs = [f"wait_cost {wait_cost:g}" for wait_cost in policies_sparse.WAIT_COSTS]
+        parts.append(table([f"{says} (bar: {bar:g})", "silences", *costs], rows))
     parts.append("What was learned on what is scored bounds what can be learned.")
     return "\n\n".join(parts)
 
 
-__all__ = ["cells", "cold_ratios", "cost_ratios", "measure", "silences", "text"]
+__all__ = ["Foretold", "cells", "measure", "points", "silences", "silences_of"]
