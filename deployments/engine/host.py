@@ -246,6 +246,8 @@ class Host:
 
         self.node = Template(ours, "node", ended, self.run_dir / "template.log")
         self.node.pid = self.node_process.pid
+        # Models without a template of their own are a rung warmer from then on.
+        self.node.ready.add_done_callback(lambda _: self._changed())
         self._node_up.set()
 
     def _restart_node_template(self) -> None:
@@ -899,11 +901,12 @@ class Host:
             return "parked"
         if entry.source_state != "ready":
             return "node"
-        if self._keeps_template(entry.spec):
-            built = entry.template_state == "ready"
-        else:
-            built = bool(self.node and self.node.ready.done() and not self.node.ready.exception())
+        built = entry.template_state == "ready" if self._keeps_template(entry.spec) else self._imported()
         return "template" if built else "weights"
+
+    def _imported(self) -> bool:
+        """Whether the node's template has imported vLLM."""
+        return bool(self.node and self.node.ready.done() and not self.node.ready.exception())
 
     async def warm(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Bring the model to a rung, or let it down to one. Asked again, it goes on where it is.
@@ -996,7 +999,7 @@ class Host:
             "started_s": self.started_s,
             "template": {
                 "pid": self.node.pid if self.node else None,
-                "ready": bool(self.node and self.node.ready.done() and not self.node.ready.exception()),
+                "ready": self._imported(),
             },
             "models": [self._model_json(e) for e in self.models.values()],
             "engines": [e.info.to_json() for e in self.engines.values()],
@@ -1018,6 +1021,7 @@ class Host:
                 "state": entry.template_state,
                 "reason": entry.template_reason,
                 "pid": entry.template.pid if entry.template else None,
+                "imported": self._imported(),
             },
         }
 

@@ -18,6 +18,8 @@ from deployments.ray_env import ray_env
 
 APPLICATION = "default"
 """The name under which `serve run` deploys too."""
+IMPORTS_S = 60.0
+"""How long a node's imports are waited for; a template that can't even import is tried again and again."""
 
 _OBJECT_STORE_BYTES = (
     256 * 2**20
@@ -106,16 +108,21 @@ def deploy(checkout: Checkout, cluster: Cluster, *, timeout_s: float) -> None:
 def _wait_for_templates(cluster: Cluster, deadline: float) -> None:
     """Until the node's engine templates are built: a request before that would meet a slow first start.
 
+    Models on GPUs have none of their own and are started from the node's, which takes some seconds to import vLLM.
+
     A model whose template can't be built is named with the reason; it is served all the same, by plain starts.
     """
     try:
         _templates(cluster)
     except (OSError, ValueError, KeyError):
         return  # another application than Relight's (RELIGHT_APP)
+    imported_by = time.monotonic() + IMPORTS_S
     with Step("Building engine templates") as step:
         while time.monotonic() < deadline:
             templates = _templates(cluster)
             pending = [t["model"] for t in templates if t["state"] in {"none", "building"}]
+            if time.monotonic() < imported_by:
+                pending += [t["model"] for t in templates if t["state"] == "off" and not t["imported"]]
             if templates and not pending:
                 break
             step.note(", ".join(pending) or "waiting for the engine host")

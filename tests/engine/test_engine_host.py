@@ -409,6 +409,21 @@ async def test_a_template_that_cant_start_is_the_reason(
         await node.lit(model)
 
 
+async def test_who_watches_is_told_when_the_nodes_template_is_ready(node: Node, weights: Path) -> None:
+    """Models without a template of their own start from it, so they are a rung warmer from then on."""
+    node.configure(spec(weights))
+    assert node.host.node is not None and node.host.node_process is not None
+    await node.host.node.ready
+    first, told = node.host.node, list[Mapping[str, Any]]()
+    node.host._watchers.add(told.append)
+    os.kill(node.host.node_process.pid, signal.SIGKILL)
+    await until(lambda: node.host.node is not first and node.host.node is not None)
+    await node.host.node.ready
+    await until(lambda: told)
+    (model,) = told[-1]["models"]
+    assert (model["template"]["state"], model["template"]["imported"]) == ("off", True)
+
+
 async def test_the_settings_reach_a_node_without_a_gateway(node: Node, weights: Path) -> None:
     """There the replica brings them; where a gateway has spoken, an old replica can't change them."""
     model = spec(weights)
