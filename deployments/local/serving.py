@@ -122,7 +122,10 @@ def _wait_for_templates(cluster: Cluster, deadline: float) -> None:
             templates = _templates(cluster)
             pending = [t["model"] for t in templates if t["state"] in {"none", "building"}]
             if time.monotonic() < imported_by:
-                pending += [t["model"] for t in templates if t["state"] == "off" and not t["imported"]]
+                # An engine host that was started before an upgrade does not say it.
+                pending += [
+                    t["model"] for t in templates if t["state"] == "off" and not t.get("imported", True)
+                ]
             if templates and not pending:
                 break
             step.note(", ".join(pending) or "waiting for the engine host")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from made_traffic import DAY_S, START_S, Floats, traffic
 
+from autoscaling.forecast import arrival_choice
 from autoscaling.forecast.book import Book
 from autoscaling.forecast.calibration import Calibrated
 from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard, share_at
@@ -290,3 +291,17 @@ def test_the_fleets_own_correction_is_in_the_forecast_and_no_other() -> None:
     was = plain.arrivals.log_survival(recent.last_s + 30, recent, times)
     now = calmer.arrivals.log_survival(recent.last_s + 30, recent, times)
     np.testing.assert_allclose(now, 0.9 * was, rtol=1e-6)
+
+
+def test_beside_the_regression_others_must_be_better_by_more_than_chance() -> None:
+    """A few nats over a few silences are chance; a rhythm that is always right is not. Without one, a few nats count."""
+    knows = replace(NO_FLEET, hazard=Regression(NOTHING.coefficients, ROUNDS, LEAST_SILENCES))
+
+    def best(prior: Prior, totals: dict[str, float]) -> str:
+        odds = arrival_choice._posterior(totals, prior, 6)
+        return max(odds, key=lambda name: odds[name])
+
+    assert best(knows, {"fleet": 0.0, "renewal": 10.0}) == "fleet"
+    assert best(knows, {"fleet": 0.0, "timer": 100.0}) == "timer"
+    assert best(NO_FLEET, {"renewal": 0.0, "timer": 10.0}) == "timer"
+    assert "poisson" not in {each.name for each in arrival_choice.forecasters_for(knows)}

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from autoscaling.core.types import Forecast, NextArrival, Spec
 from autoscaling.sim import arrivals
 from autoscaling.sim.compare import Variant
-from autoscaling.sim.peers import Peers
+from autoscaling.sim.forecasts import NoForecasts
 from autoscaling.sim.replay import Setup, replay
 from bench import clusters, policies_sparse
 from bench.clusters import say
@@ -216,14 +216,13 @@ def _learned(found: Silences, cut: Cells, learn: NDArray[np.bool_], where: NDArr
 BEFORE, ON_IT = "learned before", "learned on what is scored"
 
 
-class Foretold:
+class Foretold(NoForecasts):
     """`Foresight` by hazards that were worked out before; where there are none, it forecasts nothing."""
 
     def __init__(self, found: Silences, hazards: Floats) -> None:
-        self.fits = 0
-        self.failures: Mapping[str, str] = {}
+        super().__init__()
+        # So it is told of all that comes before anything happens.
         self.pools = False
-        self.settles_s = 0.0
         gone = np.cumsum(hazards * np.diff(EDGES_S), axis=1)
         self._gone = np.concatenate([np.zeros((len(gone), 1)), gone], axis=1)
         self._begin_s = found.begin_s
@@ -235,28 +234,12 @@ class Foretold:
             if not np.isnan(hazards[i, 0])
         }
 
-    def watch(self, model: str, since_s: float, horizon_s: float) -> None:
-        """Nothing."""
-
     def coming(self, model: str, times: Floats, work: Floats) -> None:
         """All that will ever come; of what is to come, only the mean batch is used."""
         self._times[model] = times
         firsts = np.flatnonzero(np.diff(times, prepend=-np.inf) > APART_S)
         until = np.searchsorted(times, times[firsts] + BURST_S)
         self._batch[model] = float((until - firsts).mean())
-
-    def arrived(self, model: str, times: Floats, work: Floats) -> None:
-        """Known before."""
-
-    def next_s(self, model: str) -> float:
-        """Never learns anything new."""
-        return math.inf
-
-    def fit(self, model: str, now_s: float) -> None:
-        """Nothing."""
-
-    def pool(self, peers: Peers, now_s: float) -> None:
-        """Nothing."""
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         times = self._times.get(model)
