@@ -294,7 +294,7 @@ def test_the_fleets_own_correction_is_in_the_forecast_and_no_other() -> None:
 
 
 def test_beside_the_regression_others_must_be_better_by_more_than_chance() -> None:
-    """A few nats over a few silences are chance; a rhythm that is always right is not. Without one, a few nats count."""
+    """A few nats over a few silences are chance; a rhythm that is always right is not. With none, a few nats count."""
     knows = replace(NO_FLEET, hazard=Regression(NOTHING.coefficients, ROUNDS, LEAST_SILENCES))
 
     def best(prior: Prior, totals: dict[str, float]) -> str:
