@@ -211,7 +211,8 @@ class Decision:
     """Which bounds then changed the replicas."""
     loads: tuple[int, int] | None = field(default=None, compare=False)
     """The least and the most requests in progress for which it stands as well, if nothing else is seen to change: to
-    decide at any of them gives the same, and leads to the same later. None: only for those that it was made for."""
+    decide at any of them gives the same, or another reason, and leads to the same later. None: only for those that it
+    was made for. Of one that was made while none was in progress: for those that come, until there are none again."""
     silence_s: float = field(default=0.0, compare=False)
     """It stands as well while none is in progress, if the next one comes within so many seconds of the last one's end:
     a decision in between would give another reason, and lead to the same later. 0: it does not."""

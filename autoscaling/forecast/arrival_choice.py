@@ -53,7 +53,7 @@ POOLED = frozenset({"fleet"})
 correct the long ones by what is wrong with the short ones."""
 SHARP = 0.1
 MIN_SHARP = 12
-NOTHING: Floats = np.zeros((0, 5))
+NOTHING: Floats = np.zeros((0, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,8 @@ class ArrivalScore:
     """Mean log-likelihood of the bucket in which a silence ended; higher is better (Good 1952: proper)."""
     silences: int
     coverage: float
-    """Share of the ends within the forecast's 5 % to 95 % quantiles; a bucket across one counts in part."""
+    """Share of the ends within the forecast's 5 % to 95 % quantiles; a bucket across one counts in part.
+    NaN, as the next, where it was not asked for."""
     width_s: float
     """Median width of that band, cut at 48 h."""
     error: str = ""
@@ -169,8 +170,12 @@ def with_record(fitted: ArrivalFitted, record: Record) -> ArrivalFitted:
     return fitted.knowing(record) if isinstance(fitted, FittedFleet) else fitted
 
 
-def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | None = None) -> ArrivalChoice:
+def choose(
+    history: History, prior: Prior, forecasters: Sequence[Forecaster] | None = None, *, bands: bool = True
+) -> ArrivalChoice:
     """Fit each on what was known, score it on the silences that came after, several times over; then fit the best anew.
+
+    `bands`: the scores tell of the forecasts' bands too. That takes most of the time, and decides nothing.
 
     The best has the highest posterior probability, whose prior is how many of the fleet's models each is right for
     (the mixing proportions of a mixture by expectation-maximization, Dempster et al. 1977), bounded by MARGIN. The
@@ -185,7 +190,7 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
     rolled: dict[str, Floats] = {}
     for forecaster in forecasters if len(silences) >= 3 else ():
         try:
-            results = _rolling(forecaster, history, prior, silences)
+            results, spread = _rolling(forecaster, history, prior, silences, bands=bands)
         except NotApplicable as reason:
             failures[forecaster.name] = str(reason)
             continue
@@ -201,12 +206,11 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
             results = np.where(asked[:, None], results, rolled[forecasters[0].name])
         rolled[forecaster.name] = results
         totals[forecaster.name] = float((results[:, 0] * weight[-len(results) :]).sum())
-        results = results[asked]
         scores[forecaster.name] = ArrivalScore(
-            log_score=float(results[:, 0].mean()),
-            silences=len(results),
-            coverage=float(results[:, 1].mean()),
-            width_s=float(np.median(results[:, 2])),
+            log_score=float(results[asked, 0].mean()),
+            silences=int(asked.sum()),
+            coverage=float(spread[asked, 0].mean()) if bands else np.nan,
+            width_s=float(np.median(spread[asked, 1])) if bands else np.nan,
         )
     posterior = _posterior(totals, prior, max((len(results) for results in rolled.values()), default=0))
     order = sorted(posterior, key=lambda name: -posterior[name])
@@ -216,7 +220,7 @@ def choose(history: History, prior: Prior, forecasters: Sequence[Forecaster] | N
             fitted: ArrivalFitted = by_name[name].fit(history, prior)  # type: ignore[assignment]
             results = rolled.get(name, NOTHING)
             if len(results) >= MIN_CALIBRATION and name not in POOLED:
-                fitted = Calibrated(fitted, *learn(results[:, 3:5], weight[-len(results) :]))
+                fitted = Calibrated(fitted, *learn(results[:, 1:], weight[-len(results) :]))
             return ArrivalChoice(fitted, scores, failures, posterior)
         except NotApplicable as reason:
             failures[name] = str(reason)
@@ -237,39 +241,51 @@ def _posterior(totals: Mapping[str, float], prior: Prior, silences: int) -> dict
     return dict(zip(totals, (odds / odds.sum()).tolist(), strict=True))
 
 
-def _rolling(forecaster: Forecaster, history: History, prior: Prior, silences: list[Silence]) -> Floats:
-    """What `score` gives for the latest two thirds of the silences, shape (n, 5); NaN while it did not apply."""
+def _rolling(
+    forecaster: Forecaster, history: History, prior: Prior, silences: list[Silence], *, bands: bool
+) -> tuple[Floats, Floats]:
+    """For the latest two thirds of the silences, what `judged` gives, shape (n, 3), and `band`, shape (n, 2).
+
+    NaN while the forecaster did not apply, and for bands that were not asked for.
+    """
     folds = min(len(silences) - 2, FOLDS)
     edges = np.unique(np.linspace(max(2, len(silences) // 3), len(silences), folds + 1).astype(int))
-    results: list[Floats] = []
+    first = int(edges[0])
+    results, spread = np.full((len(silences) - first, 3), np.nan), np.full((len(silences) - first, 2), np.nan)
     for begin, end in pairwise(edges):
         try:
-            fitted = forecaster.fit(history.before(silences[begin].made_s), prior)
+            fitted: ArrivalFitted = forecaster.fit(history.before(silences[begin].made_s), prior)  # type: ignore[assignment]
         except NotApplicable:
-            results.append(np.full((end - begin, 5), np.nan))
             continue
-        results.append(np.asarray([score(fitted, silence) for silence in silences[begin:end]]))  # type: ignore[arg-type]
-    return np.concatenate(results)
+        for i in range(begin, end):
+            results[i - first] = judged(fitted, silences[i])
+            if bands:
+                spread[i - first] = band(fitted, silences[i])
+    return results, spread
 
 
 PROBE_S: Floats = np.geomspace(1.0, 48 * 3600.0, 180)
 
 
-def score(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float, float, float]:
-    """(log score, share of the end's bucket within the 90 % band by probability, width of the band in seconds,
-    log survival at the bucket's beginning, and at its end)."""
+def judged(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float]:
+    """(log score, log survival at the beginning of the bucket in which the silence ended, and at its end)."""
+    at = np.asarray([silence.lo_s, silence.hi_s])
+    ends = np.exp(fitted.log_survival(silence.made_s, silence.recent, at))
+    mass = float(ends[0] - ends[1])
+    begins, over = np.log(np.maximum(ends, 1e-300)).tolist()
+    return float(np.log(max(mass, 1e-9))), begins, over
+
+
+def band(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float]:
+    """(share of the end's bucket within the 90 % band by probability, width of the band in seconds)."""
     extra = fitted.extra_times(silence.made_s, silence.recent)
     extra = extra[(extra > 0) & (extra < PROBE_S[-1])]
     times = np.sort(np.concatenate([PROBE_S, extra])) if len(extra) else PROBE_S
-    at = np.asarray([silence.lo_s, silence.hi_s])
-    where = np.concatenate([times, at])
-    order = np.argsort(where, kind="stable")
-    values = np.empty(len(where))
-    values[order] = fitted.log_survival(silence.made_s, silence.recent, where[order])
-    survival, ends = np.exp(values[: len(times)]), np.exp(values[len(times) :])
-    mass = float(ends[0] - ends[1])
-    inside = min(ends[0], 0.95) - max(ends[1], 0.05)
-    covered = float(np.clip(inside / mass, 0, 1)) if mass > 1e-12 else float(0.05 <= ends[1] <= 0.95)
-    band = np.interp([-0.95, -0.05], -survival, times, left=0.0)
-    width_s = float(band[1] - band[0])
-    return float(np.log(max(mass, 1e-9))), covered, width_s, *np.log(np.maximum(ends, 1e-300)).tolist()
+    survival = np.exp(fitted.log_survival(silence.made_s, silence.recent, times))
+    _, *ends = judged(fitted, silence)
+    begins, over = np.exp(ends).tolist()
+    mass = begins - over
+    inside = min(begins, 0.95) - max(over, 0.05)
+    covered = float(np.clip(inside / mass, 0, 1)) if mass > 1e-12 else float(0.05 <= over <= 0.95)
+    low, high = np.interp([-0.95, -0.05], -survival, times, left=0.0).tolist()
+    return covered, high - low

@@ -42,7 +42,9 @@ class Calibrated:
             return np.asarray(values[1:] - values[0])
         until_s = begins_s - now_s
         split = int(np.searchsorted(times_s, until_s))
-        values = self.inner.log_survival(now_s, recent, np.insert(times_s, split, until_s))
+        values = self.inner.log_survival(
+            now_s, recent, np.concatenate([times_s[:split], [until_s], times_s[split:]])
+        )
         late = values[split] + corrected(np.minimum(values[split + 1 :] - values[split], 0.0), self.a, self.b)
         return np.concatenate([values[:split], late])
 

@@ -140,7 +140,7 @@ predict: Callable[[FittedDemand, float, Recent, int], Demand] = _predict
 
 def steps_of(horizon_s: float, step_s: float) -> int:
     """Enough to see a prewarm's lead time and as much again; at least five."""
-    return int(np.clip(np.ceil(2 * horizon_s / step_s), 5, AHEAD[-1]))
+    return min(max(math.ceil(2 * horizon_s / step_s), 5), AHEAD[-1])
 
 
 def log_ratios(rates: Floats, expected: Floats, taus: Floats = TAUS) -> Floats:

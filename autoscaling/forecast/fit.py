@@ -70,6 +70,8 @@ class Job:
     """How far ahead demand is asked for: the model's cold start. 0: not at all."""
     prior: Prior
     seen: Seen | None = None
+    bands: bool = True
+    """Whether the scores tell of the forecasts' bands, which only people look at (see `arrival_choice.choose`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ def _next_arrival(
             details = {k: v for k, v in before.details.items() if k == "next_arrival_without"}
             chosen = _Chosen(before.chosen_at, before.share.odds)
     if fitted is None:
-        choice = arrival_choice.choose(history, job.prior)
+        choice = arrival_choice.choose(history, job.prior, bands=job.bands)
         fitted = choice.fitted
         scores["next_arrival"] = choice.scores
         chosen = _Chosen(silences, choice.odds)

@@ -108,7 +108,8 @@ def still(age_s: Floats, own: Floats, typical: Floats, known: Floats) -> Floats:
         hazard[:, None] * np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0,
         np.stack([near, np.maximum(near - 0.5, 0.0) * 2.0, near * risk], axis=1),
     )
-    return np.asarray(np.clip(np.concatenate(blocks, axis=1), -CLIP, CLIP))
+    clipped: Floats = np.minimum(np.maximum(np.concatenate(blocks, axis=1), -CLIP), CLIP)
+    return clipped
 
 
 def bends(age_s: Floats) -> Floats:
@@ -168,7 +169,7 @@ def log_hazard(
 
     `correction`: Regression.correction.
     """
-    value = np.clip(of_silences + lately @ coefficients[STILL:], LOG_LEAST, LOG_MOST)
+    value = np.minimum(np.maximum(of_silences + lately @ coefficients[STILL:], LOG_LEAST), LOG_MOST)
     return np.asarray(value + correction[bands(age_s, value)])
 
 
@@ -324,7 +325,7 @@ def expand(
 ) -> Expansion:
     """Of rows, whether a request ended each, and for how long each was at risk. Shape (n,) each."""
     x = design(rows)
-    log_rate = np.clip(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST, LOG_MOST)
+    log_rate = np.minimum(np.maximum(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST), LOG_MOST)
     expected = exposure_s * np.exp(log_rate)
     curvature = (x * expected[:, None]).T @ x
     slope = x.T @ (ended - expected) + curvature @ regression.coefficients

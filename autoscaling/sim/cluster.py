@@ -120,7 +120,7 @@ class VirtualModel:
         stands = stands._replace(most=min(stands.most, math.floor(replicas * self._per_replica)))
         return (
             queue.ride(now_s, before_s, tick_s, stands)
-            if stands.least <= self.load <= stands.most
+            if self.load == 0 or stands.least <= self.load <= stands.most
             else NO_TICKS
         )
 

@@ -189,7 +189,8 @@ class SimForecasts:
         seen = self._book.begin_fit(model)
         self.fits += 1
         try:
-            fitted = self._fitter(Job(turn.recorder.traffic(now_s), now_s, turn.horizon_s, self._prior, seen))
+            known = turn.recorder.traffic(now_s)
+            fitted = self._fitter(Job(known, now_s, turn.horizon_s, self._prior, seen, bands=False))
         except Exception as error:  # noqa: BLE001 - as live: the model keeps its last fit, and it is told
             self.failures = {**self.failures, model: f"{type(error).__name__}: {error}"}
             return

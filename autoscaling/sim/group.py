@@ -178,7 +178,9 @@ class Group:
         if stands is None:
             return False
         if self.sink.keeps:
-            # What is said of silences is to be kept too.
+            # What is said of silences is to be kept too, and of the requests that end them.
+            if model.load == 0:
+                return False
             stands = stands._replace(silence_s=0.0)
         now_s = self._clock.now_s()
         known_s = self._grid(min(self._loop.next_s(), self._forecasts.next_s(name)))

@@ -175,7 +175,7 @@ def test_the_ninety_percent_band_holds(name: str) -> None:
         learn_s = START_S + share * (end_s - START_S)
         choice = arrival_choice.choose(history_of(traffic(made[made < learn_s], learn_s), learn_s), NO_FLEET)
         after = [s for s in arrival_choice.silences_of(whole, 10**6) if s.made_s > learn_s][:60]
-        covered += [arrival_choice.score(choice.fitted, silence)[1] for silence in after]
+        covered += [arrival_choice.band(choice.fitted, silence)[0] for silence in after]
     assert len(covered) >= 200
     assert 0.84 <= np.mean(covered) <= 0.96
 

@@ -57,7 +57,7 @@ class _Need:
     foreseen_until_s: float
     """When the forecast's part of it changes."""
     loads: tuple[int, int] | None
-    """The least and the most requests in progress that need as much."""
+    """The least and the most requests in progress that need as much; of none, that need one replica."""
 
 
 class Predictive:
@@ -138,8 +138,25 @@ class Predictive:
                 0, choice.rung, choice.reason, choice.until_s, numbers, choice.values, need.series
             )
         replicas = self._between(context, max(1, need.ahead), need)
-        reason = choice.reason if replicas == 1 else self._above(replicas, need)
-        return Proposal(replicas, choice.rung, reason, until_s, numbers, choice.values, need.series)
+        if replicas > 1:
+            return Proposal(
+                replicas,
+                choice.rung,
+                self._above(replicas, need),
+                until_s,
+                numbers,
+                choice.values,
+                need.series,
+            )
+        loads = None
+        if need.safe <= 1:
+            # What falls out of the window would not have kept more than this one.
+            until_s = min(choice.until_s, need.foreseen_until_s)
+            if need.loads is not None and context.seen.ready == 1 and choice.reason is Reason.KEEP_ALIVE:
+                loads = need.loads
+        return Proposal(
+            1, choice.rung, choice.reason, until_s, numbers, choice.values, need.series, loads=loads
+        )
 
     @staticmethod
     def _above(replicas: int, need: _Need) -> Reason:
@@ -178,7 +195,7 @@ class Predictive:
         safe = max(int(peak(series)), keep)
         until_s = min(peak_until_s(series, stable_s), foreseen_s)
         # What is forecast to come is weighed against each number of requests.
-        loads = alike(seen.load, full, fuller) if demand is None and seen.load > 0 else None
+        loads = alike(max(1, seen.load), full, fuller) if demand is None else None
         return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s, loads)
 
 
