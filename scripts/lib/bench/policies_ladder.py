@@ -12,14 +12,15 @@ from autoscaling.sim.compare import Variant
 from autoscaling.sim.profile import Start
 from bench.clusters import say
 from bench.numbers import ratio, table
-from bench.policies_sparse import START_S, TWO_STATES, Job, cost, plain, read, run
+from bench.policies_sparse import START_S, TWO_STATES, Job, cost, plain, read, run, unseen
 
 WAKE_S = 3.0
 PARKED_COST = 0.01
 """GPU-seconds for a second of a parked engine's host memory: a hundredth of a GPU's price."""
 WAIT_COSTS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
-MORE_COSTS = (1000.0, 3000.0)
-"""For the ladder only: at the highest of the others it spends less than half of what the two states do."""
+MORE_COSTS = (2.0, 6.0, 20.0, 40.0, 60.0, 200.0, 600.0, 1000.0, 1200.0, 1500.0, 2000.0, 3000.0)
+"""For the ladder only. At the highest of the others it spends less than half of what the two states do; and between two
+of them its GPU-seconds may triple, so that what is as dear as the two states lies between."""
 KEEP_ALIVES_S = (0, 15, 30, 60, 90, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200, 14400)
 BAR = 1 / 3
 LADDER = replace(
@@ -44,11 +45,14 @@ def measure(folder: Path, names: Sequence[str], processes: int | None) -> dict[s
     for at, (job, report) in enumerate(run(jobs, processes), 1):
         found[job.case].append((job, plain(job, report)))
         say(f"{at} of {len(jobs)}: {job.case}, {job.variant.label}: {report.took_s:.1f} s")
-    return {name: judged(points) for name, points in found.items()}
+    return {name: judged(points, unseen(name) * START_S) for name, points in found.items()}
 
 
-def judged(points: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
-    """For each wait_cost the best two-state policy, and the ladder's run that spends at most as many GPU-seconds."""
+def judged(points: Sequence[tuple[Job, dict[str, Any]]], unseen_s: float) -> dict[str, Any]:
+    """For each wait_cost the best two-state policy, and the ladder's run that spends at most as many GPU-seconds.
+
+    `unseen_s`: what the first requests of models that nobody knew of wait whatever the policy.
+    """
     ours = [point for job, point in points if job.profile == LADDER]
     others = [point for job, point in points if job.profile != LADDER]
     rows = []
@@ -71,6 +75,7 @@ def judged(points: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
                 "parked_gpu_s": mine and mine["parked_gpu_s"],
                 "waited_s": mine and mine["waited_s"],
                 "wait_ratio": mine and ratio(mine["waited_s"], best["waited_s"]),
+                "unseen_ratio": ratio(unseen_s, best["waited_s"]),
                 "cost_ratio": ratio(cost(same, wait_cost), cost(best, wait_cost)),
             }
         )
@@ -87,7 +92,7 @@ def text(result: Mapping[str, Any]) -> str:
     ]
     columns = (
         *("wait_cost", "best", "best_gpu_s", "best_waited_s", "ladder_wait_cost", "gpu_s", "parked_gpu_s"),
-        *("waited_s", "wait_ratio", "cost_ratio"),
+        *("waited_s", "wait_ratio", "unseen_ratio", "cost_ratio"),
     )
     for name, found in result.items():
         parts.append(f"\n{name}")
@@ -99,8 +104,9 @@ def text(result: Mapping[str, Any]) -> str:
         )
     parts.append(
         "\nbest: the two-state policy with the least GPU-seconds + wait_cost * waiting; next to it the ladder's run"
-        " with at most as many GPU-seconds\nand the least waiting, which has to be a third. cost_ratio: GPU-seconds +"
-        " wait_cost * waiting, the ladder's at this very wait_cost to the best's."
+        " with at most as many GPU-seconds\nand the least waiting, which has to be a third. unseen_ratio: what the"
+        " first requests of new models alone wait, whatever the policy.\ncost_ratio: GPU-seconds + wait_cost * waiting,"
+        " the ladder's at this very wait_cost to the best's."
     )
     return "\n".join(parts)
 
