@@ -175,7 +175,7 @@ def choose(
 ) -> ArrivalChoice:
     """Fit each on what was known, score it on the silences that came after, several times over; then fit the best anew.
 
-    `bands`: the scores tell of the forecasts' bands too. That takes most of the time, and decides nothing.
+    `bands`: the scores tell of the forecasts' bands too. Nothing is decided by those.
 
     The best has the highest posterior probability, whose prior is how many of the fleet's models each is right for
     (the mixing proportions of a mixture by expectation-maximization, Dempster et al. 1977), bounded by MARGIN. The
@@ -260,7 +260,7 @@ def _rolling(
         for i in range(begin, end):
             results[i - first] = judged(fitted, silences[i])
             if bands:
-                spread[i - first] = band(fitted, silences[i])
+                spread[i - first] = band(fitted, silences[i], results[i - first, 1:])
     return results, spread
 
 
@@ -276,13 +276,15 @@ def judged(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float, float
     return float(np.log(max(mass, 1e-9))), begins, over
 
 
-def band(fitted: ArrivalFitted, silence: Silence) -> tuple[float, float]:
-    """(share of the end's bucket within the 90 % band by probability, width of the band in seconds)."""
+def band(fitted: ArrivalFitted, silence: Silence, ends: Sequence[float] | Floats) -> tuple[float, float]:
+    """(share of the end's bucket within the 90 % band by probability, width of the band in seconds).
+
+    `ends`: the log survivals that `judged` gives.
+    """
     extra = fitted.extra_times(silence.made_s, silence.recent)
     extra = extra[(extra > 0) & (extra < PROBE_S[-1])]
     times = np.sort(np.concatenate([PROBE_S, extra])) if len(extra) else PROBE_S
     survival = np.exp(fitted.log_survival(silence.made_s, silence.recent, times))
-    _, *ends = judged(fitted, silence)
     begins, over = np.exp(ends).tolist()
     mass = begins - over
     inside = min(begins, 0.95) - max(over, 0.05)

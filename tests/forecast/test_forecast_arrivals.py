@@ -11,7 +11,7 @@ from made_traffic import DAY_S, START_S, bursts, daily, exact, fit, fitted, pois
 from autoscaling.forecast import arrival_choice
 from autoscaling.forecast.arrivals import HORIZON_S
 from autoscaling.forecast.fit import Job, fit_standard
-from autoscaling.forecast.history import history_of
+from autoscaling.forecast.history import Floats, history_of
 from autoscaling.forecast.prior import NO_FLEET, pooled
 
 
@@ -128,6 +128,21 @@ def test_the_backtest_prefers_what_fits() -> None:
     assert regular.scores["timer"].log_score > regular.scores["poisson"].log_score + 1
 
 
+@pytest.mark.parametrize("times", [poisson(1 / 1800, 7), bursts(20)])
+def test_bands_decide_nothing(times: Floats) -> None:
+    """A replay, which works out none, chooses as the cluster does."""
+    now_s = float(times[-1]) + 60
+    history = history_of(traffic(times, now_s), now_s)
+    told, untold = (arrival_choice.choose(history, NO_FLEET, bands=bands) for bands in (True, False))
+    assert untold.odds == told.odds
+    assert untold.fitted.name == told.fitted.name
+    assert len(told.scores) > 2
+    for name, score in told.scores.items():
+        assert untold.scores[name].log_score == score.log_score
+        assert 0 <= score.coverage <= 1 and score.width_s > 0
+        assert np.isnan(untold.scores[name].coverage) and np.isnan(untold.scores[name].width_s)
+
+
 def test_what_fits_the_fleet_is_believed_sooner() -> None:
     """One that looks a little better is taken where it is right for the others too, and not where it never was."""
     times = np.cumsum(np.random.default_rng(5).normal(600, 200, 7)) + START_S
@@ -175,7 +190,11 @@ def test_the_ninety_percent_band_holds(name: str) -> None:
         learn_s = START_S + share * (end_s - START_S)
         choice = arrival_choice.choose(history_of(traffic(made[made < learn_s], learn_s), learn_s), NO_FLEET)
         after = [s for s in arrival_choice.silences_of(whole, 10**6) if s.made_s > learn_s][:60]
-        covered += [arrival_choice.band(choice.fitted, silence)[0] for silence in after]
+        ends = [arrival_choice.judged(choice.fitted, silence)[1:] for silence in after]
+        covered += [
+            arrival_choice.band(choice.fitted, silence, end)[0]
+            for silence, end in zip(after, ends, strict=True)
+        ]
     assert len(covered) >= 200
     assert 0.84 <= np.mean(covered) <= 0.96
 

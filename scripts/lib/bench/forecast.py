@@ -144,11 +144,8 @@ def _judge_arrivals(judged: Judged, history: History, whole: History, end_s: flo
             continue
     for name, fitted in fits.items():
         for silence in silences:
-            judged.add(
-                "next_arrival",
-                name,
-                (*arrival_choice.judged(fitted, silence)[:1], *arrival_choice.band(fitted, silence)),
-            )
+            log_score, *ends = arrival_choice.judged(fitted, silence)
+            judged.add("next_arrival", name, (log_score, *arrival_choice.band(fitted, silence, ends)))
 
 
 @dataclass(frozen=True)
