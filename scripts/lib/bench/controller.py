@@ -249,7 +249,7 @@ def _plan(options: Namespace, setup: Any, clock: Any) -> dict[str, Any]:
         publish=plans.append,
         warm=lambda *_: {},
         forecasts=forecasts,
-        nodes=NodeRequests(lambda _: None, get={}.get, put=lambda _key, _value: None),
+        nodes=NodeRequests(lambda _: None, get=lambda _key: None, put=lambda _key, _value: None),
     )
     opened_s = time.perf_counter() - began_s
     ticks: list[float] = []

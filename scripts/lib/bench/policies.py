@@ -8,7 +8,7 @@ baselines, which get the best of their sweeps there.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    shown = {
+    shown: dict[str, Callable[[Any], str]] = {
         "sparse": policies_sparse.text,
         BOUND: policies_bound.text,
         BOUND_DENSE: policies_bound_dense.text,

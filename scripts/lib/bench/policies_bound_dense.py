@@ -57,7 +57,7 @@ def known_before(counts: Floats, window_s: float, ahead: int = 1) -> Floats:
     day = round(DAY_S / window_s)
 
     def back(by: int) -> Floats:
-        return np.concatenate([np.full(by, np.nan), logs])[: len(logs)]
+        return np.asarray(np.concatenate([np.full(by, np.nan), logs])[: len(logs)])
 
     last = back(ahead)
     at = np.arange(len(logs))

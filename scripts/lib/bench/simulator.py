@@ -205,9 +205,9 @@ def every_tick(path: Path) -> dict[str, Any]:
     skipping = Group._next_s, Group._ride
     spec = Spec("", wait_cost=10.0, max_replicas=1, target_ongoing_requests=1.0)
     setup = Setup(profile=_ladder("two states"), until_s=6 * 3600.0)
-    _warm_up("predictive")
-    Group._next_s = lambda group: group._clock.now_s()  # type: ignore[method-assign]
-    Group._ride = lambda group, until_s: False  # type: ignore[method-assign]
+    _warm_up("predictive", spec)
+    Group._next_s = lambda self: self._clock.now_s()  # type: ignore[method-assign]
+    Group._ride = lambda self, until_s: False  # type: ignore[method-assign]
     try:
         cpu_s = time.process_time()
         report = replay(
@@ -230,7 +230,7 @@ def every_tick(path: Path) -> dict[str, Any]:
 def streamed(rows: int, models: int, keep_alive_s: float) -> dict[str, Any]:
     """A file of so many rows, through the reader and a policy."""
     held: list[dict[str, float]] = []
-    _warm_up("keep-alive")
+    _warm_up("keep-alive", Spec(""))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "min_made.csv"
         write(path, rows, models)
