@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
-from autoscaling.forecast.history import TAUS_S, Floats
+from autoscaling.forecast.history import TAUS_S, Floats, clipped
 
 DAY_S = 86400.0
 ONSETS = (4, 7, 11)
@@ -108,8 +108,7 @@ def still(age_s: Floats, own: Floats, typical: Floats, known: Floats) -> Floats:
         hazard[:, None] * np.maximum(log_age[:, None] - _BENDS, 0.0) / 2.0,
         np.stack([near, np.maximum(near - 0.5, 0.0) * 2.0, near * risk], axis=1),
     )
-    clipped: Floats = np.minimum(np.maximum(np.concatenate(blocks, axis=1), -CLIP), CLIP)
-    return clipped
+    return clipped(np.concatenate(blocks, axis=1), -CLIP, CLIP)
 
 
 def bends(age_s: Floats) -> Floats:
@@ -149,8 +148,9 @@ def _arranged(rates: Floats, onsets: Floats, day: Floats, turns: Floats, shape: 
     found[:, 54:56] = day[:, 2:3] * shape[:, :2]
     found[:, 56:60] = turns
     found[:, 60:62] = turns[:, :2] * age
-    clipped: Floats = np.minimum(np.maximum(found, -CLIP), CLIP)
-    return clipped
+    # By hand, so that it can be compiled.
+    bounded: Floats = np.minimum(np.maximum(found, -CLIP), CLIP)
+    return bounded
 
 
 arranged: Callable[[Floats, Floats, Floats, Floats, Floats], Floats] = _arranged
@@ -169,7 +169,7 @@ def log_hazard(
 
     `correction`: Regression.correction.
     """
-    value = np.minimum(np.maximum(of_silences + lately @ coefficients[STILL:], LOG_LEAST), LOG_MOST)
+    value = clipped(of_silences + lately @ coefficients[STILL:], LOG_LEAST, LOG_MOST)
     return np.asarray(value + correction[bands(age_s, value)])
 
 
@@ -325,7 +325,7 @@ def expand(
 ) -> Expansion:
     """Of rows, whether a request ended each, and for how long each was at risk. Shape (n,) each."""
     x = design(rows)
-    log_rate = np.minimum(np.maximum(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST), LOG_MOST)
+    log_rate = clipped(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST, LOG_MOST)
     expected = exposure_s * np.exp(log_rate)
     curvature = (x * expected[:, None]).T @ x
     slope = x.T @ (ended - expected) + curvature @ regression.coefficients

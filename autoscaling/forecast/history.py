@@ -17,6 +17,12 @@ T = TypeVar("T")
 Floats = NDArray[Any]
 """Of float64, or of what numpy makes of it."""
 
+
+def clipped(values: Floats, low: float, high: float) -> Floats:
+    """As `np.clip`, which takes several times as long on few values."""
+    return np.asarray(np.minimum(np.maximum(values, low), high))
+
+
 THETAS_S: tuple[float, ...] = tuple(2.0 * 2.0**k for k in range(15))
 """Silences, 2 s to 9 h, after which an arrival may be taken for the beginning of a burst. A model learns its own."""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from autoscaling.forecast.arrivals import ArrivalBase, FittedRenewal, Renewal
 from autoscaling.forecast.base import NotApplicable
-from autoscaling.forecast.history import THETAS_S, Floats, History, Recent, onset_times
+from autoscaling.forecast.history import THETAS_S, Floats, History, Recent, clipped, onset_times
 from autoscaling.forecast.prior import Prior
 
 LOOK_BACK = 64
@@ -59,7 +59,7 @@ class FittedTimer(ArrivalBase):
         spread = rhythm.spread_s * np.sqrt(beats)
         z = (ages[:, None] - beats * rhythm.period_s) / spread
         # 1 - logistic(z), without its overflow
-        not_yet = 0.5 - 0.5 * np.tanh(np.minimum(np.maximum(z, -60), 60) / 2)
+        not_yet = 0.5 - 0.5 * np.tanh(clipped(z, -60, 60) / 2)
         chance = (1 - rhythm.miss) * rhythm.miss ** (beats - 1)
         kept = not_yet @ chance + rhythm.miss**MISSES
         loose = 1.0 / (1.0 + ages / rhythm.period_s)
@@ -124,7 +124,7 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
     weight = 0.5 ** (np.arange(n)[::-1] / 16.0) / (1.0 + blur / _median(intervals) * 50)
     period = _weighted_median(intervals, weight)
     for _ in range(2):
-        beats = np.minimum(np.maximum((intervals / period).round(), 1), MISSES)
+        beats = clipped((intervals / period).round(), 1, MISSES)
         off = intervals - beats * period
         near = np.abs(off) <= np.maximum(TOLERANCE * period, blur)
         nearly = weight * near

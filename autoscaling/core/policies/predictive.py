@@ -138,24 +138,15 @@ class Predictive:
                 0, choice.rung, choice.reason, choice.until_s, numbers, choice.values, need.series
             )
         replicas = self._between(context, max(1, need.ahead), need)
-        if replicas > 1:
-            return Proposal(
-                replicas,
-                choice.rung,
-                self._above(replicas, need),
-                until_s,
-                numbers,
-                choice.values,
-                need.series,
-            )
+        reason = choice.reason if replicas == 1 else self._above(replicas, need)
         loads = None
-        if need.safe <= 1:
+        if replicas == 1 and need.safe <= 1:
             # What falls out of the window would not have kept more than this one.
             until_s = min(choice.until_s, need.foreseen_until_s)
-            if need.loads is not None and context.seen.ready == 1 and choice.reason is Reason.KEEP_ALIVE:
+            if context.seen.ready == 1 and reason is Reason.KEEP_ALIVE:
                 loads = need.loads
         return Proposal(
-            1, choice.rung, choice.reason, until_s, numbers, choice.values, need.series, loads=loads
+            replicas, choice.rung, reason, until_s, numbers, choice.values, need.series, loads=loads
         )
 
     @staticmethod
