@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from autoscaling.core.accounts import NO_ACCOUNT, NOTHING, Account, Prewarm, Usage, book, day_of
+from autoscaling.core.accounts import NO_ACCOUNT, NOTHING, Account, Prewarm, Usage, book, day_of, unmet
 from autoscaling.core.budget import Budget, clamp
 from autoscaling.core.decide import decide, hold
 from autoscaling.core.types import Decision, Forecast, Observation, Spec, State
@@ -134,10 +134,12 @@ class Loop:
             or self.budget.gpu_s_per_day is not None
         ):
             return None
+        stands = self._stands.get(model)
         account = self._accounts.get(model)
-        if account is not None and account.prewarm is not None:
-            return None
-        return self._stands.get(model)
+        if stands is not None and account is not None and account.prewarm is not None:
+            most = unmet(account.prewarm, self._specs[model], self._seen[model])
+            return None if most is None else stands._replace(most=math.floor(min(stands.most, most)))
+        return stands
 
     def tick(self, now_s: float) -> list[Decision]:
         """The decisions that were made or changed at this tick. Never raises."""

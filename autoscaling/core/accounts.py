@@ -118,6 +118,14 @@ def book(
     return Account(observation, after), Booking(usage, changed)
 
 
+def unmet(prewarm: Prewarm, spec: Spec, observation: Observation) -> float | None:
+    """The most requests in progress that change nothing of a prewarm, however many come and end; None where each that
+    comes must be looked at."""
+    if prewarm.base == 0:
+        return None
+    return math.inf if prewarm.ended_s is not None else prewarm.base * per_replica(spec, observation)
+
+
 def _usage(spec: Spec, before: Observation, now: Observation, prewarm: Prewarm | None) -> tuple[Usage, ...]:
     span_s = now.now_s - before.now_s
     charged_s = span_s if span_s <= LONGEST_S else 0.0
@@ -288,4 +296,4 @@ def _day(number: int) -> str:
     return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
-__all__ = ["AHEAD", "NOTHING", "NO_ACCOUNT", "Account", "Booking", "Prewarm", "Usage", "book", "day_of"]
+__all__ = ["AHEAD", "NOTHING", "NO_ACCOUNT", "Account", "Booking", "Prewarm", "Usage", "book", "day_of", "unmet"]

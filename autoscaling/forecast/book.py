@@ -18,6 +18,9 @@ STALE_SHARE = 0.1
 """A forecast is worked out anew when the silence has become longer by this share."""
 STALE_S = 1.0
 MAX_STALE_S = 30.0
+DEMAND_STALE_S = 10.0
+"""A forecast of how much comes holds for so long, whatever has come: it is made from rates of a minute and more, and
+what is in progress is weighed against it each time."""
 LOG_S = 3600
 SILENCE = next(i for i, theta in enumerate(THETAS_S) if theta >= 10.0)
 
@@ -102,9 +105,11 @@ class Book:
                 silence_s = shown.made_s - recent.last_s
                 if 0 <= aged_s < min(max(STALE_S, STALE_SHARE * silence_s), MAX_STALE_S):
                     return shown
-            fitted = page.fitted
+            fitted, demand = page.fitted, None
+            if shown is not None and shown.demand is not None:
+                demand = shown.demand if 0 <= now_s - shown.demand.made_s < DEMAND_STALE_S else None
         try:
-            made = fitted.forecast(now_s, recent, later=self._later)
+            made = fitted.forecast(now_s, recent, later=self._later, demand=demand)
         except Exception as error:  # noqa: BLE001 - a tick must not fail for one model; it is told and fitted anew
             self.forget(model, f"{fitted.name} raised {type(error).__name__}: {error}")
             return None

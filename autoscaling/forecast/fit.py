@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from autoscaling.core.types import Forecast
+from autoscaling.core.types import Demand, Forecast
 from autoscaling.forecast import arrival_choice, demand, demand_model
 from autoscaling.forecast.arrivals import (
     MIN_SILENCE_S,
@@ -109,11 +109,19 @@ class FittedModel:
     scores: Mapping[str, Any]
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def forecast(self, now_s: float, recent: Recent | None = None, *, later: bool = False) -> Forecast:
-        """`later`: when the next request comes is worked out only when somebody looks at it."""
+    def forecast(
+        self,
+        now_s: float,
+        recent: Recent | None = None,
+        *,
+        later: bool = False,
+        demand: Demand | None = None,
+    ) -> Forecast:
+        """`later`: when the next request comes is worked out only when somebody looks at it. `demand`: one that this
+        fit made lately, which still holds."""
         recent = self.recent if recent is None else recent
-        shown = None
-        if self.demand is not None and self.demand.service_s is not None:
+        shown = demand
+        if shown is None and self.demand is not None and self.demand.service_s is not None:
             steps = steps_of(self.horizon_s, self.demand.step_s)
             shown = demand_model.predict(self.demand, now_s, recent, steps)
         return Forecast(

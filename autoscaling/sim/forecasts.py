@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from autoscaling.core.types import Forecast
-from autoscaling.forecast.book import Book
+from autoscaling.forecast.book import DEMAND_STALE_S, Book
 from autoscaling.forecast.fit import FittedModel, Job, fit_standard, share_at
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
 from autoscaling.forecast.schedule import CHANGED_ARRIVALS, CHANGED_SILENCES, SETTLE_S
@@ -45,6 +45,9 @@ class Foresight(Protocol):
     def coming(self, model: str, times: Floats, work: Floats) -> None: ...
     def arrived(self, model: str, times: Floats, work: Floats) -> None: ...
     def next_s(self, model: str) -> float: ...
+    def demand_until_s(self, model: str) -> float:
+        """Until when requests that come do not change how much it says will come; infinite if it says nothing."""
+
     def fit(self, model: str, now_s: float) -> None: ...
     def pool(self, peers: Peers, now_s: float) -> None: ...
     def forecast(self, model: str, now_s: float) -> Forecast | None: ...
@@ -121,6 +124,9 @@ class _Turn:
     due_s: float = math.inf
     fitted_s: float = -math.inf
     shown: Forecast | None = None
+    """What still holds."""
+    said: Forecast | None = None
+    """What was said last."""
 
 
 class SimForecasts:
@@ -179,13 +185,18 @@ class SimForecasts:
         """When it is fitted next; infinite if nothing came since."""
         return self._turns[model].due_s
 
+    def demand_until_s(self, model: str) -> float:
+        """As long as the book goes by what it said last."""
+        shown = self._turns[model].said
+        return math.inf if shown is None or shown.demand is None else shown.demand.made_s + DEMAND_STALE_S
+
     def fit(self, model: str, now_s: float) -> None:
         """Where that is due."""
         turn = self._turns[model]
         if turn.due_s > now_s:
             return
         turn.due_s, turn.fitted_s = math.inf, now_s
-        turn.shown = None
+        turn.shown = turn.said = None
         seen = self._book.begin_fit(model)
         self.fits += 1
         try:
@@ -217,7 +228,7 @@ class SimForecasts:
         shown = self._book.forecast(model, now_s)
         if shown is not None and shown.fitted_s is None:
             shown = replace(shown, fitted_s=turn.fitted_s)
-        turn.shown = shown
+        turn.shown = turn.said = shown
         return shown
 
 
@@ -241,6 +252,10 @@ class NoForecasts:
 
     def next_s(self, model: str) -> float:
         """Never."""
+        return math.inf
+
+    def demand_until_s(self, model: str) -> float:
+        """For ever."""
         return math.inf
 
     def fit(self, model: str, now_s: float) -> None:

@@ -184,7 +184,13 @@ class Group:
             stands = stands._replace(silence_s=0.0)
         now_s = self._clock.now_s()
         known_s = self._grid(min(self._loop.next_s(), self._forecasts.next_s(name)))
-        before_s = min(until_s, known_s, self._sampled_s, now_s + self._forecasts.settles_s + self._tick_s)
+        before_s = min(
+            until_s,
+            known_s,
+            self._sampled_s,
+            now_s + self._forecasts.settles_s + self._tick_s,
+            self._forecasts.demand_until_s(name),
+        )
         if not self._measured:
             before_s = min(before_s, self._measure_s)
         ticks = model.ride(now_s, before_s, self._tick_s, stands).tolist()

@@ -75,6 +75,10 @@ class Oracle:
         """Never learns anything new."""
         return math.inf
 
+    def demand_until_s(self, model: str) -> float:
+        """Each moment it says what comes after it."""
+        return -math.inf
+
     def fit(self, model: str, now_s: float) -> None:
         """Nothing."""
 

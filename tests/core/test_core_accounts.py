@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from autoscaling.core.accounts import Account, Booking, Prewarm, book, day_of
+from autoscaling.core.accounts import Account, Booking, Prewarm, book, day_of, unmet
 from autoscaling.core.types import Decision, Observation, Reason, Rung
 from tests.core.lab import T0, lit, seen, spec
 
@@ -146,6 +146,25 @@ def test_a_prewarm_above_a_base_is_hit_by_what_the_base_cannot_carry() -> None:
     assert prewarm.hit_s == NOON + 9
     assert (prewarm.spared_requests, prewarm.spared_wait_s) == (15, 60.0)
     assert prewarm.cost_gpu_s == pytest.approx(2 * 4)
+
+
+@pytest.mark.parametrize(("load", "met"), [(0, False), (10, False), (11, True)])
+def test_what_the_base_carries_changes_nothing_of_a_prewarm(load: int, met: bool) -> None:
+    ledger = Ledger()
+    ledger.book(lit(NOON, in_flight=5), decided(NOON, 2, Reason.FORECAST_DEMAND))
+    ledger.book(lit(NOON + 5, replicas=2, in_flight=5), decided(NOON + 5, 2, Reason.DEMAND))
+    then = lit(NOON + 6, replicas=2, in_flight=load, arrivals=load)
+    assert unmet(ledger.prewarm, spec(), then) == 10
+    ledger.book(then, decided(NOON + 6, 2, Reason.DEMAND))
+    assert (ledger.prewarm.hit_s is not None) == met
+    if met:
+        assert unmet(ledger.prewarm, spec(), then) == math.inf
+
+
+def test_each_request_that_comes_meets_a_prewarm_from_zero() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON), decided(NOON, 1, Reason.PREWARM))
+    assert unmet(ledger.prewarm, spec(), seen(NOON)) is None
 
 
 def test_a_prewarm_of_a_rung() -> None:

@@ -118,6 +118,29 @@ def test_decisions_are_within_bounds_and_say_so(
 
 
 @quickly
+@given(histories(), st.floats(0, 1))
+def test_a_decision_stands_for_the_loads_that_it_names(
+    history: tuple[Cluster, Observation, Forecast | None], share: float
+) -> None:
+    """A second later, whatever is in progress: the same, from the same memory, and the same is remembered."""
+    cluster, observation, forecast = history
+    state, decision = decide(cluster.spec, cluster.state, observation, forecast)
+    load = (observation.queued or 0) + (observation.in_flight or 0)
+    assume(load and decision.loads)
+    assert decision.loads is not None
+    least, most = decision.loads
+    assert 1 <= least <= load <= most
+    # Within the second nothing else changes it.
+    assume(decision.until_s > observation.now_s + 1)
+    found = []
+    for other in (load, least, most, round(least + share * (most - least))):
+        then = replace(observation, now_s=observation.now_s + 1, arrivals=0, queued=0, in_flight=other)
+        after, again = decide(cluster.spec, state, then, forecast)
+        found.append((again.replicas, again.rung, again.until_s, again.clamps, after))
+    assert found == found[:1] * 4
+
+
+@quickly
 @given(histories())
 def test_deciding_again_gives_the_same(history: tuple[Cluster, Observation, Forecast | None]) -> None:
     cluster, observation, forecast = history

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from bench.policies_bound_dense import known_before, late, least, windows
+from bench.policies_bound_dense import held, known_before, late, least, windows
 
 from autoscaling.traces import Row
 
@@ -39,18 +39,38 @@ def test_who_waits_longer_than_the_slo_is_late() -> None:
     assert late(counts, np.asarray([1000.0]), 600.0, 10.0) == 0
 
 
+def test_what_starts_is_paid_for() -> None:
+    """Four replicas needed, six held at first; then five, of which three are there: two more start meanwhile."""
+    capacity, come = np.asarray([6.0, 3.0]), np.asarray([4.0, 5.0])
+    assert held(capacity, come, 600.0, 60.0) == pytest.approx((60 * 6 + 540 * 4 + 60 * 5 + 540 * 5) / 1200)
+
+
+@pytest.mark.parametrize(("cold_s", "free_s"), [(300.0, 300.0), (450.0, 150.0), (600.0, 0.0)])
+def test_who_goes_for_less_than_a_start_saves_nothing(cold_s: float, free_s: float) -> None:
+    """Five at first in each window, then one: five are held all the time, but for after the last window's start."""
+    found = held(np.full(10, 5.0), np.full(10, 1.0), 600.0, cold_s)
+    assert found == pytest.approx(5.0 - free_s * 4.0 / 6000)
+
+
+def test_replicas_are_whole() -> None:
+    """Two and a half of them take three."""
+    assert least(np.full(9 * DAY, 500.0), WINDOW_S, 300.0, LEARN, SCORED, 200.0) == pytest.approx(1.2)
+
+
 def test_what_never_changes_takes_no_more_than_the_work() -> None:
-    assert least(np.full(9 * DAY, 500.0), WINDOW_S, 300.0, LEARN, SCORED) == pytest.approx(1.0, abs=0.02)
+    assert least(np.full(9 * DAY, 500.0), WINDOW_S, 300.0, LEARN, SCORED, 1.0) == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_nobody_can_foretell_takes_a_margin() -> None:
     """Each window is by itself: for 99 % of the requests about the highest there are must be held for half of it."""
     counts = 500 * np.exp(RANDOM.normal(0, 0.3, 9 * DAY))
-    before, cheated = (least(counts, WINDOW_S, 300.0, learn, SCORED) for learn in (LEARN, SCORED))
+    before, cheated = (least(counts, WINDOW_S, 300.0, learn, SCORED, 1.0) for learn in (LEARN, SCORED))
     assert before > 1.25
     assert cheated < before
 
 
 def test_what_comes_every_day_is_learned() -> None:
     day = 500 * np.exp(RANDOM.normal(0, 0.3, DAY))
-    assert least(np.tile(day, 9), WINDOW_S, 300.0, LEARN, SCORED) < 1.1
+    found = least(np.tile(day, 9), WINDOW_S, 300.0, LEARN, SCORED, 1.0)
+    known = held(np.tile(day, 2), np.tile(day, 2), WINDOW_S, 300.0) / day.mean()
+    assert found < 1.05 * known

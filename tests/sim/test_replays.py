@@ -104,6 +104,50 @@ def test_ticks_that_are_ridden_over_would_have_done_nothing(
     assert run() == fast
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_forecast_of_demand_is_ridden_over_as_long_as_it_holds(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last digit, where demand comes and goes between one replica and several: with silences, prewarms that are
+    met and given up, and decisions of no request in progress that leave several replicas lit."""
+    random = np.random.default_rng(7)
+    rows = [
+        Row(float(minute * 60 + at), model, exec_s=float(random.exponential(9)))
+        for minute in range(100)
+        for model, mean in (("wave", 20 + 19 * np.sin(minute / 6)), ("steps", 4 + 40 * (minute % 25 > 18)))
+        for at in random.uniform(0, 60, random.poisson(mean))
+    ]
+    rows.sort()
+    foreseen: list[float] = []
+    riding = VirtualModel.ride
+
+    def counted(model: VirtualModel, now_s: float, *given: Any) -> Any:
+        ticks = riding(model, now_s, *given)
+        shown = found[0]._forecasts.forecast(model.name, now_s)
+        if shown is not None and shown.demand is not None:
+            foreseen.extend(ticks)
+        return ticks
+
+    def run() -> tuple[dict[str, Any], list[Decision]]:
+        made = lab.profile(starts=VARYING, engine=Engine(concurrency=4))
+        found[:] = [
+            Replay(
+                rows,
+                lambda m: lab.spec(m, policy="predictive", max_replicas=9, target_ongoing_requests=3.0),
+                Setup(made, keep_decisions=kept),
+            )
+        ]
+        return said(found[0].run()), found[0].decisions
+
+    found: list[Replay] = []
+    monkeypatch.setattr(VirtualModel, "ride", counted)
+    fast = run()
+    assert len(foreseen) > 500
+    assert fast[0]["total"]["prewarms"] > fast[0]["total"]["prewarm_hits"] > 5
+    monkeypatch.setattr(VirtualModel, "ride", lambda model, *_: np.zeros(0))
+    assert run() == fast
+
+
 @pytest.mark.parametrize("policy", ["keep-alive", "reactive"])
 @pytest.mark.parametrize("setup", [{}, {"sample_s": 7.3, "measure_from_s": 900.5, "apply_s": 0.4}])
 def test_silences_that_are_ridden_over_would_have_done_nothing(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from autoscaling.core.demand import expected, service_s
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
@@ -57,7 +59,7 @@ class _Need:
     foreseen_until_s: float
     """When the forecast's part of it changes."""
     loads: tuple[int, int] | None
-    """The least and the most requests in progress that need as much; of none, that need one replica."""
+    """The least and the most requests in progress that need as much; of none, that need what one does."""
 
 
 class Predictive:
@@ -139,12 +141,12 @@ class Predictive:
             )
         replicas = self._between(context, max(1, need.ahead), need)
         reason = choice.reason if replicas == 1 else self._above(replicas, need)
-        loads = None
         if replicas == 1 and need.safe <= 1:
             # What falls out of the window would not have kept more than this one.
             until_s = min(choice.until_s, need.foreseen_until_s)
-            if context.seen.ready == 1 and reason is Reason.KEEP_ALIVE:
-                loads = need.loads
+        # One request needs the one that is lit without any.
+        stands = context.seen.ready == replicas and choice.reason is Reason.KEEP_ALIVE
+        loads = need.loads if stands else None
         return Proposal(
             replicas, choice.rung, reason, until_s, numbers, choice.values, need.series, loads=loads
         )
@@ -162,32 +164,91 @@ class Predictive:
         seen = context.seen
         now_s, full, lead_s = seen.now_s, seen.per_replica, seen.lead_s
         stable_s = context.param(STABLE, max(STABLE_S, lead_s))
-        need = ceil(seen.load / full)
         # A replica that holds few requests can't be a little less than full.
         fuller = max(full * context.param(HEADROOM), min(full, 1.0))
-        fitting = ceil(seen.load / fuller)
-        ahead, keep = 0, 0
-        foreseen_s = math.inf
         demand = context.forecast.demand if context.forecast is not None else None
-        if demand is not None:
-            quantile = context.param(QUANTILE, newsvendor(context))
-            here = expected(demand, 0.5, now_s, 0.0)
-            soon = expected(demand, quantile, now_s, lead_s)
-            then = expected(demand, quantile, now_s + lead_s, 0.0)
-            middle = expected(demand, 0.5, now_s + lead_s, 0.0)
-            if here and soon and then and middle:
-                more = surge(seen, here.concurrency)
-                ahead, keep = ceil(more * then.concurrency / full), ceil(more * soon.concurrency / full)
-                need = min(need, ceil(remaining(seen, more * middle.concurrency, demand) / full))
-                fitting = max(need, ahead)
-                foreseen_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
+        foreseen = None if demand is None else _foreseen(context, demand)
+        need, roomy, ahead, keep = found = _needs(seen.load, seen, foreseen, fuller)
+        foreseen_s = math.inf if foreseen is None else foreseen.until_s
+        fitting = max(roomy, ahead)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
         safe = max(int(peak(series)), keep)
         until_s = min(peak_until_s(series, stable_s), foreseen_s)
-        # What is forecast to come is weighed against each number of requests.
-        loads = alike(max(1, seen.load), full, fuller) if demand is None else None
+        loads: tuple[int, int] | None = None
+        if foreseen is not None:
+            loads = _alike(seen, foreseen, fuller, found)
+        elif demand is None:
+            loads = alike(max(1, seen.load), full, fuller)
         return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s, loads)
+
+
+class _Foreseen(NamedTuple):
+    """Requests in progress as the forecast has them, whatever there are now."""
+
+    here: float
+    soon: float
+    """The most of the quantile that is prepared for, until a start would be ready."""
+    then: float
+    """The same, at that moment."""
+    middle: float
+    """The median of that moment."""
+    held_s: float | None
+    """How long a request holds its place."""
+    until_s: float
+
+
+def _foreseen(context: Context, demand: Demand) -> _Foreseen | None:
+    seen = context.seen
+    now_s, lead_s = seen.now_s, seen.lead_s
+    quantile = context.param(QUANTILE, newsvendor(context))
+    here = expected(demand, 0.5, now_s, 0.0)
+    soon = expected(demand, quantile, now_s, lead_s)
+    then = expected(demand, quantile, now_s + lead_s, 0.0)
+    middle = expected(demand, 0.5, now_s + lead_s, 0.0)
+    if not (here and soon and then and middle):
+        return None
+    until_s = min(here.until_s, soon.until_s, then.until_s - lead_s)
+    return _Foreseen(
+        here.concurrency,
+        soon.concurrency,
+        then.concurrency,
+        middle.concurrency,
+        service_s(demand, now_s),
+        until_s,
+    )
+
+
+def _needs(load: int, seen: Seen, foreseen: _Foreseen | None, fuller: float) -> tuple[int, int, int, int]:
+    """Replicas for so many requests in progress, those that they would fit into with room, and those that are forecast
+    to be needed when a start would be ready, and until then. More requests never need less of any."""
+    full = seen.per_replica
+    need = ceil(load / full)
+    if foreseen is None:
+        return need, ceil(load / fuller), 0, 0
+    more = surge(load, foreseen.here)
+    need = min(need, ceil(remaining(load, seen, more * foreseen.middle, foreseen.held_s) / full))
+    return need, need, ceil(more * foreseen.then / full), ceil(more * foreseen.soon / full)
+
+
+def _alike(
+    seen: Seen, foreseen: _Foreseen, fuller: float, found: tuple[int, int, int, int]
+) -> tuple[int, int]:
+    """The least, 1 if not more, and the most requests in progress that need as much, by the forecast as well."""
+    load = seen.load
+    if load == 0:
+        load, found = 1, _needs(1, seen, foreseen, fuller)
+
+    def as_much(other: int) -> bool:
+        return _needs(other, seen, foreseen, fuller) == found
+
+    least, most = alike(load, seen.per_replica)
+    # What is needed never falls with the load: between two that need the same all do.
+    if not as_much(least):
+        least += bisect.bisect_left(range(least, load), True, key=as_much)
+    if not as_much(most):
+        most = load + bisect.bisect_left(range(load + 1, most + 1), True, key=lambda other: not as_much(other))
+    return least, most
 
 
 def newsvendor(context: Context) -> float:
@@ -200,29 +261,28 @@ def newsvendor(context: Context) -> float:
     return min(high, max(low, 1.0 - price / spared)) if spared > 0 else low
 
 
-def surge(seen: Seen, expected_load: float) -> float:
-    """How many times as much is in progress as was forecast for now, as far as that can't be chance, at least 1.
+def surge(load: int, expected_load: float) -> float:
+    """How many times as many requests are in progress as were forecast for now, as far as that can't be chance, at least 1.
 
     The recent rates that a forecast goes by take a minute to see a jump, the requests in progress less than their own
     time. When replicas are short they say too much: hence no more than MOST_SURGE.
     """
     if expected_load <= 0:
         return 1.0
-    sure = seen.load - SURE * math.sqrt(seen.load)
+    sure = load - SURE * math.sqrt(load)
     return min(MOST_SURGE, max(1.0, sure / expected_load))
 
 
-def remaining(seen: Seen, expected_load: float, demand: Demand) -> float:
-    """Requests in progress when a start that begins now would be ready: at least one, if there is one now.
+def remaining(load: int, seen: Seen, expected_load: float, held_s: float | None) -> float:
+    """Of so many requests in progress, and those that come, how many are in progress when a start that begins now would
+    be ready: at least one, if there is one now.
 
     What is too much for the replicas that are ready goes as fast as these are faster than what comes. What can't be
     chance counts whole, whatever was forecast.
     """
-    load = float(seen.load)
     if load <= 0:
         return 0.0
     room = seen.ready * seen.per_replica
-    held_s = service_s(demand, seen.now_s)
     gone = 0.0 if held_s is None else max(0.0, room - expected_load) * seen.lead_s / held_s
     left = expected_load + max(0.0, load - room - gone)
     return max(1.0, left, load - SURE * math.sqrt(load))

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -146,8 +146,7 @@ def prepare(case: Case, traces: Path) -> Prepared:
     rows = [row._replace(time_s=row.time_s - first_s, exec_s=case.service_s) for row in rows]
     scale = 1.0
     if case.replicas is not None:
-        rates = sorted(row.requests / row.window_s for row in rows)
-        most = rates[math.ceil(0.999 * len(rates)) - 1]
+        most = busiest([row.requests / row.window_s for row in rows])
         scale = case.replicas * case.concurrency / case.service_s / most
     begins_s = case.learn_s - case.warm_up_s
     return Prepared(
@@ -156,6 +155,12 @@ def prepare(case: Case, traces: Path) -> Prepared:
         [row for row in rows if begins_s <= row.time_s < case.until_s],
         scale,
     )
+
+
+def busiest(rates: Iterable[float]) -> float:
+    """Of all but the highest thousandth."""
+    ordered = sorted(rates)
+    return float(ordered[math.ceil(0.999 * len(ordered)) - 1])
 
 
 def sweep(case: Case) -> list[Variant]:
