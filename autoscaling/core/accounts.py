@@ -296,4 +296,15 @@ def _day(number: int) -> str:
     return datetime.fromtimestamp(number * DAY_S, UTC).strftime("%Y-%m-%d")
 
 
-__all__ = ["AHEAD", "NOTHING", "NO_ACCOUNT", "Account", "Booking", "Prewarm", "Usage", "book", "day_of", "unmet"]
+__all__ = [
+    "AHEAD",
+    "NOTHING",
+    "NO_ACCOUNT",
+    "Account",
+    "Booking",
+    "Prewarm",
+    "Usage",
+    "book",
+    "day_of",
+    "unmet",
+]

@@ -247,7 +247,9 @@ def _alike(
     if not as_much(least):
         least += bisect.bisect_left(range(least, load), True, key=as_much)
     if not as_much(most):
-        most = load + bisect.bisect_left(range(load + 1, most + 1), True, key=lambda other: not as_much(other))
+        most = load + bisect.bisect_left(
+            range(load + 1, most + 1), True, key=lambda other: not as_much(other)
+        )
     return least, most
 
 
@@ -262,7 +264,8 @@ def newsvendor(context: Context) -> float:
 
 
 def surge(load: int, expected_load: float) -> float:
-    """How many times as many requests are in progress as were forecast for now, as far as that can't be chance, at least 1.
+    """How many times as many requests are in progress as were forecast for now, as far as that can't be chance; at
+    least 1.
 
     The recent rates that a forecast goes by take a minute to see a jump, the requests in progress less than their own
     time. When replicas are short they say too much: hence no more than MOST_SURGE.

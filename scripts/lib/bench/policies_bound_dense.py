@@ -170,7 +170,8 @@ def text(result: Sequence[Mapping[str, Any]]) -> str:
     ]
     return table(head, rows) + (
         "\nBoosted trees, the best of their quantiles and margins in hindsight, and one cold start after a window began"
-        " exactly what it needs; whole replicas, their starts charged.\nTo be held against the multiples of the work in the dense part."
+        " exactly what it needs; whole replicas, their starts charged.\n"
+        "To be held against the multiples of the work in the dense part."
     )
 
 
