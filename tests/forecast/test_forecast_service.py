@@ -13,7 +13,7 @@ import bad_fitters
 import numpy as np
 import psutil
 import pytest
-from made_traffic import START_S, bursts, fitted, traffic
+from made_traffic import DAY_S, START_S, bursts, fitted, poisson, traffic
 
 from autoscaling.core.types import Forecast
 from autoscaling.forecast.book import Book
@@ -196,6 +196,27 @@ def test_a_forecast_is_worked_out_anew_only_when_it_has_moved() -> None:
     assert book.forecast("a", NOW_S + 11) is not later
     back = book.forecast("a", NOW_S - 100)  # a clock that jumps back gets no forecast from its future
     assert back is not None and back.made_s == NOW_S - 100
+
+
+def test_how_much_comes_holds_for_ten_seconds_whatever_came() -> None:
+    """When the next request comes is another question with each that came."""
+    book = Book()
+    now_s = START_S + DAY_S
+    book.install("a", fitted(poisson(0.05, 1), now_s))
+    one = book.forecast("a", now_s)
+    assert one is not None and one.demand is not None
+    book.arrived("a", now_s + 9, 20)
+    then = book.forecast("a", now_s + 9)
+    assert then is not None and then.demand is one.demand
+    assert then.next_arrival != one.next_arrival
+    book.arrived("a", now_s + 10, 20)
+    last = book.forecast("a", now_s + 10)
+    assert last is not None and last.demand is not None
+    assert last.demand.made_s == now_s + 10
+    # What was fitted anew says anew how much comes.
+    book.install("a", fitted(poisson(0.05, 1), now_s + 11))
+    anew = book.forecast("a", now_s + 11)
+    assert anew is not None and anew.demand is not None and anew.demand.made_s == now_s + 11
 
 
 def test_arrivals_before_the_first_fit_are_not_lost_and_not_counted_twice() -> None:
