@@ -31,7 +31,7 @@ from bench import calibration, clusters, engine_profile
 from bench.calibration import waited_s
 from bench.clusters import BenchError
 from bench.fidelity_figures import compared, middle, profile_of, simulated
-from bench.fidelity_live import CALIBRATION, CALIBRATION_KEEP_ALIVE_S, Live, drive, seen, seen_together
+from bench.fidelity_live import CALIBRATION, Live, drive, seen, seen_together
 from bench.fidelity_traffic import Pattern, arrivals
 from bench.numbers import table
 from deployments.fleet import Fleet, parse_fleet
@@ -59,10 +59,13 @@ def arguments(parser: ArgumentParser) -> None:
 
 def fleet(policies: Sequence[str], keep_alive_s: float, store: str) -> dict[str, Any]:
     """A model for each policy, and one to calibrate with, all with the default model's engine. Replicas start through
-    Serve, as they must on GPUs."""
+    Serve, as they must on GPUs.
+
+    The one to calibrate with is lit for as long as the others: Serve begins a start later where a replica has just gone.
+    """
     base = clusters.fleet(early_wake="off")
     (entry,) = base["models"]
-    scaling = {CALIBRATION: {"policy": "keep-alive", "keep_alive_s": CALIBRATION_KEEP_ALIVE_S}}
+    scaling = {CALIBRATION: {"policy": "keep-alive", "keep_alive_s": keep_alive_s}}
     scaling |= {policy: {"policy": policy, "keep_alive_s": keep_alive_s} for policy in policies}
     base["models"] = [
         {**entry, "id": name, "aliases": [], "scaling": {"max_replicas": 1, **of}}

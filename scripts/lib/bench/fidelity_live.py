@@ -21,7 +21,6 @@ from bench.replica_watch import Sample, Watch, held_s
 
 CALIBRATION = "calibration"
 """The model that is calibrated with."""
-CALIBRATION_KEEP_ALIVE_S = 3.0
 WORDS = 16
 """Of a prompt."""
 TIMEOUT_S = 120.0
@@ -83,7 +82,7 @@ async def drive(
                 watch,
                 CALIBRATION,
                 lambda: asker.ask(CALIBRATION),
-                CALIBRATION_KEEP_ALIVE_S,
+                options.keep_alive_s,
                 options.cycles,
                 options.burst_requests,
             )
