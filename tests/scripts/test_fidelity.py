@@ -251,7 +251,7 @@ def test_the_fleet_has_a_model_for_each_policy_with_one_keep_alive() -> None:
     parsed = parse_fleet(fidelity.fleet(["keep-alive", "predictive"], 20.0, "sqlite:///x.db"))
     specs = {model.id: scaling_spec(model) for model in parsed.models}
     assert {name: (spec.policy, spec.keep_alive_s) for name, spec in specs.items()} == {
-        fidelity_live.CALIBRATION: ("keep-alive", fidelity_live.CALIBRATION_KEEP_ALIVE_S),
+        fidelity_live.CALIBRATION: ("keep-alive", 20.0),
         "keep-alive": ("keep-alive", 20.0),
         "predictive": ("predictive", 20.0),
     }

@@ -61,7 +61,7 @@ def fleet(policies: Sequence[str], keep_alive_s: float, store: str) -> dict[str,
     """A model for each policy, and one to calibrate with, all with the default model's engine. Replicas start through
     Serve, as they must on GPUs.
 
-    The one to calibrate with is lit for as long as the others: Serve begins a start later where a replica has just gone.
+    The one to calibrate with is lit for as long as the others: after a short life Serve begins the next start later.
     """
     base = clusters.fleet(early_wake="off")
     (entry,) = base["models"]
