@@ -144,7 +144,7 @@ class Predictive:
         if replicas == 1 and need.safe <= 1:
             # What falls out of the window would not have kept more than this one.
             until_s = min(choice.until_s, need.foreseen_until_s)
-        # One request needs the one that is lit without any.
+        # With a request in progress no more are needed than without: one is lit anyway.
         stands = context.seen.ready == replicas and choice.reason is Reason.KEEP_ALIVE
         loads = need.loads if stands else None
         return Proposal(
