@@ -105,9 +105,9 @@ class Book:
                 silence_s = shown.made_s - recent.last_s
                 if 0 <= aged_s < min(max(STALE_S, STALE_SHARE * silence_s), MAX_STALE_S):
                     return shown
-            fitted, demand = page.fitted, None
-            if shown is not None and shown.demand is not None:
-                demand = shown.demand if 0 <= now_s - shown.demand.made_s < DEMAND_STALE_S else None
+            fitted = page.fitted
+            said = None if shown is None else shown.demand
+            demand = said if said is not None and 0 <= now_s - said.made_s < DEMAND_STALE_S else None
         try:
             made = fitted.forecast(now_s, recent, later=self._later, demand=demand)
         except Exception as error:  # noqa: BLE001 - a tick must not fail for one model; it is told and fitted anew

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -123,8 +124,7 @@ def test_a_forecast_of_demand_is_ridden_over_as_long_as_it_holds(
 
     def counted(model: VirtualModel, now_s: float, *given: Any) -> Any:
         ticks = riding(model, now_s, *given)
-        shown = found[0]._forecasts.forecast(model.name, now_s)
-        if shown is not None and shown.demand is not None:
+        if math.isfinite(found[0]._forecasts.demand_until_s(model.name)):
             foreseen.extend(ticks)
         return ticks
 

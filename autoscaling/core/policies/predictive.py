@@ -168,19 +168,31 @@ class Predictive:
         fuller = max(full * context.param(HEADROOM), min(full, 1.0))
         demand = context.forecast.demand if context.forecast is not None else None
         foreseen = None if demand is None else _foreseen(context, demand)
-        need, roomy, ahead, keep = found = _needs(seen.load, seen, foreseen, fuller)
+        found = _needs(seen.load, seen, foreseen, fuller)
         foreseen_s = math.inf if foreseen is None else foreseen.until_s
-        fitting = max(roomy, ahead)
+        fitting = max(found.roomy, found.ahead)
         before = context.state.series or ((now_s, float(context.before)),)
         series = push_peak(before, now_s, fitting, stable_s)
-        safe = max(int(peak(series)), keep)
+        safe = max(int(peak(series)), found.keep)
         until_s = min(peak_until_s(series, stable_s), foreseen_s)
         loads: tuple[int, int] | None = None
         if foreseen is not None:
             loads = _alike(seen, foreseen, fuller, found)
         elif demand is None:
             loads = alike(max(1, seen.load), full, fuller)
-        return _Need(need, fitting, ahead, series, safe, until_s, foreseen_s, loads)
+        return _Need(found.now, fitting, found.ahead, series, safe, until_s, foreseen_s, loads)
+
+
+class _Replicas(NamedTuple):
+    """Of a number of requests in progress. More requests never need less of any."""
+
+    now: int
+    roomy: int
+    """That they would fit into with room."""
+    ahead: int
+    """Forecast to be needed when a start would be ready."""
+    keep: int
+    """Forecast to be needed at some moment until then."""
 
 
 class _Foreseen(NamedTuple):
@@ -219,21 +231,18 @@ def _foreseen(context: Context, demand: Demand) -> _Foreseen | None:
     )
 
 
-def _needs(load: int, seen: Seen, foreseen: _Foreseen | None, fuller: float) -> tuple[int, int, int, int]:
-    """Replicas for so many requests in progress, those that they would fit into with room, and those that are forecast
-    to be needed when a start would be ready, and until then. More requests never need less of any."""
+def _needs(load: int, seen: Seen, foreseen: _Foreseen | None, fuller: float) -> _Replicas:
+    """What so many requests in progress need; `fuller`: how many a replica holds with room for more."""
     full = seen.per_replica
     need = ceil(load / full)
     if foreseen is None:
-        return need, ceil(load / fuller), 0, 0
+        return _Replicas(need, ceil(load / fuller), 0, 0)
     more = surge(load, foreseen.here)
     need = min(need, ceil(remaining(load, seen, more * foreseen.middle, foreseen.held_s) / full))
-    return need, need, ceil(more * foreseen.then / full), ceil(more * foreseen.soon / full)
+    return _Replicas(need, need, ceil(more * foreseen.then / full), ceil(more * foreseen.soon / full))
 
 
-def _alike(
-    seen: Seen, foreseen: _Foreseen, fuller: float, found: tuple[int, int, int, int]
-) -> tuple[int, int]:
+def _alike(seen: Seen, foreseen: _Foreseen, fuller: float, found: _Replicas) -> tuple[int, int]:
     """The least, 1 if not more, and the most requests in progress that need as much, by the forecast as well."""
     load = seen.load
     if load == 0:
