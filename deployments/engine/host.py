@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -199,6 +200,7 @@ class Host:
         self.template_module = template
         self.engine_dir = run_dir / "engines"
         set_private(self.engine_dir)
+        self._ipc_dir = run_dir / "ipc"
         self.config: dict[str, Any] = {"park_memory_bytes": 0, "prebuilt": "auto", "cache_dir": None}
         self.engines: dict[str, Engine] = {}
         self.models: dict[str, ModelEntry] = {}
@@ -510,12 +512,17 @@ class Host:
         engine = Engine(info, spec, settled=asyncio.get_running_loop().create_future(), path=path)
         assert engine.settled is not None
         engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
+        sockets = self._sockets_of(engine_id)
         message = {
             "op": "fork",
             "engine_id": engine_id,
             "model": spec.model,
             "argv": _argv(spec, path, sleeps=self._sleeps(spec)),
-            "env": {**dict(spec.env), **({"VLLM_SERVER_DEV_MODE": "1"} if self._sleeps(spec) else {})},
+            "env": {
+                "VLLM_RPC_BASE_PATH": str(sockets),
+                **dict(spec.env),
+                **({"VLLM_SERVER_DEV_MODE": "1"} if self._sleeps(spec) else {}),
+            },
             "gpu_ids": list(gpu_ids),
             "log": f"{base}.log",
             "requested_s": time.time(),
@@ -525,6 +532,7 @@ class Host:
         self.engines[engine_id] = engine
         status_write = -1
         try:
+            set_private(sockets)
             with _listen(info.http, 4096) as http_socket, _listen(info.control, 16) as control:
                 status_read, status_write = os.pipe()
                 self._spawn(self._read_status(engine, status_read), engine)
@@ -549,6 +557,13 @@ class Host:
         self._spawn(self._wait_ready(engine), engine)
         self._changed(engine)
         return engine
+
+    def _sockets_of(self, engine_id: str) -> Path:
+        """Where an engine's processes meet. vLLM leaves its sockets behind, thousands in time, where engines come and go.
+
+        A short name: a socket's own takes 36 of the 107 bytes of its path.
+        """
+        return self._ipc_dir / engine_id[-8:]
 
     def _sleeps(self, spec: EngineSpec) -> bool:
         """Whether an engine of this model is parked by vLLM's sleep mode, whose routes are development routes."""
@@ -658,6 +673,7 @@ class Host:
         info.state = "failed" if was_starting else "dead"
         for path in (info.http, info.control, str(self.engine_dir / f"{info.engine_id}.json")):
             Path(path).unlink(missing_ok=True)
+        shutil.rmtree(self._sockets_of(info.engine_id), ignore_errors=True)
         if was_starting:
             if entry := self.models.get(info.fingerprint):
                 if info.kind == "mapped":
@@ -883,6 +899,10 @@ class Host:
                 self._spawn(self._wait_ready(engine), engine)
             self._expire(engine, ABANDONED_S)
             log.info("took over engine %s (%s)", info.engine_id, info.state)
+        living = {self._sockets_of(engine_id) for engine_id in self.engines}
+        for sockets in self._ipc_dir.glob("*"):
+            if sockets not in living:
+                shutil.rmtree(sockets, ignore_errors=True)
 
     # Warmth
 

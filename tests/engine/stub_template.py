@@ -50,7 +50,8 @@ class _Server(HTTPServer):
 
 
 def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
-    """The engine: as its environment says."""
+    """The engine: as its environment says. It leaves a file where vLLM's processes meet, as vLLM does."""
+    (Path(os.environ["VLLM_RPC_BASE_PATH"]) / "left-behind").touch()
     if os.environ.get("STUB_CRASH"):
         os._exit(9)
     if reason := os.environ.get("STUB_FAIL"):

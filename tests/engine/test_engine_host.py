@@ -119,6 +119,11 @@ async def ask(info: EngineInfo) -> int:
     return int(json.loads(body)["pid"])
 
 
+def left_behind(run_dir: Path) -> set[str]:
+    """Whose folders of sockets there are, by the end of the engines' names."""
+    return {folder.name for folder in (run_dir / "ipc").iterdir() if (folder / "left-behind").exists()}
+
+
 async def test_an_engine_is_started_used_and_ended(node: Node, weights: Path) -> None:
     """A replica gets an engine that answers; when it lets go, the engine and its files are gone."""
     model = spec(weights)
@@ -130,6 +135,7 @@ async def test_an_engine_is_started_used_and_ended(node: Node, weights: Path) ->
     await node.released(client)
     await until(lambda: not alive(info.pid) and not node.host.engines)
     assert not list(node.host.engine_dir.iterdir())
+    assert left_behind(node.host.run_dir) == set()
 
 
 async def test_a_released_engine_is_parked_and_adopted(node: Node, weights: Path) -> None:
@@ -217,6 +223,16 @@ async def test_an_engine_whose_model_left_the_fleet_is_not_parked(
     assert await ask(info) == info.pid  # it is still used
     await node.released(client)
     await until(lambda: not alive(info.pid) and not node.host.engines)
+
+
+async def test_sockets_may_be_kept_elsewhere(node: Node, weights: Path, tmp_path: Path) -> None:
+    """Where the fleet's file names a folder for them."""
+    model = spec(weights, env={"VLLM_RPC_BASE_PATH": tmp_path})
+    node.configure(model)
+    client, _ = await node.lit(model)
+    assert (tmp_path / "left-behind").exists()
+    assert left_behind(node.host.run_dir) == set()
+    await node.released(client)
 
 
 async def test_an_engine_that_cant_start_tells_why(node: Node, weights: Path) -> None:
@@ -768,6 +784,7 @@ async def test_a_host_that_was_killed_finds_its_engines_again(
         assert (await replica.ask({"op": "attach", "engine_id": info.engine_id}))["event"] == "attached"
     status = await (await process.client()).ask({"op": "status"})
     assert [(e["pid"], e["held"]) for e in status["engines"]] == [(info.pid, True)]
+    assert left_behind(process.run_dir) == {info.engine_id[-8:]}
 
 
 async def test_a_successor_forgets_engines_that_died_meanwhile(process: HostProcess, weights: Path) -> None:
@@ -783,6 +800,7 @@ async def test_a_successor_forgets_engines_that_died_meanwhile(process: HostProc
     client = await process.client()
     assert (await client.ask({"op": "attach", "engine_id": info.engine_id}))["event"] == "exit"
     assert not list((process.run_dir / "engines").glob(f"{info.engine_id}*"))
+    assert left_behind(process.run_dir) == set()
 
 
 async def test_a_host_that_ends_takes_its_engines_along(process: HostProcess, weights: Path) -> None:
