@@ -410,8 +410,6 @@ class EngineHostConfig(_Config):
     """Models without GPUs: `auto` keeps a template of each with its engine already built, from which a start takes a
     fraction of a second; `on_demand` keeps nothing of a dark model in memory and builds from mapped weights; `off`
     starts vLLM's server as its command line does."""
-    run_dir: Folder | None = None
-    """Where the engine host keeps its sockets and logs; null lets it choose."""
 
 
 class TelemetryConfig(_Config):

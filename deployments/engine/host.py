@@ -26,57 +26,35 @@ import secrets
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deployments.engine import http
+from deployments.engine.command import STOP_GRACE_S, argv, slug, threads_for
+from deployments.engine.control import Control
 from deployments.engine.doors import DoorKeeper
+from deployments.engine.forks import StartFailed, Template, TemplateGone
+from deployments.engine.models import ModelEntry, Models
 from deployments.engine.parking import Parked, evict
-from deployments.engine.protocol import (
-    EngineInfo,
-    EngineSpec,
-    encode,
-    receive_with_fds,
-    send_with_fds,
-    set_private,
-)
-from deployments.engine.use_lock import UseLock, hold
+from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
+from deployments.engine.use_lock import UseLock, hold, let_go
 
 log = logging.getLogger("relight.host")
 
 ABANDONED_S = 10.0  # how long an engine without a replica waits for the next one
 PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the replica
-STOP_GRACE_S = 5.0
-REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 HEALTH_TIMEOUT_S = 10.0
 SLEEP_TIMEOUT_S = 120.0  # for the weights of a large model to go to host memory, or to come back
 FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
 DOWNLOAD_S = 0.2  # weights that were there sooner were on the node already
 START_ATTEMPTS = 3  # templates that may die under a start
 
-
-MAPPED_UNUSED_S = 7 * 86400.0  # mapped weights that no template was built from for so long are removed
-STEADY_S = 60.0  # a template that lived this long is replaced at once
-RESTART_DELAY_S = 2.0
 TEMPLATE = "deployments.engine.template"
 RUNGS = ("node", "weights", "template", "parked")
 """How warm a model can be on a node without a replica, coldest first."""
-
-
-class StartFailed(Exception):
-    """An engine can't start; the message is its own reason."""
-
-    stands: bool = True
-    """Whether who asks again at once would meet the same."""
-
-
-class TemplateGone(StartFailed):
-    """The template ended before it had forked: another may do it."""
 
 
 @dataclass(slots=True)
@@ -96,366 +74,46 @@ class Engine:
     weights: UseLock | None = None  # keeps that folder in the node's cache
 
 
-@dataclass(slots=True)
-class ModelEntry:
-    """What the node has of a model."""
-
-    spec: EngineSpec
-    path: str | None = None
-    resolving: asyncio.Task[str] | None = None
-    source_state: str = "unresolved"  # resolving, ready, failed
-    source_reason: str | None = None
-    source_progress: tuple[int, int] | None = None
-    template: Template | None = None
-    template_state: str = "none"  # building, ready, failed, off
-    template_reason: str | None = None
-    template_tried_s: float = 0.0
-    flat: str | None = None  # its mapped weights, once a template built from them has passed its self-test
-    failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
-    template_wanted: bool = True  # False once its memory was asked back
-    parked_bytes: int | None = None  # what its engine took when it was last parked
-    warming: asyncio.Task[None] | None = None
-    warm_reason: str | None = None  # why the last warming did not get there
-
-
-class Template:
-    """A template process, the node's or a model's: forks what it is asked to."""
-
-    def __init__(self, channel: socket.socket, name: str, on_end: Callable[[], None], log: Path) -> None:
-        self.name = name
-        self.log = log
-        self.ready: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
-        self.pid: int | None = None
-        self.flat: str | None = None
-        self._channel = channel
-        self._on_end = on_end
-        self._forks: dict[str, asyncio.Future[int]] = {}
-        channel.setblocking(False)
-        asyncio.get_running_loop().add_reader(channel.fileno(), self._receive)
-
-    def _receive(self) -> None:
-        try:
-            received = receive_with_fds(self._channel)
-        except BlockingIOError:
-            return
-        except OSError:
-            received = None
-        if received is None:
-            self.close(f"the {self.name} template ended; its log ends with: {_last_line(self.log)}")
-            return
-        message, _ = received
-        match message["event"]:
-            case "template_ready":
-                if message["threads"] > 1:
-                    log.warning("%s template has %d threads before its forks", self.name, message["threads"])
-                self.flat = message.get("flat")
-                if not self.ready.done():
-                    self.ready.set_result(message["seconds"])
-            case "template_failed":
-                if not self.ready.done():
-                    self.ready.set_exception(StartFailed(message["reason"]))
-            case "forked":
-                if (future := self._forks.pop(message["engine_id"], None)) and not future.done():
-                    future.set_result(message["pid"])
-            case "fork_failed":
-                if (future := self._forks.pop(message["engine_id"], None)) and not future.done():
-                    future.set_exception(StartFailed(message["reason"]))
-
-    def fork(self, message: Mapping[str, Any], fds: list[int]) -> asyncio.Future[int]:
-        """Ask for a fork; the future is its pid. Raises TemplateGone, StartFailed if it doesn't read."""
-        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        try:
-            send_with_fds(self._channel, message, fds)
-        except BlockingIOError as error:
-            raise StartFailed(f"the {self.name} template doesn't take its requests") from error
-        except OSError as error:
-            reason = f"the {self.name} template is gone: {error}"
-            # Before its end is read from the channel, or every new attempt would meet the same broken one.
-            self.close(reason)
-            raise TemplateGone(reason) from error
-        self._forks[message["engine_id"]] = future
-        return future
-
-    def close(self, reason: str) -> None:
-        """Forget the process; it ends when its channel closes. Idempotent."""
-        if self._channel.fileno() < 0:
-            return
-        asyncio.get_running_loop().remove_reader(self._channel.fileno())
-        self._channel.close()
-        if not self.ready.done():
-            self.ready.set_exception(TemplateGone(reason))
-        for future in self._forks.values():
-            if not future.done():
-                future.set_exception(TemplateGone(reason))
-        self._forks.clear()
-        self._on_end()
-
-
 class Host:
     """The node's engines. Everything runs on one event loop; there are no locks but one for each model's starts."""
 
     def __init__(self, run_dir: Path, template: str = TEMPLATE) -> None:
         self.run_dir = run_dir
-        self.template_module = template
         self.engine_dir = run_dir / "engines"
         set_private(self.engine_dir)
         self._ipc_dir = run_dir / "ipc"
-        self.config: dict[str, Any] = {"park_memory_bytes": 0, "prebuilt": "auto", "cache_dir": None}
         self.engines: dict[str, Engine] = {}
-        self.models: dict[str, ModelEntry] = {}
-        self.node: Template | None = None
-        self.node_process: subprocess.Popen[bytes] | None = None
+        self.models = Models(run_dir, template, self._changed, self.spawn)
         self.started_s = time.time()
-        self._configured = False
-        self._node_up = asyncio.Event()  # the node's template lives, though it may not be ready
         self._start_locks: dict[str, asyncio.Lock] = {}
         self._watchers: set[Callable[[Mapping[str, Any]], None]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._eviction_clock = 0.0
-        self._build_lock = asyncio.Lock()
-        self._closing = False
-
-    # The node's template
-
-    def start_node_template(self) -> None:
-        """Start the node's template process. Starts of engines wait until it is ready."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with (self.run_dir / "template.log").open("ab") as output:
-            self.node_process = subprocess.Popen(
-                [sys.executable, "-m", self.template_module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        theirs.close()
-        born_s = time.time()
-
-        def ended() -> None:
-            self._node_up.clear()
-            process = self.node_process
-            if process is not None:
-                process.kill()
-                process.wait()
-            if self._closing:
-                return
-            # A template that can't even import is tried again, but not in a tight loop.
-            delay_s = 0.0 if time.time() - born_s > STEADY_S else RESTART_DELAY_S
-            log.warning("the node's template ended; starting another in %.0f s", delay_s)
-            asyncio.get_running_loop().call_later(delay_s, self._restart_node_template)
-
-        self.node = Template(ours, "node", ended, self.run_dir / "template.log")
-        self.node.pid = self.node_process.pid
-        # Models without a template of their own are a rung warmer from then on.
-        self.node.ready.add_done_callback(lambda _: self._changed())
-        self._node_up.set()
-
-    def _restart_node_template(self) -> None:
-        if self._closing:
-            return
-        self.start_node_template()
-        # Models' templates outlive the node's, but the dead ones can be rebuilt now.
-        self._spawn(self._build_templates())
 
     # Models
 
     def configure(self, config: Mapping[str, Any], specs: list[EngineSpec]) -> None:
         """Take the fleet's settings and models: bring sources to this node and build templates ahead."""
-        self._configured = True
-        self._set(config)
-        wanted = {spec.fingerprint: spec for spec in specs}
-        for fingerprint, spec in wanted.items():
-            if fingerprint in self.models:
-                self.models[fingerprint].spec = spec
-            else:
-                self.models[fingerprint] = ModelEntry(spec)
-        for fingerprint in [f for f in self.models if f not in wanted]:
-            entry = self.models.pop(fingerprint)
-            if entry.template is not None:
-                entry.template.close("the model left the fleet")
-            for engine in list(self.engines.values()):
-                if engine.info.fingerprint == fingerprint and not engine.info.held:
-                    self._spawn(self.stop(engine, "its model left the fleet"))
+        left = self.models.take(config, specs)
+        for engine in list(self.engines.values()):
+            if engine.info.fingerprint in left and not engine.info.held:
+                self.spawn(self.stop(engine, "its model left the fleet"))
         self._changed()
-        self._spawn(self._build_templates())
-        self._spawn(self._evict())
-
-    def _set(self, config: Mapping[str, Any]) -> None:
-        self.config.update({k: v for k, v in config.items() if k in self.config})
-
-    def entry(self, spec: EngineSpec) -> ModelEntry:
-        """The model's entry, made if a replica came before the fleet did, or on a node without a gateway."""
-        if spec.fingerprint not in self.models and not self._configured:
-            # Nobody tells this node what left the fleet: a model's new version replaces its old one.
-            for fingerprint in [f for f, e in self.models.items() if e.spec.model == spec.model]:
-                if template := self.models.pop(fingerprint).template:
-                    template.close("another version of the model came")
-        return self.models.setdefault(spec.fingerprint, ModelEntry(spec))
-
-    async def resolve(self, entry: ModelEntry) -> str:
-        """The local folder of the model's source; fetches it at most once at a time. Raises StartFailed."""
-        if entry.path is not None and Path(entry.path).is_dir():  # noqa: ASYNC240 - a stat, of a local disk
-            return entry.path
-        if (Path(entry.spec.source) / "config.json").is_file():  # a folder: used where it is
-            entry.path, entry.source_state, entry.source_reason = entry.spec.source, "ready", None
-            return entry.path
-        if entry.resolving is None or entry.resolving.done():
-            entry.resolving = asyncio.create_task(self._fetch(entry))
-        try:
-            entry.path = await asyncio.shield(entry.resolving)
-        except StartFailed as error:
-            entry.source_state, entry.source_reason = "failed", str(error)
-            self._changed()
-            raise
-        entry.source_state, entry.source_reason = "ready", None
-        return entry.path
-
-    async def _hold_weights(self, entry: ModelEntry) -> tuple[str, UseLock | None]:
-        """The folder of the model's source, and the lock that keeps it. Raises StartFailed."""
-        while True:
-            path = await self.resolve(entry)
-            try:
-                return path, hold(Path(path))
-            except FileNotFoundError:
-                entry.path = None
-            except BlockingIOError:
-                await asyncio.sleep(0.1)
-            except OSError as error:
-                raise StartFailed(f"{path}: {error}") from error
-
-    async def _fetch(self, entry: ModelEntry) -> str:
-        # In a process of its own: fetching imports and converts, and may be killed.
-        entry.source_state = "resolving"
-        command = [sys.executable, "-m", "deployments.engine.sources", entry.spec.source, "--json"]
-        if self.config["cache_dir"]:
-            command += ["--cache-dir", self.config["cache_dir"]]
-        if self.config.get("cache_budget_bytes"):
-            command += ["--budget-bytes", str(self.config["cache_budget_bytes"])]
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **dict(entry.spec.env)},
-        )
-        assert process.stdout is not None and process.stderr is not None
-        reading_errors = asyncio.create_task(process.stderr.read())
-        path = None
-        async for line in process.stdout:
-            with contextlib.suppress(ValueError):
-                message = json.loads(line)
-                path = message.get("path", path)
-                if "done_bytes" in message:
-                    entry.source_progress = (message["done_bytes"], message["total_bytes"])
-                    self._changed()
-        errors = (await reading_errors).decode(errors="replace").strip()
-        if await process.wait() != 0 or path is None:
-            raise StartFailed(errors.splitlines()[-1] if errors else f"source {entry.spec.source} failed")
-        return str(path)
-
-    async def _build_templates(self) -> None:
-        """Build the missing model templates, one at a time: building takes all cores."""
-        async with self._build_lock:
-            for entry in list(self.models.values()):
-                if not self._is_prebuilt(entry.spec):
-                    if entry.template_state != "off":
-                        entry.template_state = "off"
-                        self._changed()
-                    if entry.spec.gpus:
-                        with contextlib.suppress(StartFailed):
-                            await self.resolve(entry)
-                elif not self._keeps_template(entry.spec) and entry.flat is not None:
-                    if entry.template is not None:
-                        entry.template_state, entry.template_reason = "off", "built when it is asked for"
-                        entry.template.close("built when it is asked for")
-                        self._changed()
-                elif (entry.template is None and entry.template_wanted) and (
-                    entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
-                ):
-                    await self._build_template(entry)
-            self._prune_mapped()
-
-    def _mapped_dir(self) -> Path:
-        return Path(self.config["cache_dir"] or _default_cache()) / "mapped"
-
-    def _prune_mapped(self) -> None:
-        """Remove mapped weights that were left by other engine arguments. Who has them mapped keeps them."""
-        used = {Path(e.flat).stem for e in self.models.values() if e.flat}
-        oldest_s = time.time() - MAPPED_UNUSED_S
-        for path in self._mapped_dir().glob("*.weights"):
-            with contextlib.suppress(FileNotFoundError):  # another host of this machine was first
-                if path.stem not in used and path.stat().st_mtime < oldest_s:
-                    path.unlink()
-                    path.with_suffix(".json").unlink()
-
-    async def _build_template(self, entry: ModelEntry) -> None:
-        entry.template_tried_s = time.time()
-        entry.template_state = "building"
-        self._changed()
-        weights: UseLock | None = None
-        try:
-            path, weights = await self._hold_weights(entry)
-            node = self.node
-            if node is None:
-                raise StartFailed("the node's template is not there")
-            await asyncio.shield(node.ready)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            template_id = f"template-{_slug(entry.spec.model)}-{secrets.token_hex(3)}"
-
-            def ended() -> None:
-                entry.template = None
-                let_weights_go(weights)
-                if entry.template_state == "ready" and not self._closing:
-                    entry.template_state = "none"
-                    self._changed()
-                    self._spawn(self._build_templates())
-
-            log_file = self.run_dir / f"{template_id}.log"
-            template = Template(ours, entry.spec.model, ended, log_file)
-            message = {
-                "op": "template",
-                "engine_id": template_id,
-                "model": entry.spec.model,
-                "argv": _argv(entry.spec, path),
-                "env": dict(entry.spec.env),
-                "log": str(log_file),
-                "flat_dir": str(self._mapped_dir()),
-                "threads": _threads_for(entry.spec),
-            }
-            entry.template = template
-            with theirs:
-                template.pid = await node.fork(message, [theirs.fileno()])
-            seconds = await asyncio.shield(template.ready)
-            log.info("template of %s built in %.1f s", entry.spec.model, seconds)
-            entry.flat = template.flat
-            if self._keeps_template(entry.spec):
-                entry.template_state, entry.template_reason = "ready", None
-            else:
-                entry.template_state, entry.template_reason = "off", "built when it is asked for"
-                template.close("built when it is asked for")
-        except (StartFailed, OSError) as error:
-            entry.template_state, entry.template_reason = "failed", str(error)
-            if entry.template is not None:
-                entry.template.close(str(error))
-            else:
-                let_weights_go(weights)
-            log.warning("no template for %s, its starts are plain: %s", entry.spec.model, error)
-        self._changed()
+        self.spawn(self.models.build())
+        self.spawn(self._evict())
 
     # Engines
 
     async def start(self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float) -> Engine:
         """Fork a new engine. Returns as soon as it is on its way: `engine.settled` tells the rest."""
-        entry = self.entry(spec)
+        entry = self.models.entry(spec)
         attempt = 1
         while True:
             began_s = time.time()
-            path, weights = await self._hold_weights(entry)
+            path, weights = await self.models.hold_weights(entry)
             held_s = time.time()
             try:
-                template, kind = await self._template_for(entry)
+                template, kind = await self.models.template_for(entry)
                 engine = await self._fork(
                     template, kind, spec, gpu_ids=gpu_ids, requested_s=requested_s, path=path, weights=weights
                 )
@@ -463,26 +121,14 @@ class Host:
                     engine.info.phases.insert(0, ("download", began_s, held_s - began_s))
                 return engine
             except TemplateGone as error:
-                let_weights_go(weights)
+                let_go(weights)
                 log.warning("start of %s, attempt %d: %s", spec.model, attempt, error)
                 if attempt == START_ATTEMPTS:
                     raise
                 attempt += 1
             except StartFailed:
-                let_weights_go(weights)
+                let_go(weights)
                 raise
-
-    async def _template_for(self, entry: ModelEntry) -> tuple[Template, str]:
-        """The model's own template, or the node's once it is ready, and how the engine comes from it."""
-        if entry.template is not None and entry.template_state == "ready":
-            return entry.template, "prebuilt"
-        await self._node_up.wait()
-        assert self.node is not None
-        node = self.node
-        await asyncio.shield(node.ready)
-        if entry.flat is not None and self._is_prebuilt(entry.spec) and Path(entry.flat).is_file():  # noqa: ASYNC240
-            return node, "mapped"
-        return node, "forked"
 
     async def _fork(
         self,
@@ -495,7 +141,7 @@ class Host:
         path: str,
         weights: UseLock | None,
     ) -> Engine:
-        engine_id = f"{_slug(spec.model)}-{secrets.token_hex(4)}"
+        engine_id = f"{slug(spec.model)}-{secrets.token_hex(4)}"
         base = self.engine_dir / engine_id
         info = EngineInfo(
             engine_id=engine_id,
@@ -517,7 +163,7 @@ class Host:
             "op": "fork",
             "engine_id": engine_id,
             "model": spec.model,
-            "argv": _argv(spec, path, sleeps=self._sleeps(spec)),
+            "argv": argv(spec, path, sleeps=self._sleeps(spec)),
             "env": {
                 "VLLM_RPC_BASE_PATH": str(sockets),
                 **dict(spec.env),
@@ -528,14 +174,14 @@ class Host:
             "requested_s": time.time(),
         }
         if kind == "mapped":
-            message |= {"flat": self.entry(spec).flat, "threads": _threads_for(spec)}
+            message |= {"flat": self.models.entry(spec).flat, "threads": threads_for(spec)}
         self.engines[engine_id] = engine
         status_write = -1
         try:
             set_private(sockets)
             with _listen(info.http, 4096) as http_socket, _listen(info.control, 16) as control:
                 status_read, status_write = os.pipe()
-                self._spawn(self._read_status(engine, status_read), engine)
+                self.spawn(self._read_status(engine, status_read), engine)
                 info.pid = await template.fork(
                     message, [http_socket.fileno(), control.fileno(), status_write]
                 )
@@ -554,12 +200,12 @@ class Host:
             if status_write >= 0:
                 os.close(status_write)
         engine.weights = weights
-        self._spawn(self._wait_ready(engine), engine)
+        self.spawn(self._wait_ready(engine), engine)
         self._changed(engine)
         return engine
 
     def _sockets_of(self, engine_id: str) -> Path:
-        """Where an engine's processes meet. vLLM leaves its sockets behind, thousands in time, where engines come and go.
+        """Where an engine's processes meet: vLLM leaves its sockets behind, and engines come and go all day.
 
         A short name: a socket's own takes 36 of the 107 bytes of its path.
         """
@@ -567,7 +213,7 @@ class Host:
 
     def _sleeps(self, spec: EngineSpec) -> bool:
         """Whether an engine of this model is parked by vLLM's sleep mode, whose routes are development routes."""
-        return bool(spec.gpus and spec.park and int(self.config["park_memory_bytes"]))
+        return bool(spec.gpus and spec.park and self.models.config.park_memory_bytes)
 
     def _hold(self, engine: Engine) -> None:
         """Become a holder of the engine and watch its process. Raises OSError if it is gone."""
@@ -602,7 +248,7 @@ class Host:
                     # Should its template die before it can name the child, this is how we know of it.
                     engine.info.pid = message["pid"]
                     if engine.info.engine_id not in self.engines:
-                        self._kill(engine)  # the start goes on elsewhere
+                        self.kill(engine)  # the start goes on elsewhere
         finally:
             transport.close()
 
@@ -618,13 +264,13 @@ class Host:
             phase = info.phases[-1][0] if info.phases else "fork"
             reason = f"not ready after {engine.spec.start_deadline_s:.0f} s (last phase done: {phase})"
             info.reason = reason
-            self._kill(engine)
+            self.kill(engine)
             return
         except OSError:
             return  # it died: _on_exit tells why
         if status != 200:
             info.reason = f"/health answered {status}"
-            self._kill(engine)
+            self.kill(engine)
             return
         now_s = time.time()
         if not any(name == "warm_up" for name, _, _ in info.phases):
@@ -635,9 +281,9 @@ class Host:
         self._register(engine)
         self._settle(engine, None)
         self._changed(engine)
-        entry = self.entry(engine.spec)
+        entry = self.models.entry(engine.spec)
         if info.kind == "forked" and entry.template_state in ("failed", "none"):
-            self._spawn(self._build_templates())
+            self.spawn(self.models.build())
 
     def _settle(self, engine: Engine, reason: str | None) -> None:
         if engine.settled is not None and not engine.settled.done():
@@ -668,14 +314,14 @@ class Host:
             engine.control.close()
         if engine.expiry is not None:
             engine.expiry.cancel()
-        let_weights_go(engine.weights)
+        let_go(engine.weights)
         engine.weights = None
         info.state = "failed" if was_starting else "dead"
         for path in (info.http, info.control, str(self.engine_dir / f"{info.engine_id}.json")):
             Path(path).unlink(missing_ok=True)
         shutil.rmtree(self._sockets_of(info.engine_id), ignore_errors=True)
         if was_starting:
-            if entry := self.models.get(info.fingerprint):
+            if entry := self.models.entries.get(info.fingerprint):
                 if info.kind == "mapped":
                     entry.flat = None  # the next start, which may come at once, is the plain one
                 else:
@@ -694,11 +340,12 @@ class Host:
     def _keep_one_log(self, info: EngineInfo) -> None:
         """Of the starts of a model that failed, the log of the last one is kept for a look."""
         living = {*self.engines, info.engine_id}
-        for log_file in self.engine_dir.glob(f"{_slug(info.model)}-{'[0-9a-f]' * 8}.log"):
+        for log_file in self.engine_dir.glob(f"{slug(info.model)}-{'[0-9a-f]' * 8}.log"):
             if log_file.stem not in living:
                 log_file.unlink(missing_ok=True)
 
-    def _kill(self, engine: Engine) -> None:
+    def kill(self, engine: Engine) -> None:
+        """At once, with all that it started."""
         if engine.info.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(engine.info.pid, signal.SIGKILL)
@@ -716,7 +363,7 @@ class Host:
             if info.engine_id not in self.engines:
                 return
             await asyncio.sleep(0.05)
-        self._kill(engine)
+        self.kill(engine)
 
     async def obtain(
         self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float, *, hold: bool
@@ -730,14 +377,14 @@ class Host:
                 if engine.info.state == "parked" and not await self._adopt(engine):
                     continue
                 if engine.info.engine_id in self.engines:
-                    self._claim(engine, hold=hold)
+                    self.claim(engine, hold=hold)
                     return engine
             for engine in list(self.engines.values()):
                 if set(gpu_ids) & set(engine.info.gpu_ids) and not engine.info.held:
                     # Ray has given these GPUs to somebody else: what is left on them goes at once.
                     engine.info.reason = "its GPUs were granted to another replica"
-                    self._kill(engine)
-            entry = self.entry(spec)
+                    self.kill(engine)
+            entry = self.models.entry(spec)
             if entry.failure is not None and time.time() - entry.failure[1] < FAILURE_STANDS_S:
                 raise StartFailed(entry.failure[0])
             try:
@@ -746,7 +393,7 @@ class Host:
                 if error.stands:
                     entry.failure = (str(error), time.time())
                 raise
-            self._claim(engine, hold=hold)
+            self.claim(engine, hold=hold)
             return engine
 
     def _waiting(self, spec: EngineSpec, gpu_ids: tuple[str, ...]) -> list[Engine]:
@@ -761,7 +408,8 @@ class Host:
         ]
         return sorted(found, key=lambda e: order[e.info.state])
 
-    def _claim(self, engine: Engine, *, hold: bool) -> None:
+    def claim(self, engine: Engine, *, hold: bool) -> None:
+        """For whoever holds it from now on, or, without `hold`, for whoever comes."""
         if engine.expiry is not None:
             engine.expiry.cancel()
             engine.expiry = None
@@ -777,7 +425,7 @@ class Host:
     def _expire(self, engine: Engine, after_s: float) -> None:
         def expired() -> None:
             if not engine.info.held and engine.info.state in ("starting", "ready"):
-                self._spawn(self.let_go(engine, park=True))
+                self.spawn(self.let_go(engine, park=True))
 
         if engine.expiry is not None:
             engine.expiry.cancel()
@@ -796,7 +444,7 @@ class Host:
             log.warning("parked engine %s no longer answers: %s", info.engine_id, error)
             info.state = "draining"  # its end is no failed start
             info.reason = f"it no longer answered after being parked: {error}"
-            self._kill(engine)
+            self.kill(engine)
             return False
         now_s = time.time()
         info.kind, info.state, info.ready_s, info.requested_s = "adopted", "ready", now_s, started_s
@@ -831,8 +479,8 @@ class Host:
         async with self._start_locks.setdefault(info.fingerprint, asyncio.Lock()):
             if info.held or info.engine_id not in self.engines:
                 return  # another replica has taken it at once
-            wanted = park and engine.spec.park and info.fingerprint in self.models
-            if wanted and self.config["park_memory_bytes"] and info.state == "ready":
+            wanted = park and engine.spec.park and info.fingerprint in self.models.entries
+            if wanted and self.models.config.park_memory_bytes and info.state == "ready":
                 await self._park(engine)
                 return
         await self.stop(engine, "no replica uses it any more")
@@ -845,12 +493,12 @@ class Host:
                 await self._ask(engine, "POST", "/sleep?level=1", within_s=SLEEP_TIMEOUT_S)
             info.memory_bytes = await asyncio.to_thread(group_pss_bytes, info.pid)
         except (OSError, TimeoutError, StartFailed) as error:
-            self._spawn(self.stop(engine, f"it could not be parked: {error}"))
+            self.spawn(self.stop(engine, f"it could not be parked: {error}"))
             return
         if info.engine_id not in self.engines:
             return  # it has ended meanwhile
         info.state = "parked"
-        if entry := self.models.get(info.fingerprint):
+        if entry := self.models.entries.get(info.fingerprint):
             entry.parked_bytes = info.memory_bytes
         self._register(engine)
         self._changed(engine)
@@ -863,10 +511,10 @@ class Host:
             for e in self.engines.values()
             if e.info.state == "parked"
         ]
-        eviction = evict(parked, int(self.config["park_memory_bytes"]), self._eviction_clock)
+        eviction = evict(parked, self.models.config.park_memory_bytes, self._eviction_clock)
         self._eviction_clock = eviction.clock
         for engine_id in eviction.evict:
-            self._spawn(self.stop(self.engines[engine_id], "evicted: the parking budget is spent"))
+            self.spawn(self.stop(self.engines[engine_id], "evicted: the parking budget is spent"))
 
     def abandon(self, engine: Engine) -> None:
         """Its replica died without a word: the next one may take it, for a while."""
@@ -896,7 +544,7 @@ class Host:
             if info.state == "starting":
                 engine.settled = asyncio.get_running_loop().create_future()
                 engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
-                self._spawn(self._wait_ready(engine), engine)
+                self.spawn(self._wait_ready(engine), engine)
             self._expire(engine, ABANDONED_S)
             log.info("took over engine %s (%s)", info.engine_id, info.state)
         living = {self._sockets_of(engine_id) for engine_id in self.engines}
@@ -906,27 +554,12 @@ class Host:
 
     # Warmth
 
-    def _is_prebuilt(self, spec: EngineSpec) -> bool:
-        """Whether its engine may be built ahead of its fork: not on GPUs, which no fork survives."""
-        return self.config["prebuilt"] != "off" and not spec.gpus
-
-    def _keeps_template(self, spec: EngineSpec) -> bool:
-        """Whether the template with its engine already built stays in memory."""
-        return self.config["prebuilt"] == "auto" and not spec.gpus
-
     def rung(self, entry: ModelEntry) -> str:
         """How warm the model is on this node besides the engines that replicas hold: one of RUNGS."""
         waiting = [e for e in self.engines.values() if e.info.fingerprint == entry.spec.fingerprint]
         if any(e.info.state in ("parked", "ready") and not e.info.held for e in waiting):
             return "parked"
-        if entry.source_state != "ready":
-            return "node"
-        built = entry.template_state == "ready" if self._keeps_template(entry.spec) else self._imported()
-        return "template" if built else "weights"
-
-    def _imported(self) -> bool:
-        """Whether the node's template has imported vLLM."""
-        return bool(self.node and self.node.ready.done() and not self.node.ready.exception())
+        return self.models.rung(entry)
 
     async def warm(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Bring the model to a rung, or let it down to one. Asked again, it goes on where it is.
@@ -935,9 +568,8 @@ class Host:
         get there}. `gpu_ids` are those that Ray granted to who asks, for an engine that is to be parked.
         """
         spec, wanted = EngineSpec.from_json(message["spec"]), RUNGS.index(message["rung"])
-        if not self._configured:
-            self._set(message.get("config") or {})
-        entry = self.entry(spec)
+        self.models.settings(message.get("config"))
+        entry = self.models.entry(spec)
         entry.template_wanted = entry.template_wanted or wanted >= RUNGS.index("template")
         if wanted < RUNGS.index(self.rung(entry)):
             await self._let_down(entry, wanted)
@@ -961,27 +593,13 @@ class Host:
             for engine in list(self.engines.values()):
                 same = engine.info.fingerprint == entry.spec.fingerprint
                 if same and engine.info.state == "parked" and not engine.info.held:
-                    self._spawn(self.stop(engine, "its memory was asked back"))
-        if wanted < RUNGS.index("template") and self._keeps_template(entry.spec):
-            entry.template_wanted = False
-            if entry.template is not None and entry.template_state == "ready":
-                # Before it is closed: its end would have another built.
-                entry.template_state, entry.template_reason = "off", "its memory was asked back"
-                entry.template.close("its memory was asked back")
-                self._changed()
+                    self.spawn(self.stop(engine, "its memory was asked back"))
+        if wanted < RUNGS.index("template"):
+            self.models.let_down(entry)
 
     async def _bring_up(self, entry: ModelEntry, rung: str, gpu_ids: tuple[str, ...]) -> None:
         try:
-            await self.resolve(entry)
-            self._changed()
-            if rung == "weights":
-                return
-            if self._keeps_template(entry.spec):
-                async with self._build_lock:
-                    if entry.template is None:
-                        await self._build_template(entry)
-            elif self.node is not None:
-                await asyncio.shield(self.node.ready)
+            await self.models.bring_up(entry, template=rung != "weights")
             if rung == "parked":
                 await self._start_parked(entry, gpu_ids)
         except StartFailed as error:
@@ -990,7 +608,7 @@ class Host:
 
     async def _start_parked(self, entry: ModelEntry, gpu_ids: tuple[str, ...]) -> None:
         """Start an engine that nobody holds, and park it. Raises StartFailed if it would not be kept."""
-        spec, budget = entry.spec, int(self.config["park_memory_bytes"])
+        spec, budget = entry.spec, self.models.config.park_memory_bytes
         others = sum(
             e.info.memory_bytes
             for e in self.engines.values()
@@ -1018,12 +636,12 @@ class Host:
             "pid": os.getpid(),
             "started_s": self.started_s,
             "template": {
-                "pid": self.node.pid if self.node else None,
-                "ready": self._imported(),
+                "pid": self.models.node.pid if self.models.node else None,
+                "ready": self.models.imported(),
             },
-            "models": [self._model_json(e) for e in self.models.values()],
+            "models": [self._model_json(e) for e in self.models.entries.values()],
             "engines": [e.info.to_json() for e in self.engines.values()],
-            "config": self.config,
+            "config": asdict(self.models.config),
         }
 
     def _model_json(self, entry: ModelEntry) -> dict[str, Any]:
@@ -1031,19 +649,17 @@ class Host:
             "model": entry.spec.model,
             "fingerprint": entry.spec.fingerprint,
             "rung": self.rung(entry),
-            "source": {
-                "state": entry.source_state,
-                "path": entry.path,
-                "reason": entry.source_reason,
-                "progress": entry.source_progress,
-            },
-            "template": {
-                "state": entry.template_state,
-                "reason": entry.template_reason,
-                "pid": entry.template.pid if entry.template else None,
-                "imported": self._imported(),
-            },
+            **self.models.to_json(entry),
         }
+
+    def watch(self, watcher: Callable[[Mapping[str, Any]], None]) -> None:
+        """Tell it everything now, and what changes from then on."""
+        self._watchers.add(watcher)
+        watcher({"event": "status", **self.status()})
+
+    def unwatch(self, watcher: Callable[[Mapping[str, Any]], None]) -> None:
+        """No more. Of one that does not watch, nothing."""
+        self._watchers.discard(watcher)
 
     def _changed(self, engine: Engine | None = None) -> None:
         for watcher in list(self._watchers):
@@ -1052,7 +668,7 @@ class Host:
             else:
                 watcher({"event": "engine", "engine": engine.info.to_json()})
 
-    def _spawn(self, work: Awaitable[Any], engine: Engine | None = None) -> None:
+    def spawn(self, work: Awaitable[Any], engine: Engine | None = None) -> None:
         task = asyncio.ensure_future(work)
         tasks = engine.tasks if engine else self._tasks
         tasks.add(task)
@@ -1064,133 +680,11 @@ class Host:
 
         task.add_done_callback(done)
 
-    # The control socket
-
-    async def serve_connection(  # noqa: PLR0912 - one branch for each message
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
-        """One client: a replica with its lease, a gateway that watches, or a question."""
-
-        def tell(message: Mapping[str, Any]) -> None:
-            if not writer.is_closing():
-                writer.write(encode(message))
-
-        held: Engine | None = None
-        try:
-            async for line in reader:
-                try:
-                    message = json.loads(line)
-                    operation = message["op"]
-                except (ValueError, KeyError, TypeError):
-                    tell({"event": "error", "reason": "not a message of this protocol"})
-                    continue
-                match operation:
-                    case "configure":
-                        specs = [EngineSpec.from_json(s) for s in message["models"]]
-                        self.configure(message["config"], specs)
-                        tell({"event": "ok"})
-                    case "status":
-                        tell({"event": "status", **self.status()})
-                    case "watch":
-                        self._watchers.add(tell)
-                        tell({"event": "status", **self.status()})
-                    case "warm":
-                        tell(await self.warm(message))
-                    case "light":
-                        self._spawn(self._light(message))
-                    case "acquire":
-                        held = await self._acquire(message, tell)
-                    case "attach":
-                        held = self._attach(message, tell)
-                    case "release" if held is not None:
-                        engine, held = held, None
-                        await self.let_go(engine, park=message.get("park", True))
-                        tell({"event": "released"})
-                    case "kill" if held is not None:
-                        held.info.reason = message.get("reason", "its replica asked for its end")
-                        self._kill(held)
-                    case _:
-                        tell({"event": "error", "reason": f"can't {operation!r} here"})
-        except (ConnectionError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            self._watchers.discard(tell)
-            if held is not None and held.watcher is tell:
-                self.abandon(held)
-            writer.close()
-
-    async def _light(self, message: Mapping[str, Any]) -> None:
-        """Start the model's engine ahead of its replica, if none is waiting or serving."""
-        spec = EngineSpec.from_json(message["spec"])
-        if any(
-            e.info.fingerprint == spec.fingerprint and e.info.state in ("starting", "ready")
-            for e in self.engines.values()
-        ):
-            return
-        with contextlib.suppress(StartFailed):
-            await self.obtain(spec, (), message["requested_s"], hold=False)
-
-    async def _acquire(
-        self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]
-    ) -> Engine | None:
-        spec = EngineSpec.from_json(message["spec"])
-        if not self._configured:
-            self._set(
-                message.get("config") or {}
-            )  # no gateway is on this node: the replica brings the settings
-        try:
-            engine = await self.obtain(spec, tuple(message["gpu_ids"]), message["requested_s"], hold=True)
-        except StartFailed as error:
-            tell({"event": "failed", "reason": str(error)})
-            return None
-        engine.watcher = tell
-        self._spawn(self._tell_when_ready(engine, tell), engine)
-        return engine
-
-    async def _tell_when_ready(self, engine: Engine, tell: Callable[[Mapping[str, Any]], None]) -> None:
-        try:
-            if engine.settled is not None:
-                await asyncio.shield(engine.settled)
-        except StartFailed as error:
-            tell({"event": "failed", "reason": str(error)})
-            return
-        tell({"event": "ready", "engine": engine.info.to_json()})
-
-    def _attach(self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]) -> Engine | None:
-        """A replica whose host was killed comes back with the engine that it holds."""
-        engine = self.engines.get(message["engine_id"])
-        if engine is None:
-            tell({"event": "exit", "engine_id": message["engine_id"], "reason": "the engine is gone"})
-            return None
-        self._claim(engine, hold=True)
-        engine.watcher = tell
-        tell({"event": "attached"})
-        return engine
-
     async def close(self) -> None:
         """End every engine and template."""
-        self._closing = True
         for engine in list(self.engines.values()):
-            self._kill(engine)
-        for entry in self.models.values():
-            if entry.template is not None:
-                entry.template.close("the host ends")
-        if self.node is not None:
-            self.node.close("the host ends")
-
-
-def _last_line(log_file: Path) -> str:
-    try:
-        lines = log_file.read_text(errors="replace").strip().splitlines()
-    except OSError:
-        lines = []
-    return lines[-1] if lines else "nothing"
-
-
-def let_weights_go(lock: UseLock | None) -> None:
-    """The cache may evict this model again, as far as this user of it is concerned."""
-    if lock is not None:
-        lock.__exit__()
+            self.kill(engine)
+        self.models.close()
 
 
 def group_pss_bytes(pgid: int | None) -> int:
@@ -1203,29 +697,6 @@ def group_pss_bytes(pgid: int | None) -> int:
                 rollup = stat.with_name("smaps_rollup").read_text()
                 total += int(re.search(r"^Pss:\s+(\d+)", rollup, re.M)[1]) * 1024  # type: ignore[index]
     return total
-
-
-def _argv(spec: EngineSpec, path: str, *, sleeps: bool = False) -> list[str]:
-    own = ["--model", path, "--served-model-name", *spec.names]
-    own += ["--shutdown-timeout", str(int(STOP_GRACE_S)), "--disable-uvicorn-access-log"]
-    if sleeps:
-        own.append("--enable-sleep-mode")
-    if spec.gpus > 1 and "--tensor-parallel-size" not in spec.argv:
-        own += ["--tensor-parallel-size", str(spec.gpus)]
-    return [*own, *spec.argv]
-
-
-def _threads_for(spec: EngineSpec) -> int:
-    wanted = dict(spec.env).get("OMP_NUM_THREADS")
-    return int(wanted) if wanted else len(os.sched_getaffinity(0))
-
-
-def _default_cache() -> str:
-    return os.environ.get("RELIGHT_CACHE") or str(Path("~/.cache/relight").expanduser())
-
-
-def _slug(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9]+", "-", model)[:24].strip("-").lower() or "model"
 
 
 def _listen(path: str, backlog: int) -> socket.socket:
@@ -1254,10 +725,10 @@ async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -
         _watch_raylet(raylet_pid, ended.set)
     host = Host(run_dir, template)
     await host.recover()
-    host.start_node_template()
+    host.models.start_node_template()
     path = run_dir / "host.sock"
     path.unlink(missing_ok=True)
-    server = await asyncio.start_unix_server(host.serve_connection, path, limit=1 << 22)
+    server = await asyncio.start_unix_server(Control(host).serve, path, limit=1 << 22)
     doors = DoorKeeper(run_dir / "doors.sock")
     async with server:
         await ended.wait()

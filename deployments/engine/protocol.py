@@ -17,11 +17,25 @@ import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 MAX_MESSAGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """The fleet's `engine_host`. What it means is said there."""
+
+    park_memory_bytes: int = 0
+    cache_dir: str | None = None
+    cache_budget_bytes: int | None = None
+    prebuilt: Literal["auto", "on_demand", "off"] = "auto"
+
+    def updated(self, told: Mapping[str, Any]) -> HostConfig:
+        """With what was told; keys of another version are left out."""
+        return replace(self, **{each.name: told[each.name] for each in fields(self) if each.name in told})
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +151,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "EngineInfo",
     "EngineSpec",
+    "HostConfig",
     "default_run_dir",
     "encode",
     "receive_with_fds",

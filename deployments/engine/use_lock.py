@@ -91,3 +91,9 @@ def hold(folder: Path) -> UseLock | None:
         lock.__exit__()
         raise
     return lock
+
+
+def let_go(lock: UseLock | None) -> None:
+    """The cache may evict this model again, as far as this user of it is concerned."""
+    if lock is not None:
+        lock.__exit__()

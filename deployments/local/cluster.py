@@ -52,8 +52,8 @@ def up(wanted: Wanted, checkout: Checkout) -> None:
             # What is wrong with the fleet file is said before anything starts.
             downloads = _packaged_models(fleet) if app == DEFAULT_APP else []
             cluster = cluster or _start(wanted, checkout)
-            for source, cache_dir in downloads:
-                _serving().prepare_model(source, cache_dir, checkout.root)
+            for source, cache_dir, budget_bytes in downloads:
+                _serving().prepare_model(source, cache_dir, budget_bytes, checkout.root)
             cluster = replace(cluster, app=app, fleet=str(fleet) if fleet.is_file() else "", served="")
             checkout.save(cluster)
             _serving().deploy(checkout, cluster, timeout_s=wanted.timeout_s)
@@ -146,8 +146,8 @@ def _keep_last_logs(checkout: Checkout) -> None:
         shutil.copytree(logs.resolve(), kept, symlinks=True, ignore_dangling_symlinks=True)
 
 
-def _packaged_models(fleet: Path) -> list[tuple[str, str | None]]:
-    """Models that come in Python packages, with the folder for their weights.
+def _packaged_models(fleet: Path) -> list[tuple[str, str | None, int | None]]:
+    """Models that come in Python packages, with the folder for weights and how many bytes these may take.
 
     These are turned into what vLLM loads here, where one sees it happen, and not in a first cold start.
     """
@@ -159,7 +159,8 @@ def _packaged_models(fleet: Path) -> list[tuple[str, str | None]]:
     except ConfigError as error:
         raise ClusterError(error.message) from None
     sources = {model.source for model in read.models if model.source.startswith("package://")}
-    return [(source, read.engine_host.cache_dir) for source in sorted(sources)]
+    host = read.engine_host
+    return [(source, host.cache_dir, host.cache_budget_bytes) for source in sorted(sources)]
 
 
 def _greet(checkout: Checkout, cluster: Cluster) -> None:

