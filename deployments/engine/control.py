@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deployments.engine.host import Engine, Host
 
 
-class Control:
+class ControlSocket:
     """Of one host."""
 
     def __init__(self, host: Host) -> None:
@@ -123,4 +123,4 @@ class Control:
         return engine
 
 
-__all__ = ["Control"]
+__all__ = ["ControlSocket"]

@@ -34,7 +34,7 @@ from typing import Any
 
 from deployments.engine import http
 from deployments.engine.command import STOP_GRACE_S, argv, slug, threads_for
-from deployments.engine.control import Control
+from deployments.engine.control import ControlSocket
 from deployments.engine.doors import DoorKeeper
 from deployments.engine.forks import StartFailed, Template, TemplateGone
 from deployments.engine.models import ModelEntry, Models
@@ -728,7 +728,7 @@ async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -
     host.models.start_node_template()
     path = run_dir / "host.sock"
     path.unlink(missing_ok=True)
-    server = await asyncio.start_unix_server(Control(host).serve, path, limit=1 << 22)
+    server = await asyncio.start_unix_server(ControlSocket(host).serve, path, limit=1 << 22)
     doors = DoorKeeper(run_dir / "doors.sock")
     async with server:
         await ended.wait()

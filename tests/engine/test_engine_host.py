@@ -24,7 +24,7 @@ from deployments.engine import host as host_module
 from deployments.engine import http
 from deployments.engine import models as models_module
 from deployments.engine.client import HostConnection, acquire
-from deployments.engine.control import Control
+from deployments.engine.control import ControlSocket
 from deployments.engine.forks import StartFailed
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
@@ -106,7 +106,9 @@ async def node(run_dir: Path) -> AsyncIterator[Node]:
     """A node whose template is there."""
     node = Node(run_dir)
     node.host.models.start_node_template()
-    server = await asyncio.start_unix_server(Control(node.host).serve, run_dir / "host.sock", limit=1 << 22)
+    server = await asyncio.start_unix_server(
+        ControlSocket(node.host).serve, run_dir / "host.sock", limit=1 << 22
+    )
     yield node
     for client in node.clients:
         client.close()

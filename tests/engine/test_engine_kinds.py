@@ -14,7 +14,7 @@ import pytest
 
 from deployments.engine import http
 from deployments.engine.client import HostConnection, acquire
-from deployments.engine.control import Control
+from deployments.engine.control import ControlSocket
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineSpec
 from tests.engine.test_engine_host import until
@@ -56,7 +56,7 @@ async def test_every_kind_of_start_gives_the_same_answers() -> None:
     run_dir = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     host = Host(run_dir)
     host.models.start_node_template()
-    server = await asyncio.start_unix_server(Control(host).serve, run_dir / "host.sock", limit=1 << 22)
+    server = await asyncio.start_unix_server(ControlSocket(host).serve, run_dir / "host.sock", limit=1 << 22)
     try:
         host.configure({"prebuilt": "auto", "park_memory_bytes": 0}, [SPEC])
         entry = host.models.entries[SPEC.fingerprint]
