@@ -177,7 +177,10 @@ class Loop:
         self._specs = specs
         self._seen = {model: seen for model, seen in observations.items() if model in observed}
         before = self._clamped
-        after = self._clamped = clamp(self.budget, specs, observations, self._made, self._spent_on(now_s))
+        spent_gpu_s = self._spent_on(now_s)
+        after = self._clamped = clamp(
+            self.budget, specs, observations, self._made, spent_gpu_s, before=before
+        )
         fresh = [
             decision
             for model, decision in after.items()

@@ -18,7 +18,7 @@ def scaling_spec(model: Model) -> Spec:
         max_replicas=scaling.max_replicas,
         target_ongoing_requests=scaling.target_ongoing_requests,
         keep_alive_s=scaling.keep_alive_s,
-        gpus_per_replica=float(gpus or 1),
+        gpus_per_replica=float(gpus),
         priority=scaling.priority,
         park=scaling.park,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
 
-from autoscaling.core.seen import begins, known, per_replica, priced
+from autoscaling.core.seen import begins, charge, known, per_replica, priced
 from autoscaling.core.types import Decision, Observation, Reason, Rung, RungProfile, Spec
 
 LONGEST_S = 60.0
@@ -275,7 +275,7 @@ def _serving_cost(spec: Spec, prices: Mapping[Rung, RungProfile]) -> float:
     profile = prices.get(Rung.SERVING)
     if profile is not None:
         return profile.cost_per_s
-    return spec.gpus_per_replica if spec.gpus_per_replica > 0 else 1.0
+    return charge(spec)
 
 
 def _load(observation: Observation) -> int:

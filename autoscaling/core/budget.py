@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from autoscaling.core.seen import charge, known, per_replica
+from autoscaling.core.seen import devices, known, per_replica
 from autoscaling.core.series import ceil
 from autoscaling.core.types import Decision, Observation, Reason, Spec
 
@@ -16,7 +16,7 @@ class Budget:
     """None: no bound."""
 
     gpus: float | None = None
-    """GPUs that all replicas together may hold, each as its spec charges it."""
+    """GPUs that all replicas together may hold."""
     gpu_s_per_day: float | None = None
     """GPU-seconds that may be spent in one UTC day."""
 
@@ -27,8 +27,11 @@ def clamp(
     observations: Mapping[str, Observation],
     decisions: Mapping[str, Decision],
     spent_gpu_s: float = 0.0,
+    *,
+    before: Mapping[str, Decision] | None = None,
 ) -> dict[str, Decision]:
-    """The same decisions, with the replicas that the budget has no room for taken away and recorded in `clamps`.
+    """The same decisions, with the replicas that the budget has no room for taken away and recorded in `clamps`, and
+    with the `ceiling` to which requests alone may raise them until the next ones. `before`: what this gave last.
 
     When the day's spend is reached, models without requests go to zero, and the others keep what they have (one, if
     they have none: a request is never turned away because its model is dark).
@@ -41,12 +44,24 @@ def clamp(
     if budget.gpu_s_per_day is not None and spent_gpu_s >= budget.gpu_s_per_day:
         for model, decision in decisions.items():
             observation = observations.get(model)
-            if decision.replicas and observation is not None and model in specs:
-                loaded = _needed(specs[model], observation, decision.replicas) > 0
-                most = max(1, _present(observation)) if loaded else 0
-                result[model] = _cut(decision, most, Reason.SPEND_LIMIT)
+            if observation is None or model not in specs:
+                continue
+            last = None if before is None else before.get(model)
+            # What requests raised before they were told of the ceiling is not theirs to keep.
+            held = None if last is None else last.ceiling
+            most = max(1, _present(observation) if held is None else min(held, _present(observation)))
+            loaded = _needed(specs[model], observation, decision.replicas or 0) > 0
+            cut = _cut(decision, most if loaded else 0, Reason.SPEND_LIMIT)
+            result[model] = replace(cut, ceiling=most)
     if budget.gpus is not None:
-        _fit(budget.gpus, specs, observations, result)
+        left = _fit(budget.gpus, specs, observations, result)
+        for model, decision in result.items():
+            each = devices(specs[model]) if model in specs else 0.0
+            if each > 0 and decision.replicas is not None:
+                # What is left may go to any one of them: which, nobody knows before the next decisions.
+                most = decision.replicas + max(0, math.floor(left / each + 1e-9))
+                most = most if decision.ceiling is None else min(most, decision.ceiling)
+                result[model] = replace(decision, ceiling=most)
     return result
 
 
@@ -55,18 +70,19 @@ def _fit(
     specs: Mapping[str, Spec],
     observations: Mapping[str, Observation],
     decisions: dict[str, Decision],
-) -> None:
+) -> float:
+    """Of the decisions, what fits; how many GPUs are left over."""
     left = gpus
     wanted = 0.0
     for model, decision in decisions.items():
-        each = charge(specs[model]) if model in specs else 1.0
+        each = devices(specs[model]) if model in specs else 1.0
         if decision.replicas is None:
             observation = observations.get(model)
             left -= each * (_present(observation) if observation is not None else 0)
         else:
             wanted += each * decision.replicas
     if wanted <= left + 1e-9:
-        return
+        return left - wanted
     units: list[tuple[bool, int, bool, int, str]] = []
     for model, decision in decisions.items():
         if not decision.replicas or model not in specs:
@@ -79,15 +95,16 @@ def _fit(
     granted: dict[str, int] = {}
     short: set[str] = set()
     for _, _, _, _, model in sorted(units):
-        each = charge(specs[model])
+        each = devices(specs[model])
         # A model's later replicas come after its earlier ones in each order, so that one refusal ends its turn.
-        if model not in short and each <= left + 1e-9:
+        if each == 0 or (model not in short and each <= left + 1e-9):
             left -= each
             granted[model] = granted.get(model, 0) + 1
         else:
             short.add(model)
     for model in short:
         decisions[model] = _cut(decisions[model], granted.get(model, 0), Reason.GPU_BUDGET)
+    return left
 
 
 def _cut(decision: Decision, most: int, reason: Reason) -> Decision:

@@ -65,14 +65,13 @@ def make_plan(
     for decision in decisions:
         spec = specs.get(decision.model)
         if spec is not None:
-            cut = Reason.GPU_BUDGET in decision.clamps or Reason.SPEND_LIMIT in decision.clamps
             entries[decision.model] = Entry(
                 replicas=decision.replicas,
                 rung=decision.rung,
                 reason=decision.reason,
                 until_s=decision.until_s,
                 spec=spec,
-                ceiling=decision.replicas if cut else None,
+                ceiling=decision.ceiling,
             )
     return Plan(now_s, now_s + ttl_s, entries)
 

@@ -117,6 +117,11 @@ def charge(spec: Spec) -> float:
     return gpus if math.isfinite(gpus) and gpus > 0 else 1.0
 
 
+def devices(spec: Spec) -> float:
+    """GPUs that one replica holds."""
+    return max(0.0, spec.gpus_per_replica) if math.isfinite(spec.gpus_per_replica) else 1.0
+
+
 def priced(spec: Spec, rungs: tuple[RungProfile, ...]) -> Mapping[Rung, RungProfile]:
     """Those rungs whose price and delay can be reckoned with. Empty unless one below SERVING is among them.
 
@@ -170,4 +175,4 @@ def _past(time_s: float | None, now_s: float) -> float | None:
     return time_s if time_s is not None and -math.inf < time_s <= now_s else None
 
 
-__all__ = ["Seen", "begins", "charge", "known", "per_replica", "priced", "see", "target"]
+__all__ = ["Seen", "begins", "charge", "devices", "known", "per_replica", "priced", "see", "target"]

@@ -80,7 +80,7 @@ class Spec:
     target_ongoing_requests: float = 16.0
     keep_alive_s: float = 60.0
     gpus_per_replica: float = 1.0
-    """What a replica is charged as. One without GPUs is charged as one."""
+    """What a replica holds, and is charged as. One without GPUs is charged as one, for it has no other price."""
     priority: int = 0
     """A higher one keeps its replicas when the GPU budget is short."""
     park: bool = True
@@ -216,6 +216,8 @@ class Decision:
     silence_s: float = field(default=0.0, compare=False)
     """It stands as well while none is in progress, if the next one comes within so many seconds of the last one's end:
     a decision in between would give another reason, and lead to the same later. 0: it does not."""
+    ceiling: int | None = field(default=None, compare=False)
+    """Whatever comes until the next decision, no more replicas than this: a budget says so. None: no budget does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoscaling.core.seen import charge
 from autoscaling.core.types import Observation, Rung, Spec
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.node_launches import FailedLaunches
@@ -261,7 +262,7 @@ class LiveMetrics:
         """GPU-seconds a second of each rung on which the model can be held here."""
         autoscaler = cluster.nodes is not None and cluster.nodes[1]
         spec = self._spec(setup.id)
-        serving = spec.gpus_per_replica
+        serving = charge(spec)
         costs = {Rung.NODE: 0.0, Rung.WEIGHTS: 0.0, Rung.TEMPLATE: 0.0, Rung.SERVING: serving}
         total_bytes, available = _memory(cluster.by_node, eligible)
         weighed = (view.weights_bytes.get(setup.id, 0) for view in cluster.views)

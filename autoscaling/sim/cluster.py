@@ -9,8 +9,8 @@ import zlib
 import numpy as np
 
 from autoscaling.core.plan import Entry, follow
-from autoscaling.core.seen import charge, per_replica
-from autoscaling.core.types import Capacity, Decision, Observation, Reason, Rung, Spec, State
+from autoscaling.core.seen import charge, devices, per_replica
+from autoscaling.core.types import Capacity, Decision, Observation, Rung, Spec, State
 from autoscaling.loop import Stands
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile
@@ -43,7 +43,7 @@ class VirtualModel:
         self.spec = spec
         self.profile = profile
         self.pool = pool
-        self.gpus = charge(spec)
+        self.gpus, self.devices = charge(spec), devices(spec)
         self.queue = Queue(
             profile.engine.slowdowns(fixed=fixed),
             deadline_s=profile.deadline_s,
@@ -197,8 +197,7 @@ class VirtualModel:
         self._moved = self._rest.moved = False
         if decision.replicas is None:
             return
-        cut = Reason.GPU_BUDGET in decision.clamps or Reason.SPEND_LIMIT in decision.clamps
-        self._ceiling = decision.replicas if cut else None
+        self._ceiling = decision.ceiling
         wanted = decision.replicas
         if observation is not None:
             wanted = self._followed(now_s, spec, decision, observation)
@@ -270,7 +269,7 @@ class VirtualModel:
 
     def _begin(self, now_s: float) -> None:
         left_s = self._rest.left_s(now_s)
-        if not self.pool.take(self.gpus):
+        if not self.pool.take(self.devices):
             self._pending += 1
             self.pool.waiting.append(self)
             return
@@ -279,7 +278,7 @@ class VirtualModel:
     def granted(self, now_s: float) -> None:
         """A start that waited for GPUs has them."""
         if self._pending == 0:
-            self.pool.give(self.gpus)
+            self.pool.give(self.devices)
             return
         self._pending -= 1
         self._start(max(now_s, self.now_s))
@@ -322,14 +321,14 @@ class VirtualModel:
     def _stop(self, now_s: float) -> None:
         """A replica has no requests any more: it is ended."""
         if self.profile.stop_s <= 0:
-            self.pool.give(self.gpus)
+            self.pool.give(self.devices)
         else:
             self._stops.append((now_s + self.profile.stop_s, now_s))
 
     def _stopped(self) -> None:
         ends_s, begun_s = self._stops.pop(0)
         self.used.stopping(begun_s, ends_s, self.gpus)
-        self.pool.give(self.gpus)
+        self.pool.give(self.devices)
 
     def _may_be_dark(self) -> None:
         if not (self._rest.dark or self._starts or self._pending or self.queue.held):

@@ -12,7 +12,9 @@ class Sharer(Protocol):
 
     name: str
     gpus: float
-    """Of each of its replicas."""
+    """What each of its replicas is charged as."""
+    devices: float
+    """GPUs that each of them holds."""
 
     def granted(self, now_s: float) -> None:
         """GPUs for a start that waited for them."""
@@ -48,7 +50,7 @@ class Pool:
         """Starts that waited for GPUs begin where there are some now."""
         left: list[Sharer] = []
         for model in self.waiting:
-            if self.take(model.gpus):
+            if self.take(model.devices):
                 model.granted(now_s)
             else:
                 left.append(model)

@@ -167,7 +167,7 @@ class Rest:
             self._pool.unpark(self._model)
             self.rung = rung
         elif rung > self.rung and self._warming is None:
-            if rung == Rung.PARKED and not self._pool.take(self._model.gpus):
+            if rung == Rung.PARKED and not self._pool.take(self._model.devices):
                 return
             takes_s = max(0.0, self._delay_s(self.rung) - self._profile.starts[rung].quantile_s(0.5))
             self._warming = (now_s + takes_s, now_s, rung)
@@ -177,7 +177,7 @@ class Rest:
         _, begun_s, rung = self._warming
         if rung == Rung.PARKED:
             self.used.starting(begun_s, now_s, self._model.gpus)
-            self._pool.give(self._model.gpus)
+            self._pool.give(self._model.devices)
         self._warming = None
 
 

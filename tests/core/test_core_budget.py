@@ -70,7 +70,34 @@ def test_replicas_count_as_their_gpus() -> None:
         ("a", spec(gpus_per_replica=4), seen(queued=30), 3),
         ("b", spec(gpus_per_replica=0), seen(queued=30), 3),
     )
-    assert counts(clamp(Budget(gpus=8), specs, observations, decisions)) == {"a": 1, "b": 3}
+    assert counts(clamp(Budget(gpus=8), specs, observations, decisions)) == {"a": 2, "b": 3}
+    assert counts(clamp(Budget(gpus=0), specs, observations, decisions)) == {"a": 0, "b": 3}
+
+
+def test_requests_alone_raise_no_further_than_what_is_left() -> None:
+    """Until the next decision, each model for itself; and one that holds no GPU without a bound."""
+    specs, observations, decisions = fleet(
+        ("a", spec(), lit(in_flight=5), 1),
+        ("b", spec(gpus_per_replica=2), seen(), 0),
+        ("c", spec(gpus_per_replica=0), seen(), 0),
+        ("d", spec(), lit(), None),
+    )
+    result = clamp(Budget(gpus=5), specs, observations, decisions)
+    assert result == decisions
+    assert {name: decision.ceiling for name, decision in result.items()} == {
+        "a": 4,
+        "b": 1,
+        "c": None,
+        "d": None,
+    }
+    full = clamp(Budget(gpus=2), specs, observations, decisions)
+    assert {name: decision.ceiling for name, decision in full.items()} == {
+        "a": 1,
+        "b": 0,
+        "c": None,
+        "d": None,
+    }
+    assert all(each.ceiling is None for each in clamp(Budget(), specs, observations, decisions).values())
 
 
 def test_what_is_held_keeps_what_it_has() -> None:
@@ -93,6 +120,24 @@ def test_a_spent_day_ends_what_nobody_uses() -> None:
     result = clamp(budget, specs, observations, decisions, 1000.0)
     assert counts(result) == {"idle": 0, "prewarm": 0, "busy": 2, "waking": 1, "held": None}
     assert result["busy"].clamps == (Reason.SPEND_LIMIT,)
+    assert {name: decision.ceiling for name, decision in result.items()} == {
+        "idle": 1,
+        "prewarm": 1,
+        "busy": 2,
+        "waking": 1,
+        "held": 1,
+    }
+
+
+def test_what_requests_raised_after_the_day_was_spent_is_taken_back() -> None:
+    """Serve's policy may raise once more before it is told of the ceiling; and less than that is kept from then on."""
+    budget = Budget(gpu_s_per_day=1000)
+    specs, observations, decisions = fleet(("m", spec(), lit(replicas=2, in_flight=40), 4))
+    first = clamp(budget, specs, observations, decisions, 1000.0)
+    raised = {"m": lit(replicas=4, in_flight=40)}
+    assert counts(clamp(budget, specs, raised, decisions, 1001.0, before=first)) == {"m": 2}
+    fewer = clamp(budget, specs, {"m": lit(in_flight=5)}, {"m": decided(1)}, 1002.0, before=first)
+    assert counts(clamp(budget, specs, raised, decisions, 1003.0, before=fewer)) == {"m": 1}
 
 
 @settings(max_examples=200)
@@ -100,7 +145,7 @@ def test_a_spent_day_ends_what_nobody_uses() -> None:
     st.lists(
         st.tuples(
             st.integers(0, 3),
-            st.sampled_from([0.5, 1.0, 4.0]),
+            st.sampled_from([0.0, 0.5, 1.0, 4.0]),
             st.integers(0, 4),
             st.integers(0, 60),
             st.integers(0, 5),

@@ -78,8 +78,8 @@ def test_a_plan_says_nothing_after_it_expired() -> None:
 
 
 def test_a_plan_is_made_of_decisions() -> None:
-    cut = Decision("m", T0, 1, Rung.COLD, Reason.DEMAND, T0 + 5, "predictive", clamps=(Reason.GPU_BUDGET,))
-    free = replace(cut, model="n", clamps=(Reason.MAX_REPLICAS,))
+    cut = Decision("m", T0, 1, Rung.COLD, Reason.DEMAND, T0 + 5, "predictive", ceiling=1)
+    free = replace(cut, model="n", ceiling=None, clamps=(Reason.MAX_REPLICAS,))
     plan = make_plan(T0, {"m": spec(), "n": spec()}, [cut, free, replace(cut, model="gone")])
     assert set(plan.entries) == {"m", "n"}
     assert (plan.entries["m"].ceiling, plan.entries["n"].ceiling) == (1, None)
