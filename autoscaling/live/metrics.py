@@ -150,17 +150,26 @@ class LiveMetrics:
 
     def take_report(self, gateway: str, report: Mapping[str, Any], rows: Sequence[TrafficRow]) -> None:
         """A gateway's view, replacing its last; `rows` are the counts in it that are new."""
+        now_s = self._clock.now_s()
         with self._lock:
+            before = self._views.get(gateway)
+            told = {} if before is None else before.report["models"]
             self._views[gateway] = _View(self._clock.monotonic_s(), report)
             for row in rows:
                 if (since := self._since.get(row.model)) is not None:
                     since.arrivals += row.arrivals
                     if row.arrivals:
-                        since.last_arrival_s = _later(since.last_arrival_s, float(row.second))
+                        since.last_arrival_s = _later(since.last_arrival_s, _past(float(row.second), now_s))
             for model, seen in report["models"].items():
-                if (since := self._since.get(model)) is not None:
-                    since.last_arrival_s = _later(since.last_arrival_s, seen.get("last_arrival_s"))
-                    since.last_busy_s = _later(since.last_busy_s, seen.get("last_busy_s"))
+                if (since := self._since.get(model)) is None:
+                    continue
+                last = told.get(model, {})
+                # Only what is new: after a clock was set back, what a gateway repeats would stay ahead of it for as long
+                # as it was set back.
+                if (time_s := seen.get("last_arrival_s")) != last.get("last_arrival_s"):
+                    since.last_arrival_s = _later(since.last_arrival_s, _past(time_s, now_s))
+                if (time_s := seen.get("last_busy_s")) != last.get("last_busy_s"):
+                    since.last_busy_s = _later(since.last_busy_s, _past(time_s, now_s))
 
     def take_serve(self, deployments: Mapping[str, ServeView], holds_s: float = SERVE_STALE_S) -> None:
         """Serve's answer, and for how long it will do without the next."""
@@ -232,6 +241,9 @@ class LiveMetrics:
         model = setup.id
         since = self._since[model]
         arrivals, since.arrivals = since.arrivals, 0
+        # For good: what lies in the future was now when the clock was set back, and is longer ago at each look.
+        since.last_arrival_s = _past(since.last_arrival_s, now_s)
+        since.last_busy_s = _past(since.last_busy_s, now_s)
         seen = [v.report["models"][model] for v in cluster.views if model in v.report["models"]]
         replicas = cluster.serve.get(setup.deployment) if cluster.serve is not None else None
         eligible = self._eligible[model] if cluster.nodes is not None else []
@@ -247,8 +259,8 @@ class LiveMetrics:
             queued=sum(each["queued"] for each in seen) if seen else None,
             in_flight=sum(each["in_flight"] for each in seen) if seen else None,
             arrivals=arrivals,
-            last_arrival_s=_past(since.last_arrival_s, now_s),
-            last_busy_s=_past(since.last_busy_s, now_s),
+            last_arrival_s=since.last_arrival_s,
+            last_busy_s=since.last_busy_s,
             rung=rung,
             rungs=self.rungs.profiles(model, self._costs(setup, eligible, cluster)),
             capacity=self.capacity.capacity(

@@ -74,6 +74,22 @@ def test_a_deployment_that_serve_does_not_know_is_unknown() -> None:
     assert place.look().ready is None
 
 
+def test_after_the_clock_was_set_back_an_idle_model_grows_idle() -> None:
+    """From that moment on; what gateways repeat of the time before is no news."""
+    place = Place()
+    busy_s = place.clock.now_s()
+    place.metrics.take_report("g", report("m", last_busy_s=busy_s, last_arrival_s=busy_s), ())
+    place.look()
+    place.clock.jump(-3600)
+    back_s = place.clock.now_s()
+    for _ in range(3):
+        place.metrics.take_report("g", report("m", last_busy_s=busy_s, last_arrival_s=busy_s), ())
+        assert (place.look().last_arrival_s, place.look().last_busy_s) == (back_s, back_s)
+        place.clock.go(1)
+    place.metrics.take_report("g", report("m", last_busy_s=place.clock.now_s()), ())
+    assert place.look().last_busy_s == place.clock.now_s()
+
+
 def test_the_clocks_of_gateways_may_be_ahead() -> None:
     """What came in the future came now."""
     place = Place()
