@@ -164,7 +164,7 @@ class LiveMetrics:
                 if (since := self._since.get(model)) is None:
                     continue
                 last = told.get(model, {})
-                # Only what is new: after a clock was set back, what a gateway repeats would stay ahead of it for as long
+                # Only what is new: after a clock was set back, what a gateway repeats stays ahead of it for as long
                 # as it was set back.
                 if (time_s := seen.get("last_arrival_s")) != last.get("last_arrival_s"):
                     since.last_arrival_s = _later(since.last_arrival_s, _past(time_s, now_s))
