@@ -114,6 +114,11 @@ class Loop:
         """GPU-seconds of the present UTC day."""
         return self._spent
 
+    def resume(self, day: str, spent_gpu_s: float) -> None:
+        """What was spent of a UTC day, this loop's part included: where it began without knowing that."""
+        if day == self._day or not self._day:
+            self._day, self._spent = day, max(self._spent, spent_gpu_s)
+
     def next_s(self) -> float:
         """The earliest `until_s` of all that stands."""
         next_s = math.inf

@@ -16,6 +16,9 @@ STATE_KEY = "gateways"
 """Under which the store keeps how far every gateway's batches are in, beside the models' states."""
 KEPT_SOURCES = 256
 COMMITS_WITHIN_S = 2.0
+WAIT_S = 60.0
+"""For how long nothing is taken while the store was not reached yet. What is in it of a gateway's batches is not known
+then, and gateways keep them for a while."""
 ACKNOWLEDGE_ANYWAY_S = 10.0
 """While the store can't write it holds what came in memory, bounded; gateways would only do the same once more."""
 
@@ -23,6 +26,9 @@ ACKNOWLEDGE_ANYWAY_S = 10.0
 class TrafficStore(Protocol):
     """The part of the store that is needed here."""
 
+    @property
+    def attached(self) -> bool: ...
+    def states(self) -> Mapping[str, State]: ...
     def add_traffic(self, rows: Sequence[TrafficRow]) -> None: ...
     def put_states(self, states: Mapping[str, State]) -> None: ...
     def together(self) -> AbstractContextManager[None]: ...
@@ -50,23 +56,24 @@ class Taken:
 class Intake:
     """Takes batches. Thread-safe."""
 
-    def __init__(self, store: TrafficStore, now_s: Callable[[], float], states: Mapping[str, State]) -> None:
+    def __init__(self, store: TrafficStore, now_s: Callable[[], float]) -> None:
         self._store = store
         self._now_s = now_s
         self._lock = threading.Lock()
-        self._sources: OrderedDict[str, _Source] = OrderedDict()
-        marks = states.get(STATE_KEY)
-        for source, sequence in (marks.values if marks else {}).items():
-            self._sources[source] = _Source(int(sequence), int(sequence))
+        self._sources: OrderedDict[str, _Source] | None = None
+        self._begun_s = now_s()
 
     def take(self, source: str, batches: Sequence[tuple[int, Sequence[Sequence[Any]]]]) -> Taken:
         """What is new in a report's batches, and up to where the gateway may forget."""
         now_s = self._now_s()
         with self._lock:
-            known = self._sources.setdefault(source, _Source())
-            self._sources.move_to_end(source)
-            while len(self._sources) > KEPT_SOURCES:
-                self._sources.popitem(last=False)
+            sources = self._sources = self._sources if self._sources is not None else self._known(now_s)
+            if sources is None:
+                return Taken((), 0)
+            known = sources.setdefault(source, _Source())
+            sources.move_to_end(source)
+            while len(sources) > KEPT_SOURCES:
+                sources.popitem(last=False)
             rows: list[TrafficRow] = []
             for sequence, batch in batches:
                 if sequence > known.taken:
@@ -74,7 +81,7 @@ class Intake:
                     known.waiting.append((sequence, now_s))
                     rows += [TrafficRow(str(row[0]), int(row[1]), *row[2:]) for row in batch]
             if rows:
-                marks = {name: float(each.taken) for name, each in self._sources.items()}
+                marks = {name: float(each.taken) for name, each in sources.items()}
                 # In one transaction: a kill between the two would lose a batch, or count it twice.
                 with self._store.together():
                     self._store.put_states({STATE_KEY: State(values=marks)})
@@ -82,6 +89,16 @@ class Intake:
             if known.waiting:
                 self._settle(known, now_s)
             return Taken(rows, known.durable)
+
+    def _known(self, now_s: float) -> OrderedDict[str, _Source] | None:
+        """How far each gateway's batches are in, as the store has it; None while that may still be learned."""
+        if not self._store.attached and now_s < self._begun_s + WAIT_S:
+            return None
+        marks = self._store.states().get(STATE_KEY)
+        return OrderedDict(
+            (source, _Source(int(sequence), int(sequence)))
+            for source, sequence in (marks.values if marks else {}).items()
+        )
 
     def _settle(self, known: _Source, now_s: float) -> None:
         health = self._store.health()

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ STARTS_BACK_S = 90 * 86400.0
 OPEN_PREWARM_S = 32 * 86400.0
 CAPACITY_PREFIX = "capacity:"
 LEAST_HORIZON_S = 60.0
+STORE_WAIT_S = 10.0
+"""For how long a start waits for a store that can't be reached: a database that is restarted, a file that is locked."""
 
 
 class ForecastService(ForecastSource, Protocol):
@@ -103,6 +105,16 @@ def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None]:
         return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What one controller leaves to the next."""
+
+    spent: tuple[str, float]
+    """The UTC day, and its GPU-seconds."""
+    prewarms: Sequence[PrewarmRow]
+    """That have not ended."""
+
+
 class Planner:
     """See the module. It is the control API's `ControllerView` too."""
 
@@ -136,6 +148,7 @@ class Planner:
         self._shadows: dict[str, tuple[ShadowWorld, Loop]] = {}
         self._ledger = TokenLedger()
         self._born_s = clock.now_s()
+        self._owes = True
         self._known_starts: set[tuple[str, float]] = set()
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
@@ -144,10 +157,14 @@ class Planner:
         self._tick_ms = 0.0
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="relight-warm")
 
+        # Models scale reactively meanwhile; who begins without it can't make up for all of it.
+        if not self.store.attached:
+            self.store.flush(STORE_WAIT_S)
         self.store.start()
         states = self.store.states()
-        self.intake = Intake(self.store, clock.now_s, states)
+        self.intake = Intake(self.store, clock.now_s)
         self._restore(states)
+        kept = self._kept()
         self.forecasts = self._start_forecasts(forecasts)
         self._publisher = Publisher(self._put_plan, clock, every_s=setup.plan_every_s)
         self._nodes = nodes or NodeRequests(request_nodes)
@@ -171,8 +188,8 @@ class Planner:
             Budget(setup.gpu_budget, setup.spend_gpu_s_per_day),
             {model: state for model, state in states.items() if model in self._base},
             accounts=self,
-            spent=self._spent(),
-            prewarms=self._open_prewarms(),
+            spent=(day_of(clock.now_s()), 0.0) if kept is None else kept.spent,
+            prewarms=() if kept is None else self._open_prewarms(kept.prewarms),
         )
         self._restore_plan()
 
@@ -185,34 +202,48 @@ class Planner:
             if (state := states.get(CAPACITY_PREFIX + model)) is not None:
                 self._metrics.capacity.restore(model, state)
             self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+
+    def _kept(self) -> _Kept | None:
+        """What must be read from the database itself; None if that can't be now: then `_catch_up` does it."""
         try:
-            for row in self.store.cold_starts(None, now_s - STARTS_BACK_S, limit=10_000):
+            kept = self._read_kept()
+        except StoreUnavailable as error:
+            self._errors["restore"] = str(error)
+            return None
+        self._owes = False
+        return kept
+
+    def _read_kept(self) -> _Kept:
+        now_s = self._clock.now_s()
+        day = day_of(now_s)
+        starts = self.store.cold_starts(None, now_s - STARTS_BACK_S, limit=10_000)
+        usage = self.store.usage(day, day, source="active")
+        prewarms = self.store.prewarms(None, now_s - OPEN_PREWARM_S)
+        for row in starts:
+            if (row.engine_id, row.ready_s) not in self._known_starts:
                 self._known_starts.add((row.engine_id, row.ready_s))
                 self._metrics.rungs.add(row)
-        except StoreUnavailable as error:
-            self._errors["restore"] = str(error)
+        spent = day, math.fsum(gpu_s for row in usage for gpu_s in row.gpu_s.values())
+        return _Kept(spent, [row for row in prewarms if row.ended_s is None and row.model in self._base])
 
-    def _spent(self) -> tuple[str, float]:
-        day = day_of(self._clock.now_s())
-        try:
-            rows = self.store.usage(day, day, source="active")
-        except StoreUnavailable as error:
-            self._errors["restore"] = str(error)
-            return day, 0.0
-        return day, math.fsum(gpu_s for row in rows for gpu_s in row.gpu_s.values())
+    def _catch_up(self) -> None:
+        """What could not be read at the start, once it can be. Raises StoreUnavailable."""
+        now_s = self._clock.now_s()
+        kept = self._read_kept()
+        self._active.resume(*kept.spent)
+        for row in kept.prewarms:
+            # Nobody looked after it meanwhile.
+            if row.model not in self._prewarms or self._prewarms[row.model].id != row.id:
+                self.store.put_prewarm(replace(row, ended_s=now_s))
+        for model in self._base:
+            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+        self._owes = False
 
-    def _open_prewarms(self) -> list[Prewarm]:
+    def _open_prewarms(self, rows: Sequence[PrewarmRow]) -> list[Prewarm]:
         """Prewarms from zero that go on. Of others it is not known any more what they came on top of: they end here."""
         now_s = self._clock.now_s()
         found: dict[str, Prewarm] = {}
-        try:
-            rows = self.store.prewarms(None, now_s - OPEN_PREWARM_S)
-        except StoreUnavailable as error:
-            self._errors["restore"] = str(error)
-            return []
         for row in rows:
-            if row.ended_s is not None or row.model not in self._base:
-                continue
             if row.reason == Reason.FORECAST_DEMAND:
                 self.store.put_prewarm(replace(row, ended_s=now_s))
                 continue
@@ -366,6 +397,8 @@ class Planner:
     def tick(self) -> None:
         """Look, decide, act, record. Never raises; what fails is in `health`."""
         began_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        if self._owes and self.store.attached:
+            self._try("restore", self._catch_up)
         self._try("starts", self._find_prewarmed)
         self._try("tokens", lambda: self._settle_tokens(now_s))
         self._active.tick(now_s)

@@ -25,7 +25,7 @@ class Place:
     def begin(self) -> None:
         """A controller starts; the one before it may have been killed."""
         self.store = Store.open(self.url, clock=self.clock)
-        self.intake = Intake(self.store, self.clock.now_s, self.store.states())
+        self.intake = Intake(self.store, self.clock.now_s)
 
     def row(self, arrivals: int) -> list[Any]:
         return ["m", int(self.clock.now_s()), arrivals, 0, 0, 0.0, 0.0]

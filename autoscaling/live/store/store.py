@@ -112,6 +112,11 @@ class Store:
             left_s -= _RETRY_S
         return True
 
+    @property
+    def attached(self) -> bool:
+        """Whether what earlier processes kept is here: False until the database was reached for the first time."""
+        return self._writer.attached
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """What one thread adds and puts within the block is committed in one transaction: a kill leaves all or none.

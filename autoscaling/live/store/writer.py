@@ -99,6 +99,11 @@ class Writer:
             self._thread.join()
 
     @property
+    def attached(self) -> bool:
+        """Whether the database was reached, and what readers are served from is in memory."""
+        return self._attached
+
+    @property
     def is_stuck(self) -> bool:
         """Whether the thread was started and has ended without being told to."""
         return self._thread is not None and not self._thread.is_alive() and not self._stop.is_set()
