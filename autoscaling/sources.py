@@ -143,17 +143,23 @@ def _clock() -> Clock:
 
 @dataclass(slots=True)
 class StoredSource:
-    """All traffic that a store knows, as windows: of a second in its last hour, longer ones before."""
+    """All traffic that a store knows, as windows: of a second in its last hour, longer ones before.
+
+    As it is when this is made: what comes meanwhile would be another trace to the next policy that is replayed on it.
+    """
 
     url: str
     clock: Clock = field(default_factory=_clock)
     bad: int = 0
     models: tuple[str, ...] = field(default=(), init=False)
+    _known: list[Traffic] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         """Raises TraceError for a store that is not there or knows no traffic; ConfigError for what is no URL."""
+        now_s = self.clock.now_s()
         with self._opened() as store:
             self.models = tuple(store.models_with_traffic())
+            self._known = [store.traffic(name, now_s) for name in self.models]
             error = store.health()["error"]
         if error is not None:
             raise TraceError(f"{self.name}: can't be read: {error}")
@@ -196,10 +202,7 @@ class StoredSource:
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""
-        now_s = self.clock.now_s()
-        with self._opened() as store:
-            known = [store.traffic(name, now_s) for name in self.models]
-        yield from heapq.merge(*map(_windows, known))
+        yield from heapq.merge(*map(_windows, self._known))
 
 
 def _windows(traffic: Traffic) -> Iterator[Row]:

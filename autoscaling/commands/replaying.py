@@ -134,10 +134,13 @@ def wrong() -> Iterator[None]:
     """What is wrong with a trace or a setting becomes one message."""
     from autoscaling.sim.compare import SettingError
     from autoscaling.sim.generate import PatternError
+    from autoscaling.sim.peers import Killed
     from autoscaling.traces import TraceError
 
     try:
         yield
+    except Killed as error:
+        raise CommandError(str(error), FAILED) from None
     except (TraceError, SettingError, PatternError) as error:
         raise CommandError(str(error), WRONG) from None
 
@@ -160,6 +163,7 @@ TABLE = {
     "wait_p95_s": "p95",
     "wait_p99_s": "p99",
     "slo_attainment": "in SLO",
+    "rejected": "turned away",
     "gpu_s": "GPU-s",
     "idle_gpu_s": "idle",
     "cost": "cost",
@@ -196,10 +200,12 @@ def write_json(path: Path, data: object) -> None:
 
 def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
     """A row for each (label, Figures)."""
+    # Mostly nobody is.
+    shown = [name for name in TABLE if name != "rejected" or any(each.rejected for _, each in reports)]
     wide_table(
-        (first, "requests", *TABLE.values()),
+        (first, "requests", *(TABLE[name] for name in shown)),
         [
-            (label, f"{each.requests:,}", *(cell(name, getattr(each, name)) for name in TABLE))
+            (label, f"{each.requests:,}", *(cell(name, getattr(each, name)) for name in shown))
             for label, each in reports
         ],
         spare=("hit", "prewarm", "p95", "idle", "requests", "cost", "wait"),

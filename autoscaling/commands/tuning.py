@@ -107,8 +107,8 @@ def _show(tuned: Tuned, written: Path | None) -> None:
         f"{tuned.measure}: {100 * tuned.saving:+.1f} % saved on what was not learned from; with 90 % confidence "
         f"{100 * tuned.saving_low:+.1f} to {100 * tuned.saving_high:+.1f} %, from {tuned.resampled}."
     )
-    if not tuned.is_sure:
-        output.say("Chance alone may give as much: keep the parameters as they are.", style="yellow")
+    if tuned.verdict is not None:
+        output.say(tuned.verdict, style="yellow")
     if written is None:
         output.say(json.dumps(tuned.policy_file(), indent=2))
     else:

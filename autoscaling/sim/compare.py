@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -15,7 +17,7 @@ from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
 from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
-from autoscaling.sim.peers import shared
+from autoscaling.sim.peers import Killed, shared
 from autoscaling.sim.replay import Setup, SpecOf, replay
 from autoscaling.sim.report import Report, priced
 from autoscaling.traces import Row, Source, TraceError
@@ -293,7 +295,7 @@ def compare(
         done: called with (how many, of how many) are through.
 
     Raises:
-        TraceError, SettingError.
+        TraceError, SettingError, Killed.
     """
     for variant in variants:
         check(variant)
@@ -318,8 +320,23 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
             yield i, simulate(base, variant, processes=processes)
         return
     # Forked: what is imported and compiled is so once. Nothing here has threads that could hold a lock.
-    with multiprocessing.get_context("fork").Pool(min(processes, len(jobs)), _quietly) as pool:
-        yield from pool.imap_unordered(_job, jobs)
+    before = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(
+        min(processes, len(jobs)), multiprocessing.get_context("fork"), initializer=_quietly
+    )
+    try:
+        for done in as_completed([pool.submit(_job, job) for job in jobs]):
+            yield done.result()
+        pool.shutdown()
+    except BrokenProcessPool:
+        raise Killed from None
+    finally:
+        # Whoever is interrupted does not wait for what is being replayed.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            if child not in before:
+                child.terminate()
+                child.join()
 
 
 def _quietly() -> None:

@@ -161,6 +161,8 @@ def _advance(  # noqa: PLR0912, PLR0915, PLR0917 - one event loop, compiled as a
                     n[HEAD] = n[TAIL]
                 if measured:
                     n[REJECTED] += 1
+                    # As one that waited in vain: to turn requests away must not be the cheapest.
+                    count_wait(i, times, cold, f, n, histogram, deadline_s)
             else:
                 n[WAITING] += 1
                 if n[READY] == 0:

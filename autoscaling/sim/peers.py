@@ -15,6 +15,15 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 
+class Killed(RuntimeError):
+    """A process that had a part of the work was ended from outside."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a process of the replay was ended before it was done; if memory ran out, --jobs 1 takes less"
+        )
+
+
 class Peers(Protocol):
     """Who replays a part of the same trace's models at the same time."""
 
@@ -46,16 +55,16 @@ class _First:
         self.count = len(others) + 1
 
     def gather(self, mine: T) -> list[T]:
-        found = [mine, *(self._receive(each) for each in self._others)]
-        for each in self._others:
-            each.send(found)
+        try:
+            found = [mine, *(self._receive(each) for each in self._others)]
+            for each in self._others:
+                each.send(found)
+        except (EOFError, ConnectionError):
+            raise Killed from None
         return found
 
     def _receive(self, other: Connection) -> Any:
-        try:
-            error, value = other.recv()
-        except EOFError:
-            raise RuntimeError("a process of the replay was ended before it was done") from None
+        error, value = other.recv()
         if error:
             raise RuntimeError(error)
         return value
@@ -76,7 +85,7 @@ class _Other:
 def shared(work: Callable[[Peers], T], processes: int) -> T:
     """What `work` returns in this process, while `processes - 1` forked ones do the same with another index.
 
-    Raises whatever `work` raises here; RuntimeError for what it raises only in another.
+    Raises whatever `work` raises here; RuntimeError for what it raises only in another; Killed.
     """
     if processes <= 1:
         return work(Alone())
@@ -121,4 +130,4 @@ def _serve(
     first.close()
 
 
-__all__ = ["Alone", "Peers", "shared"]
+__all__ = ["Alone", "Killed", "Peers", "shared"]

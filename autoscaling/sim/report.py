@@ -29,11 +29,11 @@ class Figures:
     rejected: int = 0
     """Turned away: the queue was full, or the deadline passed."""
     waited_s: float = 0.0
-    """From a request's coming to a replica's beginning with it, summed over all."""
+    """From a request's coming to a replica's beginning with it, over all; the deadline where it was turned away."""
     cold_waited_s: float = 0.0
     """The same of the cold requests."""
     wait_mean_s: float = 0.0
-    """Of the requests that were begun with."""
+    """Of a request; as in `waited_s`."""
     wait_p50_s: float = 0.0
     """Median, to within 1 %, as all quantiles."""
     wait_p95_s: float = 0.0

@@ -61,9 +61,11 @@ class Tuned:
     trials: int
     learn_until_s: float
     """Seconds from the trace's beginning; what comes later was not looked at in the search."""
-    learned: float
-    """The measure on the part that was learned from, with the parameters found."""
-    learned_default: float
+    least_slo: float | None
+    """The share of the requests that must keep to the SLO."""
+    learned: Report
+    """On the part that was learned from, with the parameters found."""
+    learned_default: Report
     """The same with the parameters as they were."""
     scored: Report
     """On the rest."""
@@ -95,6 +97,29 @@ class Tuned:
         """Whether it saves anything with 95 % confidence."""
         return self.found.low > 0
 
+    def keeps(self, report: Report) -> bool:
+        """To the SLO, as far as was asked for."""
+        return self.least_slo is None or report.total.slo_attainment >= self.least_slo
+
+    @property
+    def verdict(self) -> str | None:
+        """What speaks against the parameters that were found, or says more for them than what they save; else None."""
+        if not self.keeps(self.learned):
+            return (
+                f"No setting that was tried keeps {100 * (self.least_slo or 0):g} % of the requests to the SLO; this "
+                "one comes nearest."
+            )
+        if not self.keeps(self.scored):
+            return (
+                f"On the rest it keeps {100 * self.scored.total.slo_attainment:.1f} % of the requests to the SLO, less "
+                "than was asked for."
+            )
+        if not self.keeps(self.scored_default):
+            return "As it was, it does not keep to the SLO: what this one takes more is what that costs."
+        if self.found.low <= 0 <= self.found.high:
+            return "Chance alone may give as much: keep the parameters as they are."
+        return "On the rest it takes more: keep the parameters as they are." if self.found.high < 0 else None
+
     def policy_file(self) -> dict[str, Any]:
         """The policy: what `relight policy set --file` takes, and the fleet file under `scaling`."""
         settings = self.variant.settings
@@ -110,8 +135,8 @@ class Tuned:
                 "measure": self.measure,
                 "trials": self.trials,
                 "learn_until_s": self.learn_until_s,
-                "learned": self.learned,
-                "learned_default": self.learned_default,
+                "learned": getattr(self.learned.total, self.measure),
+                "learned_default": getattr(self.learned_default.total, self.measure),
                 "scored": getattr(self.scored.total, self.measure),
                 "scored_default": getattr(self.scored_default.total, self.measure),
                 "saving": self.found.share,
@@ -119,6 +144,10 @@ class Tuned:
                 "resampled_models": self.found.models,
                 "resampled_spans": self.found.spans,
                 "is_sure": self.is_sure,
+                "slo": self.least_slo,
+                "slo_kept": self.keeps(self.learned) and self.keeps(self.scored),
+                "rejected": self.scored.total.rejected,
+                "rejected_default": self.scored_default.total.rejected,
                 "slo_attainment": self.scored.total.slo_attainment,
                 "slo_attainment_default": self.scored_default.total.slo_attainment,
                 "trace": self.scored.trace,
@@ -202,26 +231,36 @@ def tune(
     if not searched:
         raise SettingError(f"policy {policy} has no parameter to be tuned")
     check(Variant(policy, kept))
+    length_s = _length_s(base)
     if learn_until_s is None:
-        learn_until_s = float(round(LEARNED * _length_s(base)))
+        learn_until_s = float(round(LEARNED * length_s))
+    if learn_until_s >= length_s:
+        raise SettingError(
+            f"learn_until_s: {learn_until_s:,.0f} s leave nothing to score: the trace lasts {length_s:,.0f} s"
+        )
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=base.setup.seed, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
-    default = _worth(compare(learn, [Variant(policy, kept)])[0], measure, least_slo)
+    (as_it_was,) = compare(learn, [Variant(policy, kept)], processes=processes)
+    best_report, best_worth = as_it_was, _worth(as_it_was, measure, least_slo)
     for first in range(0, trials, BATCH):
         asked = [study.ask() for _ in range(min(BATCH, trials - first))]
         variants = [Variant(policy, {**kept, **_suggested(trial, searched)}) for trial in asked]
         for trial, report in zip(asked, compare(learn, variants, processes=processes), strict=True):
-            study.tell(trial, _worth(report, measure, least_slo))
+            worth = _worth(report, measure, least_slo)
+            study.tell(trial, worth)
+            if worth < best_worth:
+                best_report, best_worth = report, worth
         if done is not None:
             done(first + len(asked), trials)
-    improved = study.best_value < default
+    improved = best_report is not as_it_was
     best = Variant(
         policy, {**kept, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
     )
     score = sampled(
-        replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)), _span_s(base, learn_until_s)
+        replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)),
+        _span_s(length_s - learn_until_s),
     )
     scored, scored_default = compare(score, [best, Variant(policy, kept)], processes=processes)
     wait_costs = {each.model: best.applied(base.spec_of(each.model)).wait_cost for each in scored.models}
@@ -230,8 +269,9 @@ def tune(
         measure=measure,
         trials=trials,
         learn_until_s=learn_until_s,
-        learned=min(study.best_value, default),
-        learned_default=default,
+        least_slo=least_slo,
+        learned=best_report,
+        learned_default=as_it_was,
         scored=replace(scored, timeline={}),
         scored_default=replace(scored_default, timeline={}),
         found=saving_of(scored, scored_default, measure, wait_costs, base.setup.seed),
@@ -267,9 +307,8 @@ def _length_s(base: Base) -> float:
     return max(0.0, last_s - first_s)
 
 
-def _span_s(base: Base, learn_until_s: float) -> float:
+def _span_s(left_s: float) -> float:
     """By days, so that each has all its hours; by eighths of what is scored where that has fewer than four days."""
-    left_s = _length_s(base) - learn_until_s
     return 86400.0 if left_s >= 4 * 86400 else max(60.0, left_s / 8)
 
 

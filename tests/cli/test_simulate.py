@@ -275,6 +275,20 @@ def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
     assert all(row.time_s <= NOON - at < row.time_s + row.window_s for row, at in zip(rows, ago, strict=True))
 
 
+def test_a_stores_history_stands_still_while_it_is_replayed(tmp_path: Path) -> None:
+    """What comes meanwhile is not in it, or each policy would be replayed on a trace of its own."""
+    clock, url = FakeClock(), f"sqlite:///{tmp_path / 'relight.db'}"
+    store = Store.open(url, clock=clock)
+    store.add_traffic([second("a", NOON - 100)])
+    store.flush()
+    source = StoredSource(url, clock)
+    before = list(source.rows())
+    store.add_traffic([second("a", NOON - 50), second("b", NOON - 40)])
+    store.close()
+    assert list(source.rows()) == before
+    assert len(list(StoredSource(url, clock).rows())) == 3
+
+
 def test_a_store_by_its_url(tmp_path: Path) -> None:
     """Its traffic, and starts that take as long as its own did."""
     clock, url = SystemClock(), f"sqlite:///{tmp_path / 'relight.db'}"

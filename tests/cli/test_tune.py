@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Cluster
-from tests.cli.sim_lab import TWO_STATES, fails, requests, says
+from tests.cli.sim_lab import TWO_STATES, fails, report, requests, says
 from tests.control.lab import SMALL
 
 TUNE = ("--policy", "keep-alive", "--parameters", "keep_alive_s", "--trials", 12, *TWO_STATES)
@@ -100,6 +100,44 @@ def test_a_bound_on_the_slo_goes_first(trace: Path) -> None:
     assert cheap["evidence"]["slo_attainment"] < 0.2
     assert kept["keep_alive_s"] > 95
     assert kept["evidence"]["slo_attainment"] >= 0.8
+    assert (kept["evidence"]["slo"], kept["evidence"]["slo_kept"]) == (0.8, True)
+
+
+def test_an_slo_that_nothing_keeps_is_said(trace: Path, tmp_path: Path) -> None:
+    """And what was found nevertheless is measured in what was asked for."""
+    file = tmp_path / "policy.json"
+    said = says("tune", trace, *TUNE, "--objective", "gpu_s", "--slo", "1", "--out", file)
+    assert "No setting that was tried keeps 100 % of the requests to the SLO" in said
+    evidence = json.loads(file.read_text())["evidence"]
+    assert evidence["slo_kept"] is False
+    assert 0 < evidence["learned"] < DAYS * 86400
+
+
+def test_what_an_slo_costs_is_no_reason_against_it(trace: Path) -> None:
+    """As it was, it did not keep to it."""
+    said = says("tune", trace, *TUNE, "--objective", "gpu_s", "--slo", "0.8")
+    assert "As it was, it does not keep to the SLO" in said
+    assert "keep the parameters as they are" not in said
+
+
+def test_turning_requests_away_saves_nothing(tmp_path: Path) -> None:
+    """They count as having waited in vain, and how many they were is shown."""
+    profile = tmp_path / "profile.json"
+    profile.write_text(json.dumps({"queue_limit": 20}))
+    file = tmp_path / "bursts.csv"
+    rows = [f"{3600 * hour + i / 20},m,1" for hour in range(24) for i in range(200)]
+    file.write_text("\n".join(["timestamp_s,model,exec_s", *rows]) + "\n")
+    settings = ("--profile", profile, "--set", "max_replicas=1", "--cold-start", "40s")
+    said = says("compare", file, "--policies", "keep-alive", "--sweep", "keep_alive_s=5,7200", *settings)
+    assert "turned away" in said
+    found = [
+        report("simulate", file, "--policy", "keep-alive", *settings, "--set", f"keep_alive_s={each}")[
+            "total"
+        ]
+        for each in (5, 7200)
+    ]
+    assert found[0]["rejected"] > 2 * found[1]["rejected"] > 0
+    assert found[0]["total_cost_gpu_s"] > found[1]["total_cost_gpu_s"]
 
 
 def test_its_file_is_used_live(trace: Path, tmp_path: Path, cluster: Cluster) -> None:
@@ -129,7 +167,7 @@ def test_its_file_is_used_live(trace: Path, tmp_path: Path, cluster: Cluster) ->
         (("--objective", "foo"), "objective 'foo' is unknown; there are total_cost_gpu_s"),
         (("--parameters", "foo"), "policy keep-alive has no parameter 'foo'; it has"),
         (("--policy", "oracle"), "policy 'oracle' can't be tuned"),
-        (("--learn-until", "100d"), "nothing comes 8,640,000 s after its beginning"),
+        (("--learn-until", "100d"), "8,640,000 s leave nothing to score: the trace lasts 8,700 s"),
         (("--out", "/nowhere/at/all.json"), "--out: /nowhere/at/all.json is in no folder"),
     ],
     ids=["objective", "parameter", "policy", "nothing-left", "folder"],

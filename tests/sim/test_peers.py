@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from autoscaling.core.types import Rung
+from autoscaling.sim import compare
 from autoscaling.sim.compare import ORACLE, Base, Variant, as_given, simulate
-from autoscaling.sim.peers import Peers, shared
+from autoscaling.sim.peers import Killed, Peers, shared
 from autoscaling.sim.profile import Start
 from autoscaling.sim.replay import Setup
 from autoscaling.sim.report import Report
@@ -132,6 +133,36 @@ def test_one_that_is_killed_ends_the_replay() -> None:
 
     with pytest.raises(RuntimeError, match="ended before it was done"):
         shared(work, 2)
+    assert not multiprocessing.active_children()
+
+
+def test_one_that_is_killed_as_it_is_answered_ends_the_replay() -> None:
+    """Not only while it works: what it is told then has nowhere to go."""
+
+    def work(peers: Peers) -> None:
+        for _ in range(2):
+            if peers.index == 1:
+                peers._first.send(("", 1))  # type: ignore[attr-defined]
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.3)
+            peers.gather(1)
+
+    with pytest.raises(Killed):
+        shared(work, 2)
+
+
+def test_a_comparison_of_which_a_process_is_killed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the reason, and none is left."""
+
+    def killed(base: Base, variant: Variant) -> Report:
+        if variant.settings["keep_alive_s"] == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return simulate(base, variant)
+
+    monkeypatch.setattr(compare, "simulate", killed)
+    variants = [Variant("keep-alive", {"keep_alive_s": each}) for each in (10.0, 20.0, 30.0)]
+    with pytest.raises(Killed, match="--jobs 1 takes less"):
+        compare.compare(Base(rows(), Setup()), variants, processes=2)
     assert not multiprocessing.active_children()
 
 

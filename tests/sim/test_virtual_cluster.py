@@ -159,11 +159,13 @@ def test_a_request_that_is_turned_away_in_time_has_still_missed_the_slo() -> Non
 
 
 def test_a_full_queue_turns_away_and_those_turned_away_do_not_fill_it() -> None:
+    """They count as having waited until the deadline, as whoever waits in vain does."""
     # Two may wait: 10 and 11; 12, 13 and 14 are too many. At 40 the first begins, so that at 41 there is room.
     rows = lab.requests([10.0, 11.0, 12.0, 13.0, 14.0, 41.0, 42.0])
-    report = lab.run(rows, lab.profile(queue_limit=2))
+    report = lab.run(rows, lab.profile(queue_limit=2, deadline_s=100.0))
     assert report.total.rejected == 4
-    assert report.total.waited_s == pytest.approx((40 - 10) + (45 - 11) + (50 - 41))
+    assert report.total.waited_s == pytest.approx((40 - 10) + (45 - 11) + (50 - 41) + 4 * 100)
+    assert report.total.slo_attainment == 0.0
 
 
 def test_no_queue_at_all_still_serves_who_finds_a_free_replica() -> None:
@@ -224,6 +226,7 @@ def plain(
             waiting.append((time_s, takes_s))
         else:
             rejected += 1
+            waited += deadline_s
     return waited, rejected
 
 
