@@ -463,6 +463,18 @@ class ControllerConfig(_Config):
     """GPU-seconds that all models together may use in a day (UTC); null means no bound."""
     shadow: ShadowConfig | None = None
 
+    @field_validator("store")
+    @classmethod
+    def _store_is_a_database(cls, store: str | None) -> str | None:
+        if store is not None:
+            from autoscaling.live.store.database import parse_url
+
+            try:
+                parse_url(store)
+            except ConfigError as error:
+                raise _Problems(((), error.message.removeprefix("store: "))) from None
+        return store
+
     @model_validator(mode="after")
     def _plans_outlive_their_period(self) -> Self:
         longest_s = max(self.tick_s, self.plan_every_s)

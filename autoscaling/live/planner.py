@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -88,21 +89,22 @@ class NoForecasts:
         return {"ok": False, "error": self._error}
 
 
-def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None]:
+def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None, Path | None]:
     """The store, and what is wrong for good with the one that was asked for: then it is another, in a temporary folder.
 
-    A database that can't be reached now is nothing wrong for good: the store connects when it can.
+    That folder is the third; whoever closes the store removes it. A database that can't be reached now is nothing
+    wrong for good: the store connects when it can.
     """
     try:
         if url is None:
             folder = data_dir()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             url = f"sqlite:///{folder / 'relight.db'}"
-        return Store.open(url, clock=clock), None
+        return Store.open(url, clock=clock), None, None
     except Exception as error:
         log.exception("the store can't be used; nothing will outlive this process")
         folder = Path(tempfile.mkdtemp(prefix="relight-store-"))
-        return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error)
+        return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error), folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ class Planner:
         self._clock = clock
         self._publish = publish
         self._lock = threading.Lock()
-        self.store, self._store_error = open_store(setup.store, clock)
+        self.store, self._store_error, self._temporary = open_store(setup.store, clock)
         self._errors: dict[str, str] = {}
         self._loop: Loop | None = None
         self._base = {model.id: model.spec for model in setup.models}
@@ -584,6 +586,8 @@ class Planner:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self.forecasts.close()
         self.store.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class _ShadowSink:

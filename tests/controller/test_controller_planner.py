@@ -304,7 +304,7 @@ def test_no_request_is_lost_or_counted_twice_by_a_kill(world: World) -> None:
 
 
 def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> None:
-    """A wrong URL: it decides, from this process's memory."""
+    """A wrong URL: it decides, from this process's memory, and leaves nothing behind."""
     world = World(tmp_path, store="mysql://nowhere/x")
     with world.planner() as planner:
         world.tick(planner)
@@ -314,6 +314,9 @@ def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> 
         health = planner.health()
         assert not health["ok"]
         assert "mysql" in health["store"]["error"]
+        folder = Path(health["store"]["url"].removeprefix("sqlite:///")).parent
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:

@@ -556,6 +556,14 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
             {"shadow": {"policy": "kpa", "params": {"stable_s": 1}}},
             "controller.shadow.params.stable_s: 1.0 is not right; expected a parameter of kpa",
         ),
+        (
+            {"store": "/var/lib/relight/relight.db"},
+            "controller.store: '/var/lib/relight/relight.db' is not a database URL. Expected sqlite:///path",
+        ),
+        ({"store": "mysql://h/db"}, "controller.store: 'mysql' in 'mysql://h/db' is not supported. Expected"),
+        ({"store": "sqlite:///:memory:"}, "controller.store: 'sqlite:///:memory:' names no file"),
+        ({"store": "postgresql://u:secret@h"}, "controller.store: 'postgresql+psycopg://u:***@h' names no"),
+        ({"store": "sqlite:///~no-such-user/a.db"}, "'sqlite:///~no-such-user/a.db' begins with a home"),
         ({"tick": 1}, "controller.tick: unknown key; did you mean 'tick_s'?"),
     ],
 )
@@ -563,6 +571,15 @@ def test_a_wrong_controller_is_refused(controller: dict[str, Any], text: str) ->
     """The same for the controller's section."""
     models = [{"id": "m", "source": "org/name"}]
     assert text in refusal({"models": models, "controller": controller})
+
+
+@pytest.mark.parametrize(
+    "store", ["sqlite:////var/lib/relight/relight.db", "postgresql://h/db", "postgresql+psycopg://u:p@h/db"]
+)
+def test_a_database_that_a_store_can_use_is_accepted(store: str) -> None:
+    """As it stands, whether it can be reached now or not."""
+    models = [{"id": "m", "source": "org/name"}]
+    assert parse_fleet({"models": models, "controller": {"store": store}}).controller.store == store
 
 
 @pytest.mark.parametrize(
