@@ -29,6 +29,7 @@ from autoscaling.live.metrics import LiveMetrics
 from autoscaling.live.node_waits import NodeWaits
 from autoscaling.live.nodes import NodeRequests, request_nodes
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
+from autoscaling.live.rungs import KEPT_STARTS
 from autoscaling.live.setup import ControllerSetup
 from autoscaling.live.shadow import ShadowWorld
 from autoscaling.live.store import Store, StoreUnavailable
@@ -44,6 +45,8 @@ WINDOWS_AHEAD_S = 2 * 86400.0
 CAPACITY_EVERY_S = 60.0
 UNCLAIMED_AFTER_S = 5.0
 """How long a gateway has to tell of a start before it is taken for one that nobody waited for."""
+KNOWN_FOR_S = 3600.0
+"""For how long a start is known of whose engine nobody tells: a gateway that was silent tells of it again."""
 STARTS_BACK_S = 90 * 86400.0
 OPEN_PREWARM_S = 32 * 86400.0
 CAPACITY_PREFIX = "capacity:"
@@ -151,7 +154,7 @@ class Planner:
         self._ledger = TokenLedger()
         self._born_s = clock.now_s()
         self._owes = True
-        self._known_starts: set[tuple[str, float]] = set()
+        self._known_starts: dict[tuple[str, float], float] = {}  # when told last, monotonic
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
         self._capacity_at_s = clock.monotonic_s()
@@ -218,12 +221,14 @@ class Planner:
     def _read_kept(self) -> _Kept:
         now_s = self._clock.now_s()
         day = day_of(now_s)
-        starts = self.store.cold_starts(None, now_s - STARTS_BACK_S, limit=10_000)
+        starts = self.store.newest_starts(now_s - STARTS_BACK_S, KEPT_STARTS)
         usage = self.store.usage(day, day, source="active")
         prewarms = self.store.prewarms(None, now_s - OPEN_PREWARM_S)
         for row in starts:
-            if (row.engine_id, row.ready_s) not in self._known_starts:
-                self._known_starts.add((row.engine_id, row.ready_s))
+            key = row.engine_id, row.ready_s
+            if key not in self._known_starts:
+                if row.ready_s >= self._born_s:
+                    self._known_starts[key] = self._clock.monotonic_s()
                 self._metrics.rungs.add(row)
         spent = day, math.fsum(gpu_s for row in usage for gpu_s in row.gpu_s.values())
         return _Kept(spent, [row for row in prewarms if row.ended_s is None and row.model in self._base])
@@ -349,7 +354,7 @@ class Planner:
         self._add_start(row)
 
     def _add_start(self, row: ColdStartRow) -> None:
-        self._known_starts.add((row.engine_id, row.ready_s))
+        self._known_starts[row.engine_id, row.ready_s] = self._clock.monotonic_s()
         self._unclaimed.pop((row.engine_id, row.ready_s), None)
         self._metrics.rungs.add(row)
         self.store.add_cold_start(row)
@@ -370,8 +375,14 @@ class Planner:
                 if steady_s - first_s >= UNCLAIMED_AFTER_S and engine["model"] in self._base:
                     self._add_start(self._prewarmed(engine, node))
         self._unclaimed = {key: at_s for key, at_s in self._unclaimed.items() if key[0] in living}
+        for key, told_s in self._known_starts.copy().items():
+            if key[0] in living:
+                self._known_starts[key] = steady_s
+            elif steady_s - told_s >= KNOWN_FOR_S:
+                del self._known_starts[key]
         with self._lock:
-            self._ledger.forget(living)
+            sources = {str(report["source"]) for report in self._metrics.reports().values()}
+            self._ledger.forget(living, sources)
             self._metrics.capacity.forget(living)
 
     def _prewarmed(self, engine: Mapping[str, Any], node: str) -> ColdStartRow:

@@ -13,7 +13,8 @@ import pytest
 from autoscaling.core.types import Forecast, NextArrival, Reason, Rung
 from autoscaling.live import planner as planner_module
 from autoscaling.live.planner import Planner
-from autoscaling.live.records import Override
+from autoscaling.live.records import ColdStartRow, Override
+from autoscaling.live.rungs import KEPT_STARTS
 from tests.controller.lab import NOW_S, World, engine, serve_view, setup
 
 
@@ -262,6 +263,45 @@ def test_measured_starts_and_capacity_outlive_the_controller(world: World) -> No
         world.tick(planner)
         profiles = {p.rung: p for p in planner.observations()["m"].rungs}
         assert (profiles[Rung.TEMPLATE].delay_s, profiles[Rung.TEMPLATE].starts) == (7.0, 1)
+
+
+def test_a_model_that_starts_often_pushes_out_no_other_models_starts(tmp_path: Path) -> None:
+    """A successor knows of the rare one what was measured, however much came between."""
+    world = World(tmp_path, setup("often"), setup("rare"))
+    with world.planner() as planner:
+        planner.store.add_cold_start(
+            ColdStartRow("rare", "r", NOW_S - 86400, NOW_S - 86495, 95.0, "forked", rung=Rung.WEIGHTS)
+        )
+        for number in range(10_000):
+            ready_s = NOW_S - 10_000 + number
+            planner.store.add_cold_start(
+                ColdStartRow("often", f"o{number}", ready_s, ready_s - 3, 3.0, "forked", rung=Rung.WEIGHTS)
+            )
+    with world.planner():
+        for model, delay_s, starts in (("often", 3.0, KEPT_STARTS), ("rare", 95.0, 1)):
+            (profile,) = world.metrics.rungs.profiles(model, {Rung.WEIGHTS: 0.0})
+            assert (profile.delay_s, profile.starts) == (delay_s, starts)
+
+
+def test_starts_of_engines_that_are_gone_are_forgotten(world: World, planner: Planner) -> None:
+    """Not while their gateway is only silent: what somebody waited for would be told again as a prewarm's."""
+    began_s = planner.now_s()
+    engines = [engine(engine_id=f"e{i}", requested_s=began_s, ready_s=began_s + 2) for i in range(3)]
+    told = {"begun_s": began_s, "ready_s": began_s + 2, "total_s": 2.0, "prewarmed": False, "phases": []}
+    starts = [{**told, "model": "m", "engine_id": e["engine_id"], "kind": "prebuilt"} for e in engines]
+    world.reports["g"] |= {"engines": engines, "starts": starts}
+    world.tick(planner)
+    reports, world.reports = {"g": world.reports["g"] | {"starts": []}}, {}
+    for _ in range(30):
+        world.tick(planner)
+    world.reports = reports
+    for _ in range(10):
+        world.tick(planner)
+    assert [row.prewarmed for row in planner.store.cold_starts("m", 0)] == [False] * 3
+    world.reports["g"]["engines"] = engines[:1]
+    for _ in range(3):
+        world.tick(planner, planner_module.KNOWN_FOR_S / 2)
+    assert [engine_id for engine_id, _ in planner._known_starts] == ["e0"]
 
 
 def test_a_start_that_nobody_waited_for_is_found_in_the_reports(world: World, planner: Planner) -> None:

@@ -138,6 +138,14 @@ def read_cold_starts(
     ]
 
 
+def read_newest_starts(connection: Connection, since_s: float, each: int) -> list[ColdStartRow]:
+    table = schema.cold_starts
+    nth = func.row_number().over(partition_by=(table.c.model, table.c.rung), order_by=table.c.ready_s.desc())
+    ranked = select(table, nth.label("nth")).where(table.c.ready_s >= since_s).subquery()
+    newest = select(*(ranked.c[column.name] for column in table.c)).where(ranked.c.nth <= each)
+    return [to_cold_start(dict(row)) for row in connection.execute(newest).mappings()]
+
+
 def read_prewarms(connection: Connection, model: str | None, since_s: float, limit: int) -> list[PrewarmRow]:
     table = schema.prewarms
     return [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection
 
-from autoscaling.core.types import Decision, State
+from autoscaling.core.types import Decision, Rung, State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
 from autoscaling.live.store import bulk, journal, logs
 from autoscaling.live.store.buffer import Batch, add_usage
@@ -358,6 +359,28 @@ class Store:
             by_key.update(batch.cold_starts)
         wanted = (row for row in by_key.values() if row.ready_s >= since_s and model in {None, row.model})
         return heapq.nlargest(limit, wanted, key=lambda row: row.ready_s)[::-1]
+
+    def newest_starts(self, since_s: float, each: int) -> list[ColdStartRow]:
+        """Of every model and every rung the newest `each` cold starts that were ready since then, oldest first.
+
+        A model that starts often leaves those of the others their place.
+
+        Raises:
+            StoreUnavailable: the database can't be read now.
+        """
+        rows, waiting = self._read_with_waiting(
+            lambda connection: logs.read_newest_starts(connection, since_s, each)
+        )
+        by_key = {(row.engine_id, row.ready_s): row for row in rows}
+        for batch in waiting:
+            by_key.update(batch.cold_starts)
+        found: list[ColdStartRow] = []
+        taken: Counter[tuple[str, Rung]] = Counter()
+        for row in sorted(by_key.values(), key=lambda row: row.ready_s, reverse=True):
+            taken[row.model, row.rung] += 1
+            if row.ready_s >= since_s and taken[row.model, row.rung] <= each:
+                found.append(row)
+        return found[::-1]
 
     def put_prewarm(self, row: PrewarmRow) -> None:
         """Records a prewarm, or how it goes on: the same id replaces what was said."""
