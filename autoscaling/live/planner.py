@@ -141,6 +141,7 @@ class Planner:
         self._lock = threading.Lock()
         self.store, self._store_error, self._temporary = open_store(setup.store, clock)
         self._errors: dict[str, str] = {}
+        self._override_errors: Mapping[str, str] = {}
         self._loop: Loop | None = None
         self._base = {model.id: model.spec for model in setup.models}
         self._schedules = {model.id: list(model.schedules) for model in setup.models}
@@ -460,18 +461,19 @@ class Planner:
             return self._specs
         self._changed.clear()
         rows = self.store.overrides(now_s)
-        applied = overrides.apply(
-            self._base, rows, self._schedules, now_s, WINDOWS_AHEAD_S, report=self._report_override
-        )
+        wrong: dict[str, str] = {}
+
+        def report(label: str, error: Exception) -> None:
+            wrong[f"override {label}"] = str(error)
+
+        applied = overrides.apply(self._base, rows, self._schedules, now_s, WINDOWS_AHEAD_S, report=report)
+        self._override_errors = wrong
         self._mode = overrides.mode(rows, self._setup.mode, now_s)
         self._shadow_specs = overrides.shadows(applied, [*self._fleet_shadow(), *rows], now_s)
         self._specs = self._metrics.in_force = applied
         self._specs_at_s = steady_s
         self._specs_until_s = min((o.until_s for o in rows if o.until_s is not None), default=math.inf)
         return applied
-
-    def _report_override(self, label: str, error: Exception) -> None:
-        self._errors[f"override {label}"] = str(error)
 
     def _fleet_shadow(self) -> list[Override]:
         if self._setup.shadow is None:
@@ -570,7 +572,7 @@ class Planner:
         if self._store_error is not None:
             store |= {"ok": False, "error": self._store_error}
         forecaster = dict(self.forecasts.health())
-        errors = {**self._errors, **self._active.errors}
+        errors = {**self._errors, **self._override_errors, **self._active.errors}
         for name, (_, loop) in dict(self._shadows).items():
             errors |= {f"shadow {name}: {what}": error for what, error in loop.errors.items()}
         errors |= {f"warm {model}": reason for model, reason in dict(self._rungs.failures).items()}

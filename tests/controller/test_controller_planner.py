@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -478,11 +479,41 @@ def test_a_clock_that_is_set_scales_no_loaded_model_down_and_no_idle_one_up(
 
 
 def test_an_override_that_is_not_understood_is_said_and_left_out(world: World, planner: Planner) -> None:
-    """One that another release wrote."""
-    said(planner, "policy", {"policy": "from-the-future"})
+    """One that another release wrote; until it is undone."""
+    override = said(planner, "policy", {"policy": "from-the-future"})
     world.tick(planner)
     assert planner.models()["m"].policy == "keep-alive"
     assert "from-the-future" in str(planner.health()["errors"])
+    planner.store.undo_override(override.id, "test", planner.now_s())
+    planner.overrides_changed()
+    world.tick(planner)
+    assert planner.health()["ok"], planner.health()
+
+
+@pytest.mark.parametrize("end", ["prewarm", "mode"])
+def test_what_could_not_be_warmed_is_said_while_it_is_to_be(
+    world: World, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for ever after its prewarm is over, and not in a mode that warms nothing."""
+    answer = {"rung": "weights", "working": False, "reason": "no room"}
+    monkeypatch.setattr(world, "_warm", lambda *_: answer)
+    world.reports["g"]["host_models"] = [{"model": "m", "rung": "weights"}]
+    with world.planner() as planner:
+        world.tick(planner)
+        asked = prewarm(planner, rung="template", replicas=0, for_s=3600)
+        for _ in range(500):
+            world.tick(planner)
+            if planner.health()["errors"]:
+                break
+            time.sleep(0.01)  # hosts are asked by other threads
+        assert planner.health()["errors"] == {"warm m": "no room"}
+        if end == "prewarm":
+            planner.store.undo_override(asked.id, "test", planner.now_s())
+            planner.overrides_changed()
+        else:
+            said(planner, "mode", {"mode": "off"}, model=None)
+        world.tick(planner)
+        assert planner.health()["ok"], planner.health()
 
 
 def test_specs_are_read_anew_when_an_override_ends(world: World, planner: Planner) -> None:
