@@ -542,6 +542,9 @@ class Planner:
     def base_models(self) -> Mapping[str, Spec]:
         return self._base
 
+    def fleet_schedules(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        return self._schedules
+
     def aliases(self) -> Mapping[str, str]:
         return {alias: model.id for model in self._setup.models for alias in model.aliases}
 

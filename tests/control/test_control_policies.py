@@ -185,6 +185,21 @@ def test_a_schedule_shows_its_next_times_on_its_own_clock(lab: Lab) -> None:
     assert lab.ok("GET", "schedules", model=SMALL) == {"schedules": [], "windows": []}
 
 
+def test_a_schedule_of_the_fleet_file_shows_its_next_times_however_far_they_are(lab: Lab) -> None:
+    """It is Tuesday: on Fridays alone is no less a schedule than every day."""
+    lab.view.schedules[ORG] = [
+        {"cron": "0 9 * * FRI", "duration_s": 3600.0, "replicas": 2},
+        {"cron": "0 0 1 1 *", "duration_s": 60.0, "rung": "template"},
+    ]
+    found = lab.ok("GET", "schedules/next", count=7)["next"]
+    friday_s = NOW_S + 3 * 86400 + 3 * 3600
+    shared = {"id": "fleet:0", "model": ORG, "replicas": 2, "rung": "serving"}
+    assert found[0] == {**shared, "start_s": friday_s, "end_s": friday_s + 3600}
+    assert [row["start_s"] for row in found[:5]] == [friday_s + 7 * 86400 * n for n in range(5)]
+    assert [(row["rung"], row["replicas"]) for row in found if row["id"] == "fleet:1"] == [("template", 0)]
+    assert lab.ok("GET", "schedules/next", model=SMALL)["next"] == []
+
+
 def test_a_schedule_for_all_models_must_fit_each(lab: Lab) -> None:
     body = {"cron": "0 9 * * *", "duration_s": 60.0, "replicas": 3}
     status, error = lab.refused("POST", "schedules", body)
