@@ -143,6 +143,10 @@ class Request:
             raise invalid(InvalidValue("since_s", since_s, f"a time before until_s ({until_s:.0f})"))
         return max(since_s, until_s - longest_s), until_s
 
+    def told_until_s(self) -> float:
+        """`until_s` if it was asked for; else no bound, since the clocks of other machines may be ahead of now."""
+        return self.number("until_s", math.inf, 0, 1e12)
+
     def day(self, name: str, default: str) -> str:
         given = self.query.get(name, default)
         try:

@@ -47,7 +47,7 @@ def prewarms(request: Request) -> dict[str, Any]:
     since_s, _ = request.span(86400.0, 400 * 86400.0)
     limit = request.whole("limit", 100, 1, 10_000)
     manual = sorted(_of_kind(request, "prewarm", model), key=lambda row: float(row["value"]["start_s"]))
-    outcomes = request.view.store.prewarms(model, since_s, limit)
+    outcomes = request.view.store.prewarms(model, since_s, limit, until_s=request.told_until_s())
     return {"prewarms": manual, "outcomes": plain(list(outcomes))}
 
 

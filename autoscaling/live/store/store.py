@@ -349,15 +349,19 @@ class Store:
                 self._memory.refused["cold start: time is not finite"] += 1
             self._memory.bound()
 
-    def cold_starts(self, model: str | None, since_s: float, limit: int = 1000) -> list[ColdStartRow]:
-        """The newest `limit` cold starts that were ready since then, oldest first. StoreUnavailable as `decisions`."""
+    def cold_starts(
+        self, model: str | None, since_s: float, limit: int = 1000, *, until_s: float = math.inf
+    ) -> list[ColdStartRow]:
+        """The newest `limit` cold starts ready in [since_s, until_s], oldest first. StoreUnavailable as `decisions`."""
         rows, waiting = self._read_with_waiting(
-            lambda connection: logs.read_cold_starts(connection, model, since_s, limit)
+            lambda connection: logs.read_cold_starts(connection, model, since_s, until_s, limit=limit)
         )
         by_key = {(row.engine_id, row.ready_s): row for row in rows}
         for batch in waiting:
             by_key.update(batch.cold_starts)
-        wanted = (row for row in by_key.values() if row.ready_s >= since_s and model in {None, row.model})
+        wanted = (
+            row for row in by_key.values() if since_s <= row.ready_s <= until_s and model in {None, row.model}
+        )
         return heapq.nlargest(limit, wanted, key=lambda row: row.ready_s)[::-1]
 
     def newest_starts(self, since_s: float, each: int) -> list[ColdStartRow]:
@@ -391,15 +395,19 @@ class Store:
                 self._memory.refused["prewarm: a number is not finite"] += 1
             self._memory.bound()
 
-    def prewarms(self, model: str | None, since_s: float, limit: int = 1000) -> list[PrewarmRow]:
-        """The newest `limit` prewarms begun since then, oldest first. StoreUnavailable as `decisions`."""
+    def prewarms(
+        self, model: str | None, since_s: float, limit: int = 1000, *, until_s: float = math.inf
+    ) -> list[PrewarmRow]:
+        """The newest `limit` prewarms begun in [since_s, until_s], oldest first. StoreUnavailable as `decisions`."""
         rows, waiting = self._read_with_waiting(
-            lambda connection: logs.read_prewarms(connection, model, since_s, limit)
+            lambda connection: logs.read_prewarms(connection, model, since_s, until_s, limit=limit)
         )
         by_id = {row.id: row for row in rows}
         for batch in waiting:
             by_id.update(batch.prewarms)
-        wanted = (row for row in by_id.values() if row.begun_s >= since_s and model in {None, row.model})
+        wanted = (
+            row for row in by_id.values() if since_s <= row.begun_s <= until_s and model in {None, row.model}
+        )
         return heapq.nlargest(limit, wanted, key=lambda row: row.begun_s)[::-1]
 
     def add_usage(self, rows: Sequence[UsageRow]) -> None:
