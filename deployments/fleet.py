@@ -242,6 +242,9 @@ class Scaling(_Config):
             if schedule.replicas > self.max_replicas:
                 text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
                 problems.append((("schedules", index, "replicas"), text))
+            if schedule.rung == "parked" and not self.park:
+                text = "'parked' is never reached while park is false: set park to true, or another rung"
+                problems.append((("schedules", index, "rung"), text))
         if problems:
             raise _Problems(*problems)
         _check_policy(self.policy, self.params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_a_prewarm_now_and_one_to_come(lab: Lab) -> None:
 def test_a_prewarm_that_can_not_be_is_refused(lab: Lab, body: dict[str, object], field: str) -> None:
     status, error = lab.refused("POST", "prewarms", body)
     assert (status, error["field"]) == (422, field)
+
+
+def test_a_model_that_is_not_parked_can_not_be_asked_to_be(lab: Lab) -> None:
+    """It would be answered as done, and never come about."""
+    lab.view.base[ORG] = replace(lab.view.base[ORG], park=False)
+    schedule = {"cron": "0 9 * * *", "duration_s": 60.0}
+    for path, body in (("prewarms", {"model": ORG}), ("schedules", {"model": ORG, **schedule})):
+        status, error = lab.refused("POST", path, {**body, "rung": "parked"})
+        assert (status, error["field"]) == (422, "rung")
+        assert f"{ORG}'s scaling.park is false" in error["message"]
+        lab.ok("POST", path, {**body, "rung": "template"})
+        lab.ok("POST", path, {**body, "model": SMALL, "rung": "parked"})
+    assert lab.refused("POST", "schedules", {**schedule, "rung": "parked"})[0] == 422, "for all models"
 
 
 def test_a_prewarm_that_would_not_be_acted_on_is_a_conflict(lab: Lab) -> None:

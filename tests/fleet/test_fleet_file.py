@@ -544,6 +544,14 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
     assert f"models[0].scaling.{text}" in refused
 
 
+def test_a_model_that_is_not_parked_has_no_schedule_for_it() -> None:
+    """It would do nothing."""
+    scaling = {"schedules": [OFFICE, {**OFFICE, "rung": "parked"}]}
+    assert fleet_of(scaling=scaling).models[0].scaling.park
+    refused = refusal_of_model(scaling={**scaling, "park": False})
+    assert "models[0].scaling.schedules[1].rung: 'parked' is never reached while park is false" in refused
+
+
 @pytest.mark.parametrize(
     ("controller", "text"),
     [

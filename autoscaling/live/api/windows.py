@@ -149,6 +149,9 @@ def _check_bounds(spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
         raise InvalidValue(
             "replicas", value.replicas, f"at most {spec.max_replicas}, {spec.model}'s max_replicas"
         )
+    if value.rung == "parked" and not spec.park:
+        expected = f"weights, template or serving: {spec.model}'s scaling.park is false in the fleet file"
+        raise InvalidValue("rung", value.rung, expected)
 
 
 def _alive(request: Request, kind: str, model: str | None) -> list[Any]:
