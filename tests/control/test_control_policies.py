@@ -256,8 +256,9 @@ def test_a_shadow_of_the_same_name_is_replaced_and_can_be_stopped(lab: Lab) -> N
     assert row["value"]["policy"] == "reactive"
     lab.ok("DELETE", "shadow/shadow")
     assert lab.ok("GET", "shadow")["shadows"] == []
-    status, error = lab.refused("PUT", "shadow", {"policy": "kpa", "min_replicas": 3})
-    assert (status, error["field"]) == (422, "min_replicas")
+    for wrong in ({"min_replicas": 3}, {"min_replicas": 5, "max_replicas": 2}):
+        status, error = lab.refused("PUT", "shadow", {"policy": "kpa", **wrong})
+        assert (status, error["field"]) == (422, "min_replicas")
 
 
 def test_the_history_of_overrides_tells_what_is_over(lab: Lab) -> None:

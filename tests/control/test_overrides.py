@@ -202,6 +202,12 @@ WRONG: list[tuple[OverrideKind, dict[str, Any], str, str]] = [
     ("mode", {"mode": "turbo"}, "mode", "'active'"),
     ("shadow", {"policy": "kpa", "name": "a b"}, "name", "matches"),
     ("shadow", {}, "policy", "required"),
+    (
+        "shadow",
+        {"policy": "kpa", "min_replicas": 3, "max_replicas": 2},
+        "min_replicas",
+        "at most max_replicas (2)",
+    ),
 ]
 
 
