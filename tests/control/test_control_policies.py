@@ -61,6 +61,19 @@ def test_it_survives_a_restart(lab: Lab, tmp_path: Path) -> None:
     assert lab.ok("GET", "overrides")["overrides"][0]["who"] == "ann@lab"
 
 
+@pytest.mark.parametrize("dry_run", [0, 1])
+def test_what_is_told_to_hold_after_is_what_does(lab: Lab, dry_run: int) -> None:
+    """What was said of one model holds over what is said for the whole fleet."""
+    lab.ok("PUT", f"policies/{SMALL}", {"keep_alive_s": 300.0})
+    lab.clock.time_s += 60
+    told = lab.ok("PUT", "policies", {"keep_alive_s": 30.0, "priority": 3}, dry_run=dry_run)["models"]
+    assert (told[SMALL]["after"]["keep_alive_s"], told[SMALL]["after"]["priority"]) == (300.0, 3)
+    assert (told[ORG]["before"]["keep_alive_s"], told[ORG]["after"]["keep_alive_s"]) == (60.0, 30.0)
+    for model, told_of in told.items():
+        holds = lab.ok("GET", f"policies/{model}")["spec"]
+        assert holds == told_of["before" if dry_run else "after"]
+
+
 def test_a_dry_run_changes_nothing(lab: Lab) -> None:
     answer = lab.ok("PUT", f"policies/{SMALL}", {"wait_cost": 3.0}, dry_run=1)
     assert answer["override"] is None
