@@ -451,7 +451,8 @@ class ControllerConfig(_Config):
     store: str | None = Field(default=None, min_length=1)
     """Where it remembers: sqlite:///PATH or postgresql+psycopg://...; null means relight.db in $RELIGHT_DATA, or in
     ~/.local/share/relight, of the node on which it runs."""
-    tick_s: float = Field(default=1, ge=0.1, le=60)
+    # A tick that comes a minute after the one before is taken for a clock that jumped.
+    tick_s: float = Field(default=1, ge=0.1, le=20)
     """How often it looks."""
     plan_every_s: float = Field(default=5, gt=0, le=300)
     """How often it publishes its plan though nothing has changed."""

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoscaling.loop import JUMP_S
 from deployments.errors import ConfigError
 from deployments.fleet import Fleet, Model, fleet_json_schema, load_fleet, parse_fleet
 
@@ -557,6 +558,7 @@ def test_a_model_that_is_not_parked_has_no_schedule_for_it() -> None:
     [
         ({"mode": "on"}, "controller.mode: 'on' is not one of"),
         ({"plan_expires_s": 5}, "controller.plan_expires_s: 5 is not at least 10"),
+        ({"tick_s": 60, "plan_expires_s": 120}, "controller.tick_s: 60 is not at most 20"),
         ({"gpu_budget": 0}, "controller.gpu_budget: 0 is not greater than 0"),
         ({"shadow": {"policy": "guess"}}, "controller.shadow.policy: 'guess' is not one of"),
         ({"shadow": {}}, "controller.shadow.policy: is missing"),
@@ -579,6 +581,15 @@ def test_a_wrong_controller_is_refused(controller: dict[str, Any], text: str) ->
     """The same for the controller's section."""
     models = [{"id": "m", "source": "org/name"}]
     assert text in refusal({"models": models, "controller": controller})
+
+
+def test_a_late_tick_is_no_jump_of_the_clock() -> None:
+    """Not at the longest that a fleet file may have, and two of them missed."""
+    models = [{"id": "m", "source": "org/name"}]
+    controller = parse_fleet(
+        {"models": models, "controller": {"tick_s": 20, "plan_expires_s": 40}}
+    ).controller
+    assert 3 * controller.tick_s <= JUMP_S
 
 
 @pytest.mark.parametrize(
