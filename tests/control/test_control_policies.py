@@ -282,3 +282,16 @@ def test_the_history_of_overrides_tells_what_is_over(lab: Lab) -> None:
     assert len(rows) == 2
     assert (rows[first["id"]]["in_force"], rows[first["id"]]["undone_by"]) == (False, "bob")
     assert sum(row["in_force"] for row in rows.values()) == 1
+
+
+def test_what_was_set_for_a_model_that_is_gone_is_still_listed_and_can_be_undone(lab: Lab) -> None:
+    """And holds again should the model come back."""
+    override = lab.ok("PUT", f"policies/{SMALL}", {"wait_cost": 3.0})["override"]
+    gone = lab.view.base.pop(SMALL)
+    [row] = lab.ok("GET", "overrides")["overrides"]
+    assert (row["id"], row["model"], row["in_force"]) == (override["id"], SMALL, True)
+    lab.view.base[SMALL] = gone
+    assert lab.ok("GET", f"policies/{SMALL}")["spec"]["wait_cost"] == 3.0
+    del lab.view.base[SMALL]
+    lab.ok("DELETE", f"overrides/{override['id']}")
+    assert lab.ok("GET", "overrides")["overrides"] == []
