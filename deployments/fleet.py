@@ -242,6 +242,9 @@ class Scaling(_Config):
             if schedule.replicas > self.max_replicas:
                 text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
                 problems.append((("schedules", index, "replicas"), text))
+            if schedule.rung == "parked" and not self.park:
+                text = "'parked' is never reached while park is false: set park to true, or another rung"
+                problems.append((("schedules", index, "rung"), text))
         if problems:
             raise _Problems(*problems)
         _check_policy(self.policy, self.params)
@@ -448,7 +451,8 @@ class ControllerConfig(_Config):
     store: str | None = Field(default=None, min_length=1)
     """Where it remembers: sqlite:///PATH or postgresql+psycopg://...; null means relight.db in $RELIGHT_DATA, or in
     ~/.local/share/relight, of the node on which it runs."""
-    tick_s: float = Field(default=1, ge=0.1, le=60)
+    # A tick that comes a minute after the one before is taken for a clock that jumped.
+    tick_s: float = Field(default=1, ge=0.1, le=20)
     """How often it looks."""
     plan_every_s: float = Field(default=5, gt=0, le=300)
     """How often it publishes its plan though nothing has changed."""
@@ -462,6 +466,18 @@ class ControllerConfig(_Config):
     spend_gpu_s_per_day: float | None = Field(default=None, gt=0)
     """GPU-seconds that all models together may use in a day (UTC); null means no bound."""
     shadow: ShadowConfig | None = None
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_a_database(cls, store: str | None) -> str | None:
+        if store is not None:
+            from autoscaling.live.store.database import parse_url
+
+            try:
+                parse_url(store)
+            except ConfigError as error:
+                raise _Problems(((), error.message.removeprefix("store: "))) from None
+        return store
 
     @model_validator(mode="after")
     def _plans_outlive_their_period(self) -> Self:

@@ -153,8 +153,20 @@ def policy_file(path: Path | None) -> dict[str, Any]:
         raise CommandError(f"--file: {path} is not JSON: {error}", WRONG) from None
     if not isinstance(found, dict) or "policy" not in found:
         raise CommandError(f"--file: {path} is no policy file: it must be an object with a policy", WRONG)
+    if not isinstance(found.get("params") or {}, dict):
+        raise CommandError(f"--file: {path} is no policy file: its params must be an object", WRONG)
     found.pop("evidence", None)
     return found
+
+
+def over_policy_file(path: Path | None, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said, and of a policy file the rest: parameters one by one, but none where another policy was said."""
+    filed = policy_file(path)
+    params = filed.pop("params", None) or {}
+    if said.get("policy") not in (None, filed.get("policy")):
+        params = {}
+    params = {**params, **said.get("params", {})}
+    return {**filed, **said, **({"params": params} if params else {})}
 
 
 def spans(for_: str | None, until: str | None) -> dict[str, Any]:

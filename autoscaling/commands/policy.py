@@ -150,9 +150,8 @@ def set_policy(
     as_json: options.Json = False,
 ) -> None:
     """Change how a model is scaled, at once and until it is undone (or --for, --until). Outlives redeploys."""
-    body = options.policy_file(file) | body_of(
-        policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority
-    )
+    said = body_of(policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority)
+    body = options.over_policy_file(file, said)
     if not body:
         raise CommandError(
             "Nothing to set: give --policy, --param, --wait-cost, --file or another of the values.", WRONG

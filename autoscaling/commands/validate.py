@@ -41,9 +41,8 @@ def validate(
     """
     from autoscaling.commands.policy import body_of
 
-    body = options.policy_file(file) | body_of(
-        policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority
-    )
+    said = body_of(policy, param, wait_cost, keep_alive, min_replicas, max_replicas, target, priority)
+    body = options.over_policy_file(file, said)
     if Path(target_name).is_file():
         answer = _file(Path(target_name), body)
     elif target_name.endswith((".yaml", ".yml")):

@@ -135,11 +135,15 @@ class RungKeeper:
         self._came_s: dict[str, float] | None = None
         self._lock = threading.Lock()
         self.failures: dict[str, str] = {}
-        """Model -> why it could not be warmed last."""
+        """Model -> why it could not be warmed last, of those that are to be warmed."""
 
     def apply(self, decisions: Sequence[Decision]) -> None:
-        """Ask the hosts for what is missing. Returns at once."""
+        """Ask the hosts for what is missing; models without a decision are let be. Returns at once."""
         self._see_nodes()
+        with self._lock:
+            known = {model for model, _ in self._asks} | self.failures.keys()
+        for model in known - {decision.model for decision in decisions}:
+            self._forget(model)
         for decision in decisions:
             if decision.replicas or decision.replicas is None or decision.model not in self._metrics.models:
                 self._forget(decision.model)
@@ -172,7 +176,9 @@ class RungKeeper:
         return self._clock.monotonic_s() - came_s < NEW_NODE_S
 
     def _forget(self, model: str) -> None:
+        """Nothing is asked for it any more, so that nothing fails either."""
         with self._lock:
+            self.failures.pop(model, None)
             for key in [k for k, ask in self._asks.items() if k[0] == model and not ask.running]:
                 del self._asks[key]
 
@@ -300,8 +306,7 @@ class LiveActuator:
         active = self._mode() == "active"
         plan = plan_of(now_s, specs, decisions, expires_s=self._plan_expires_s, active=active)
         self._publisher.publish(plan)
-        if active:
-            self._rungs.apply(decisions)
+        self._rungs.apply(decisions if active else ())
         known = self._metrics.nodes()
         if known is not None and known[1]:
             metrics = self._metrics

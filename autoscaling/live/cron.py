@@ -74,8 +74,9 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
     return tuple((start, end) for start, end in found if end > from_s and start < until_s)
 
 
+@lru_cache(maxsize=128)
 def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float], ...]:
-    """The next `count` spans, beginning with the one in force."""
+    """The next `count` spans, beginning with the one in force. Cached: a fleet's models often share a schedule."""
     found: list[tuple[float, float]] = []
     near = takewhile(lambda span: span[0] < now_s + _FAR_S, islice(_raw_spans(cron, now_s), 5 * _MAX_STARTS))
     for span in _merged(near):

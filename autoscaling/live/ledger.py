@@ -103,6 +103,7 @@ class TokenLedger:
         seen.clear()
         return found
 
-    def forget(self, living: Container[str]) -> None:
-        """Only these engines are left."""
-        self._engines = {engine: last for engine, last in self._engines.items() if engine in living}
+    def forget(self, engines: Container[str], sources: Container[str]) -> None:
+        """Only these engines, and these sources of `untold`, are left."""
+        self._engines = {engine: last for engine, last in self._engines.items() if engine in engines}
+        self._untold = {key: count for key, count in self._untold.items() if key[0] in sources}

@@ -185,6 +185,8 @@ class LiveMetrics:
                     for model, setup in self.models.items()
                 }
             self._nodes = _Nodes(nodes, autoscaler, self._clock.monotonic_s())
+            alive = {node.id for node in nodes}
+            self._warmed = {key: warmed for key, warmed in self._warmed.items() if key[1] in alive}
 
     def take_warmed(self, model: str, node_id: str, rung: Rung, reason: str | None) -> None:
         """An engine host's answer to being asked to warm."""

@@ -53,8 +53,9 @@ def apply(  # noqa: PLR0917 - the contract names them in this order
 ) -> dict[str, Spec]:
     """Every model's spec as it is in force at `now_s`, its windows up to `now_s + horizon_s`.
 
-    Never raises: an override that is not understood (written by another version, or for a model that is gone) is left
-    out, and told to `report`.
+    Never raises: an override that is not understood, which another version wrote, is left out and told to `report`.
+    One for a model that is gone is left out, and nothing is wrong with it: it is still listed with the others, and
+    holds again when the model is back.
     """
     layers, windows = _Layers(), _Windows(now_s, now_s + horizon_s)
     for override in _in_force(overrides, now_s):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from autoscaling.live.metrics import LiveMetrics
 from autoscaling.live.node_waits import NodeWaits
 from autoscaling.live.nodes import NodeRequests, request_nodes
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
+from autoscaling.live.rungs import KEPT_STARTS
 from autoscaling.live.setup import ControllerSetup
 from autoscaling.live.shadow import ShadowWorld
 from autoscaling.live.store import Store, StoreUnavailable
@@ -43,6 +45,8 @@ WINDOWS_AHEAD_S = 2 * 86400.0
 CAPACITY_EVERY_S = 60.0
 UNCLAIMED_AFTER_S = 5.0
 """How long a gateway has to tell of a start before it is taken for one that nobody waited for."""
+KNOWN_FOR_S = 3600.0
+"""For how long a start is known of whose engine nobody tells: a gateway that was silent tells of it again."""
 STARTS_BACK_S = 90 * 86400.0
 OPEN_PREWARM_S = 32 * 86400.0
 CAPACITY_PREFIX = "capacity:"
@@ -88,21 +92,22 @@ class NoForecasts:
         return {"ok": False, "error": self._error}
 
 
-def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None]:
+def open_store(url: str | None, clock: Clock) -> tuple[Store, str | None, Path | None]:
     """The store, and what is wrong for good with the one that was asked for: then it is another, in a temporary folder.
 
-    A database that can't be reached now is nothing wrong for good: the store connects when it can.
+    That folder is the third; whoever closes the store removes it. A database that can't be reached now is nothing
+    wrong for good: the store connects when it can.
     """
     try:
         if url is None:
             folder = data_dir()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             url = f"sqlite:///{folder / 'relight.db'}"
-        return Store.open(url, clock=clock), None
+        return Store.open(url, clock=clock), None, None
     except Exception as error:
         log.exception("the store can't be used; nothing will outlive this process")
         folder = Path(tempfile.mkdtemp(prefix="relight-store-"))
-        return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error)
+        return Store.open(f"sqlite:///{folder / 'relight.db'}", clock=clock), str(error), folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +139,9 @@ class Planner:
         self._clock = clock
         self._publish = publish
         self._lock = threading.Lock()
-        self.store, self._store_error = open_store(setup.store, clock)
+        self.store, self._store_error, self._temporary = open_store(setup.store, clock)
         self._errors: dict[str, str] = {}
+        self._override_errors: Mapping[str, str] = {}
         self._loop: Loop | None = None
         self._base = {model.id: model.spec for model in setup.models}
         self._schedules = {model.id: list(model.schedules) for model in setup.models}
@@ -149,7 +155,7 @@ class Planner:
         self._ledger = TokenLedger()
         self._born_s = clock.now_s()
         self._owes = True
-        self._known_starts: set[tuple[str, float]] = set()
+        self._known_starts: dict[tuple[str, float], float] = {}  # when told last, monotonic
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
         self._capacity_at_s = clock.monotonic_s()
@@ -216,12 +222,14 @@ class Planner:
     def _read_kept(self) -> _Kept:
         now_s = self._clock.now_s()
         day = day_of(now_s)
-        starts = self.store.cold_starts(None, now_s - STARTS_BACK_S, limit=10_000)
+        starts = self.store.newest_starts(now_s - STARTS_BACK_S, KEPT_STARTS)
         usage = self.store.usage(day, day, source="active")
         prewarms = self.store.prewarms(None, now_s - OPEN_PREWARM_S)
         for row in starts:
-            if (row.engine_id, row.ready_s) not in self._known_starts:
-                self._known_starts.add((row.engine_id, row.ready_s))
+            key = row.engine_id, row.ready_s
+            if key not in self._known_starts:
+                if row.ready_s >= self._born_s:
+                    self._known_starts[key] = self._clock.monotonic_s()
                 self._metrics.rungs.add(row)
         spent = day, math.fsum(gpu_s for row in usage for gpu_s in row.gpu_s.values())
         return _Kept(spent, [row for row in prewarms if row.ended_s is None and row.model in self._base])
@@ -347,7 +355,7 @@ class Planner:
         self._add_start(row)
 
     def _add_start(self, row: ColdStartRow) -> None:
-        self._known_starts.add((row.engine_id, row.ready_s))
+        self._known_starts[row.engine_id, row.ready_s] = self._clock.monotonic_s()
         self._unclaimed.pop((row.engine_id, row.ready_s), None)
         self._metrics.rungs.add(row)
         self.store.add_cold_start(row)
@@ -368,8 +376,14 @@ class Planner:
                 if steady_s - first_s >= UNCLAIMED_AFTER_S and engine["model"] in self._base:
                     self._add_start(self._prewarmed(engine, node))
         self._unclaimed = {key: at_s for key, at_s in self._unclaimed.items() if key[0] in living}
+        for key, told_s in self._known_starts.copy().items():
+            if key[0] in living:
+                self._known_starts[key] = steady_s
+            elif steady_s - told_s >= KNOWN_FOR_S:
+                del self._known_starts[key]
         with self._lock:
-            self._ledger.forget(living)
+            sources = {str(report["source"]) for report in self._metrics.reports().values()}
+            self._ledger.forget(living, sources)
             self._metrics.capacity.forget(living)
 
     def _prewarmed(self, engine: Mapping[str, Any], node: str) -> ColdStartRow:
@@ -447,18 +461,19 @@ class Planner:
             return self._specs
         self._changed.clear()
         rows = self.store.overrides(now_s)
-        applied = overrides.apply(
-            self._base, rows, self._schedules, now_s, WINDOWS_AHEAD_S, report=self._report_override
-        )
+        wrong: dict[str, str] = {}
+
+        def report(label: str, error: Exception) -> None:
+            wrong[f"override {label}"] = str(error)
+
+        applied = overrides.apply(self._base, rows, self._schedules, now_s, WINDOWS_AHEAD_S, report=report)
+        self._override_errors = wrong
         self._mode = overrides.mode(rows, self._setup.mode, now_s)
         self._shadow_specs = overrides.shadows(applied, [*self._fleet_shadow(), *rows], now_s)
         self._specs = self._metrics.in_force = applied
         self._specs_at_s = steady_s
         self._specs_until_s = min((o.until_s for o in rows if o.until_s is not None), default=math.inf)
         return applied
-
-    def _report_override(self, label: str, error: Exception) -> None:
-        self._errors[f"override {label}"] = str(error)
 
     def _fleet_shadow(self) -> list[Override]:
         if self._setup.shadow is None:
@@ -527,6 +542,9 @@ class Planner:
     def base_models(self) -> Mapping[str, Spec]:
         return self._base
 
+    def fleet_schedules(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        return self._schedules
+
     def aliases(self) -> Mapping[str, str]:
         return {alias: model.id for model in self._setup.models for alias in model.aliases}
 
@@ -557,7 +575,7 @@ class Planner:
         if self._store_error is not None:
             store |= {"ok": False, "error": self._store_error}
         forecaster = dict(self.forecasts.health())
-        errors = {**self._errors, **self._active.errors}
+        errors = {**self._errors, **self._override_errors, **self._active.errors}
         for name, (_, loop) in dict(self._shadows).items():
             errors |= {f"shadow {name}: {what}": error for what, error in loop.errors.items()}
         errors |= {f"warm {model}": reason for model, reason in dict(self._rungs.failures).items()}
@@ -584,6 +602,8 @@ class Planner:
         self._executor.shutdown(wait=False, cancel_futures=True)
         self.forecasts.close()
         self.store.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
 
 class _ShadowSink:

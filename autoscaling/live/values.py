@@ -53,9 +53,7 @@ class PolicyValue(Value):
             raise InvalidValue("", {}, f"at least one of {_listed(PolicyValue.model_fields)}")
         if self.policy is not None:
             catalog.check(self.policy, self.params or {})
-        low, high = self.min_replicas, self.max_replicas
-        if low is not None and high is not None and low > high:
-            raise InvalidValue("min_replicas", low, f"at most max_replicas ({high})")
+        _check_bounds(self.min_replicas, self.max_replicas)
         return self
 
 
@@ -133,8 +131,9 @@ class ShadowValue(Value):
     target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _policy_is_known(self) -> Self:
+    def _would_be_a_policy(self) -> Self:
         catalog.check(self.policy, self.params or {})
+        _check_bounds(self.min_replicas, self.max_replicas)
         return self
 
     def as_policy(self) -> PolicyValue:
@@ -167,6 +166,11 @@ def rung_of(name: str) -> Rung:
 def _check_replicas(replicas: int, rung: str) -> None:
     if rung == "serving" and replicas < 1:
         raise InvalidValue("replicas", replicas, "at least 1 on the rung serving")
+
+
+def _check_bounds(low: int | None, high: int | None) -> None:
+    if low is not None and high is not None and low > high:
+        raise InvalidValue("min_replicas", low, f"at most max_replicas ({high})")
 
 
 def _listed(names: Sequence[str] | Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from autoscaling.core.plan import Plan
@@ -28,6 +28,10 @@ class ControllerView(Protocol):
 
     def base_models(self) -> Mapping[str, Spec]:
         """How every model is scaled by the fleet file alone."""
+        ...
+
+    def fleet_schedules(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """The fleet file's schedules of every model, as it says them."""
         ...
 
     def aliases(self) -> Mapping[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +48,37 @@ def test_policy_set_show_unset(cluster: Cluster) -> None:
     assert "reactive" in shown and "1 min 30 s" in shown and "by ann@lab" in shown
     assert "undone: policy" in cluster.says("policy", "unset", ORG)
     assert cluster.view.models()[ORG].policy == "reactive"
+
+
+def test_what_is_said_beside_a_policy_file_goes_before_it_one_by_one(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The file's other parameters stay, but for another policy, which has others."""
+    file = tmp_path / "tuned.json"
+    tuned = {"policy": "predictive", "params": {"stable_s": 240.0, "headroom": 0.6}, "wait_cost": 30.0}
+    file.write_text(json.dumps({**tuned, "evidence": {}}))
+    for command in ("set", "validate"):
+        beside = (
+            "policy",
+            command,
+            SMALL,
+            "--file",
+            str(file),
+            "--param",
+            "panic_s=12",
+            "--param",
+            "headroom=0.5",
+        )
+        said = cluster.says(*beside)
+        assert all(word in said for word in ("stable_s 240", "headroom 0.5", "panic_s 12")), said
+    cluster.clock.time_s += 60
+    cluster.says(
+        "policy", "set", SMALL, "--file", str(file), "--policy", "kpa", "--param", "stable_window_s=30"
+    )
+    spec = cluster.view.models()[SMALL]
+    assert (spec.policy, spec.params, spec.wait_cost) == ("kpa", {"stable_window_s": 30.0}, 30.0)
+    file.write_text(json.dumps({**tuned, "params": [1]}))
+    assert "its params must be" in cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
 
 
 def test_policy_set_for_the_whole_fleet(cluster: Cluster) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,9 @@ class View:
 
     def base_models(self) -> Mapping[str, Spec]:
         return self.base
+
+    def fleet_schedules(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        return self.schedules
 
     def aliases(self) -> Mapping[str, str]:
         return {"smol": SMALL}

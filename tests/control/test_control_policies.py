@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -58,6 +59,19 @@ def test_it_survives_a_restart(lab: Lab, tmp_path: Path) -> None:
     lab.view.store = lab.store = again
     assert {spec.wait_cost for spec in lab.view.models().values()} == {3.0}
     assert lab.ok("GET", "overrides")["overrides"][0]["who"] == "ann@lab"
+
+
+@pytest.mark.parametrize("dry_run", [0, 1])
+def test_what_is_told_to_hold_after_is_what_does(lab: Lab, dry_run: int) -> None:
+    """What was said of one model holds over what is said for the whole fleet."""
+    lab.ok("PUT", f"policies/{SMALL}", {"keep_alive_s": 300.0})
+    lab.clock.time_s += 60
+    told = lab.ok("PUT", "policies", {"keep_alive_s": 30.0, "priority": 3}, dry_run=dry_run)["models"]
+    assert (told[SMALL]["after"]["keep_alive_s"], told[SMALL]["after"]["priority"]) == (300.0, 3)
+    assert (told[ORG]["before"]["keep_alive_s"], told[ORG]["after"]["keep_alive_s"]) == (60.0, 30.0)
+    for model, told_of in told.items():
+        holds = lab.ok("GET", f"policies/{model}")["spec"]
+        assert holds == told_of["before" if dry_run else "after"]
 
 
 def test_a_dry_run_changes_nothing(lab: Lab) -> None:
@@ -143,6 +157,19 @@ def test_a_prewarm_that_can_not_be_is_refused(lab: Lab, body: dict[str, object],
     assert (status, error["field"]) == (422, field)
 
 
+def test_a_model_that_is_not_parked_can_not_be_asked_to_be(lab: Lab) -> None:
+    """It would be answered as done, and never come about."""
+    lab.view.base[ORG] = replace(lab.view.base[ORG], park=False)
+    schedule = {"cron": "0 9 * * *", "duration_s": 60.0}
+    for path, body in (("prewarms", {"model": ORG}), ("schedules", {"model": ORG, **schedule})):
+        status, error = lab.refused("POST", path, {**body, "rung": "parked"})
+        assert (status, error["field"]) == (422, "rung")
+        assert f"{ORG}'s scaling.park is false" in error["message"]
+        lab.ok("POST", path, {**body, "rung": "template"})
+        lab.ok("POST", path, {**body, "model": SMALL, "rung": "parked"})
+    assert lab.refused("POST", "schedules", {**schedule, "rung": "parked"})[0] == 422, "for all models"
+
+
 def test_a_prewarm_that_would_not_be_acted_on_is_a_conflict(lab: Lab) -> None:
     lab.ok("PUT", "mode", {"mode": "shadow"})
     status, error = lab.refused("POST", "prewarms", {"model": SMALL})
@@ -183,6 +210,21 @@ def test_a_schedule_shows_its_next_times_on_its_own_clock(lab: Lab) -> None:
     assert lab.refused("DELETE", "schedules/fleet:0")[0] == 409
     lab.ok("DELETE", f"schedules/{made['id']}")
     assert lab.ok("GET", "schedules", model=SMALL) == {"schedules": [], "windows": []}
+
+
+def test_a_schedule_of_the_fleet_file_shows_its_next_times_however_far_they_are(lab: Lab) -> None:
+    """It is Tuesday: on Fridays alone is no less a schedule than every day."""
+    lab.view.schedules[ORG] = [
+        {"cron": "0 9 * * FRI", "duration_s": 3600.0, "replicas": 2},
+        {"cron": "0 0 1 1 *", "duration_s": 60.0, "rung": "template"},
+    ]
+    found = lab.ok("GET", "schedules/next", count=7)["next"]
+    friday_s = NOW_S + 3 * 86400 + 3 * 3600
+    shared = {"id": "fleet:0", "model": ORG, "replicas": 2, "rung": "serving"}
+    assert found[0] == {**shared, "start_s": friday_s, "end_s": friday_s + 3600}
+    assert [row["start_s"] for row in found[:5]] == [friday_s + 7 * 86400 * n for n in range(5)]
+    assert [(row["rung"], row["replicas"]) for row in found if row["id"] == "fleet:1"] == [("template", 0)]
+    assert lab.ok("GET", "schedules/next", model=SMALL)["next"] == []
 
 
 def test_a_schedule_for_all_models_must_fit_each(lab: Lab) -> None:
@@ -227,8 +269,9 @@ def test_a_shadow_of_the_same_name_is_replaced_and_can_be_stopped(lab: Lab) -> N
     assert row["value"]["policy"] == "reactive"
     lab.ok("DELETE", "shadow/shadow")
     assert lab.ok("GET", "shadow")["shadows"] == []
-    status, error = lab.refused("PUT", "shadow", {"policy": "kpa", "min_replicas": 3})
-    assert (status, error["field"]) == (422, "min_replicas")
+    for wrong in ({"min_replicas": 3}, {"min_replicas": 5, "max_replicas": 2}):
+        status, error = lab.refused("PUT", "shadow", {"policy": "kpa", **wrong})
+        assert (status, error["field"]) == (422, "min_replicas")
 
 
 def test_the_history_of_overrides_tells_what_is_over(lab: Lab) -> None:
@@ -239,3 +282,16 @@ def test_the_history_of_overrides_tells_what_is_over(lab: Lab) -> None:
     assert len(rows) == 2
     assert (rows[first["id"]]["in_force"], rows[first["id"]]["undone_by"]) == (False, "bob")
     assert sum(row["in_force"] for row in rows.values()) == 1
+
+
+def test_what_was_set_for_a_model_that_is_gone_is_still_listed_and_can_be_undone(lab: Lab) -> None:
+    """And holds again should the model come back."""
+    override = lab.ok("PUT", f"policies/{SMALL}", {"wait_cost": 3.0})["override"]
+    gone = lab.view.base.pop(SMALL)
+    [row] = lab.ok("GET", "overrides")["overrides"]
+    assert (row["id"], row["model"], row["in_force"]) == (override["id"], SMALL, True)
+    lab.view.base[SMALL] = gone
+    assert lab.ok("GET", f"policies/{SMALL}")["spec"]["wait_cost"] == 3.0
+    del lab.view.base[SMALL]
+    lab.ok("DELETE", f"overrides/{override['id']}")
+    assert lab.ok("GET", "overrides")["overrides"] == []

@@ -93,6 +93,21 @@ def test_cold_starts_have_their_phases(lab: Lab) -> None:
     assert lab.ok("GET", "coldstarts", model=ORG)["cold_starts"] == []
 
 
+def test_cold_starts_and_prewarms_are_those_of_the_span(lab: Lab) -> None:
+    """The newest of it, not of all; without an end also what another machine's clock says is to come."""
+    for hours in (-1, 0, 1, 2, 3):
+        at_s = NOW_S - 3600 * hours
+        lab.store.add_cold_start(ColdStartRow(SMALL, f"e{hours}", at_s, at_s - 1, 1.0, "forked"))
+        lab.store.put_prewarm(PrewarmRow(f"e{hours}", SMALL, at_s, "prewarm", 1, Rung.SERVING))
+    for flushed in (False, True):
+        assert not flushed or lab.store.flush()
+        for path, rows, key in (("coldstarts", "cold_starts", "engine_id"), ("prewarms", "outcomes", "id")):
+            span = {"since_s": NOW_S - 7200, "until_s": NOW_S - 3600}
+            assert [row[key] for row in lab.ok("GET", path, **span)[rows]] == ["e2", "e1"]
+            assert [row[key] for row in lab.ok("GET", path, **span, limit=1)[rows]] == ["e1"]
+            assert [row[key] for row in lab.ok("GET", path, last_s=3600)[rows]] == ["e1", "e0", "e-1"]
+
+
 def test_accounts_add_up_by_model_and_day(lab: Lab) -> None:
     lab.store.add_usage(
         [

@@ -76,7 +76,9 @@ def test_what_has_ended_was_undone_or_is_for_a_model_that_is_gone_is_left_out() 
         said("policy", {"wait_cost": 1.0}, model="removed"),
         said("prewarm", {"start_s": NOW_S, "end_s": NOW_S + 9}, model="removed"),
     ]
-    assert applied(*gone) == BASE
+    told: list[str] = []
+    specs = overrides.apply(BASE, gone, {}, NOW_S, DAY_S, lambda label, _error: told.append(label))
+    assert (specs, told) == (BASE, [])
     assert applied(said("policy", {"wait_cost": 1.0}, until_s=NOW_S + 1))["a"].wait_cost == 1.0
 
 
@@ -202,6 +204,12 @@ WRONG: list[tuple[OverrideKind, dict[str, Any], str, str]] = [
     ("mode", {"mode": "turbo"}, "mode", "'active'"),
     ("shadow", {"policy": "kpa", "name": "a b"}, "name", "matches"),
     ("shadow", {}, "policy", "required"),
+    (
+        "shadow",
+        {"policy": "kpa", "min_replicas": 3, "max_replicas": 2},
+        "min_replicas",
+        "at most max_replicas (2)",
+    ),
 ]
 
 

@@ -258,3 +258,19 @@ def test_what_can_t_be_warmed_is_told_and_tried_ever_more_seldom(kind: str) -> N
     hosts.go(decision(rung=Rung.TEMPLATE), 1000)
     assert 3 <= len(hosts.asked) <= 6
     assert "no room" in hosts.keeper.failures["m"]
+
+
+@pytest.mark.parametrize("by", ["replica", "rung", "warmed", "node", "mode"])
+def test_what_could_not_be_warmed_is_told_until_it_is_not_to_be_warmed_any_more(by: str) -> None:
+    """It serves, or is warm enough, or has no node, or nobody acts on what is decided."""
+    hosts = Hosts()
+    hosts.reason = "no room"
+    hosts.go(decision(rung=Rung.TEMPLATE), 60)
+    assert hosts.keeper.failures
+    made = [decision(1 if by == "replica" else 0, rung=Rung.WEIGHTS if by == "rung" else Rung.TEMPLATE)]
+    if by == "warmed":
+        hosts.see(rung="template")
+    elif by == "node":
+        hosts.metrics.take_nodes([], autoscaler=False)
+    hosts.keeper.apply(made if by != "mode" else ())
+    assert hosts.keeper.failures == {}

@@ -183,3 +183,17 @@ def test_two_gateways_that_read_the_same_engine_count_once() -> None:
     for at_s in (5, 5, 4):
         ledger.read("e", "m", counters(at_s, 10, 20), since_birth=True)
     assert settled(ledger, 6, idle=True) == [(10, 20)]
+
+
+def test_gateways_that_are_gone_are_forgotten() -> None:
+    """Each that ever was would be kept for as long as the controller lives."""
+    ledger = TokenLedger()
+    for number in range(100):
+        ledger.untold(f"g{number}", "m", 1)
+    ledger.read("e", "m", counters(0, 0, 0), since_birth=True)
+    ledger.forget(["e"], ["g7"])
+    assert list(ledger._untold) == [("g7", "m")]
+    settled(ledger, 1, idle=True)
+    ledger.untold("g7", "m", 1)
+    ledger.read("e", "m", counters(5, 10, 20), since_birth=True)
+    assert settled(ledger, 6, idle=True) == [], "it told nothing new"

@@ -149,6 +149,18 @@ def test_nodes_without_a_gateway_are_known_by_what_their_hosts_answered() -> Non
     assert place.look().rung is Rung.WEIGHTS
 
 
+def test_what_hosts_of_nodes_answered_that_are_gone_is_forgotten() -> None:
+    """Nodes come and go under other names; one that comes back begins anew."""
+    place = Place()
+    nodes = [Node(name, {"CPU": 2.0}) for name in ("a", "b")]
+    place.metrics.take_nodes(nodes, autoscaler=False)
+    for node in nodes:
+        place.metrics.take_warmed("m", node.id, Rung.WEIGHTS, None)
+    place.metrics.take_nodes(nodes[:1], autoscaler=False)
+    place.metrics.take_nodes(nodes, autoscaler=False)
+    assert [place.metrics.rung_on("m", node.id) for node in nodes] == [Rung.WEIGHTS, Rung.NODE]
+
+
 def prices(place: Place) -> dict[Rung, float]:
     return {profile.rung: profile.cost_per_s for profile in place.look().rungs}
 

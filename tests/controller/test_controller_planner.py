@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 from autoscaling.core.types import Forecast, NextArrival, Reason, Rung
 from autoscaling.live import planner as planner_module
 from autoscaling.live.planner import Planner
-from autoscaling.live.records import Override
+from autoscaling.live.records import ColdStartRow, Override
+from autoscaling.live.rungs import KEPT_STARTS
 from tests.controller.lab import NOW_S, World, engine, serve_view, setup
 
 
@@ -264,6 +266,45 @@ def test_measured_starts_and_capacity_outlive_the_controller(world: World) -> No
         assert (profiles[Rung.TEMPLATE].delay_s, profiles[Rung.TEMPLATE].starts) == (7.0, 1)
 
 
+def test_a_model_that_starts_often_pushes_out_no_other_models_starts(tmp_path: Path) -> None:
+    """A successor knows of the rare one what was measured, however much came between."""
+    world = World(tmp_path, setup("often"), setup("rare"))
+    with world.planner() as planner:
+        planner.store.add_cold_start(
+            ColdStartRow("rare", "r", NOW_S - 86400, NOW_S - 86495, 95.0, "forked", rung=Rung.WEIGHTS)
+        )
+        for number in range(10_000):
+            ready_s = NOW_S - 10_000 + number
+            planner.store.add_cold_start(
+                ColdStartRow("often", f"o{number}", ready_s, ready_s - 3, 3.0, "forked", rung=Rung.WEIGHTS)
+            )
+    with world.planner():
+        for model, delay_s, starts in (("often", 3.0, KEPT_STARTS), ("rare", 95.0, 1)):
+            (profile,) = world.metrics.rungs.profiles(model, {Rung.WEIGHTS: 0.0})
+            assert (profile.delay_s, profile.starts) == (delay_s, starts)
+
+
+def test_starts_of_engines_that_are_gone_are_forgotten(world: World, planner: Planner) -> None:
+    """Not while their gateway is only silent: what somebody waited for would be told again as a prewarm's."""
+    began_s = planner.now_s()
+    engines = [engine(engine_id=f"e{i}", requested_s=began_s, ready_s=began_s + 2) for i in range(3)]
+    told = {"begun_s": began_s, "ready_s": began_s + 2, "total_s": 2.0, "prewarmed": False, "phases": []}
+    starts = [{**told, "model": "m", "engine_id": e["engine_id"], "kind": "prebuilt"} for e in engines]
+    world.reports["g"] |= {"engines": engines, "starts": starts}
+    world.tick(planner)
+    reports, world.reports = {"g": world.reports["g"] | {"starts": []}}, {}
+    for _ in range(30):
+        world.tick(planner)
+    world.reports = reports
+    for _ in range(10):
+        world.tick(planner)
+    assert [row.prewarmed for row in planner.store.cold_starts("m", 0)] == [False] * 3
+    world.reports["g"]["engines"] = engines[:1]
+    for _ in range(3):
+        world.tick(planner, planner_module.KNOWN_FOR_S / 2)
+    assert [engine_id for engine_id, _ in planner._known_starts] == ["e0"]
+
+
 def test_a_start_that_nobody_waited_for_is_found_in_the_reports(world: World, planner: Planner) -> None:
     """A prewarm's: from the decision to the engine being ready, the replica's own start included."""
     prewarm(planner)
@@ -304,7 +345,7 @@ def test_no_request_is_lost_or_counted_twice_by_a_kill(world: World) -> None:
 
 
 def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> None:
-    """A wrong URL: it decides, from this process's memory."""
+    """A wrong URL: it decides, from this process's memory, and leaves nothing behind."""
     world = World(tmp_path, store="mysql://nowhere/x")
     with world.planner() as planner:
         world.tick(planner)
@@ -314,6 +355,9 @@ def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> 
         health = planner.health()
         assert not health["ok"]
         assert "mysql" in health["store"]["error"]
+        folder = Path(health["store"]["url"].removeprefix("sqlite:///")).parent
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
@@ -435,11 +479,41 @@ def test_a_clock_that_is_set_scales_no_loaded_model_down_and_no_idle_one_up(
 
 
 def test_an_override_that_is_not_understood_is_said_and_left_out(world: World, planner: Planner) -> None:
-    """One that another release wrote."""
-    said(planner, "policy", {"policy": "from-the-future"})
+    """One that another release wrote; until it is undone."""
+    override = said(planner, "policy", {"policy": "from-the-future"})
     world.tick(planner)
     assert planner.models()["m"].policy == "keep-alive"
     assert "from-the-future" in str(planner.health()["errors"])
+    planner.store.undo_override(override.id, "test", planner.now_s())
+    planner.overrides_changed()
+    world.tick(planner)
+    assert planner.health()["ok"], planner.health()
+
+
+@pytest.mark.parametrize("end", ["prewarm", "mode"])
+def test_what_could_not_be_warmed_is_said_while_it_is_to_be(
+    world: World, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for ever after its prewarm is over, and not in a mode that warms nothing."""
+    answer = {"rung": "weights", "working": False, "reason": "no room"}
+    monkeypatch.setattr(world, "_warm", lambda *_: answer)
+    world.reports["g"]["host_models"] = [{"model": "m", "rung": "weights"}]
+    with world.planner() as planner:
+        world.tick(planner)
+        asked = prewarm(planner, rung="template", replicas=0, for_s=3600)
+        for _ in range(500):
+            world.tick(planner)
+            if planner.health()["errors"]:
+                break
+            time.sleep(0.01)  # hosts are asked by other threads
+        assert planner.health()["errors"] == {"warm m": "no room"}
+        if end == "prewarm":
+            planner.store.undo_override(asked.id, "test", planner.now_s())
+            planner.overrides_changed()
+        else:
+            said(planner, "mode", {"mode": "off"}, model=None)
+        world.tick(planner)
+        assert planner.health()["ok"], planner.health()
 
 
 def test_specs_are_read_anew_when_an_override_ends(world: World, planner: Planner) -> None:

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoscaling.loop import JUMP_S
 from deployments.errors import ConfigError
 from deployments.fleet import Fleet, Model, fleet_json_schema, load_fleet, parse_fleet
 
@@ -544,11 +545,20 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
     assert f"models[0].scaling.{text}" in refused
 
 
+def test_a_model_that_is_not_parked_has_no_schedule_for_it() -> None:
+    """It would do nothing."""
+    scaling = {"schedules": [OFFICE, {**OFFICE, "rung": "parked"}]}
+    assert fleet_of(scaling=scaling).models[0].scaling.park
+    refused = refusal_of_model(scaling={**scaling, "park": False})
+    assert "models[0].scaling.schedules[1].rung: 'parked' is never reached while park is false" in refused
+
+
 @pytest.mark.parametrize(
     ("controller", "text"),
     [
         ({"mode": "on"}, "controller.mode: 'on' is not one of"),
         ({"plan_expires_s": 5}, "controller.plan_expires_s: 5 is not at least 10"),
+        ({"tick_s": 60, "plan_expires_s": 120}, "controller.tick_s: 60 is not at most 20"),
         ({"gpu_budget": 0}, "controller.gpu_budget: 0 is not greater than 0"),
         ({"shadow": {"policy": "guess"}}, "controller.shadow.policy: 'guess' is not one of"),
         ({"shadow": {}}, "controller.shadow.policy: is missing"),
@@ -556,6 +566,14 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
             {"shadow": {"policy": "kpa", "params": {"stable_s": 1}}},
             "controller.shadow.params.stable_s: 1.0 is not right; expected a parameter of kpa",
         ),
+        (
+            {"store": "/var/lib/relight/relight.db"},
+            "controller.store: '/var/lib/relight/relight.db' is not a database URL. Expected sqlite:///path",
+        ),
+        ({"store": "mysql://h/db"}, "controller.store: 'mysql' in 'mysql://h/db' is not supported. Expected"),
+        ({"store": "sqlite:///:memory:"}, "controller.store: 'sqlite:///:memory:' names no file"),
+        ({"store": "postgresql://u:secret@h"}, "controller.store: 'postgresql+psycopg://u:***@h' names no"),
+        ({"store": "sqlite:///~no-such-user/a.db"}, "'sqlite:///~no-such-user/a.db' begins with a home"),
         ({"tick": 1}, "controller.tick: unknown key; did you mean 'tick_s'?"),
     ],
 )
@@ -563,6 +581,24 @@ def test_a_wrong_controller_is_refused(controller: dict[str, Any], text: str) ->
     """The same for the controller's section."""
     models = [{"id": "m", "source": "org/name"}]
     assert text in refusal({"models": models, "controller": controller})
+
+
+def test_a_late_tick_is_no_jump_of_the_clock() -> None:
+    """Not at the longest that a fleet file may have, and two of them missed."""
+    models = [{"id": "m", "source": "org/name"}]
+    controller = parse_fleet(
+        {"models": models, "controller": {"tick_s": 20, "plan_expires_s": 40}}
+    ).controller
+    assert 3 * controller.tick_s <= JUMP_S
+
+
+@pytest.mark.parametrize(
+    "store", ["sqlite:////var/lib/relight/relight.db", "postgresql://h/db", "postgresql+psycopg://u:p@h/db"]
+)
+def test_a_database_that_a_store_can_use_is_accepted(store: str) -> None:
+    """As it stands, whether it can be reached now or not."""
+    models = [{"id": "m", "source": "org/name"}]
+    assert parse_fleet({"models": models, "controller": {"store": store}}).controller.store == store
 
 
 @pytest.mark.parametrize(

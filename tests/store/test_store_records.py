@@ -148,6 +148,24 @@ def test_cold_starts_said_again_replace_what_was_said(store: Store, open_store: 
         assert [row.model for row in at.cold_starts(None, NOON + 0.5)] == ["n"]
 
 
+def test_the_newest_starts_are_those_of_every_model_and_rung(store: Store, open_store: Open) -> None:
+    """One that starts often, or from one rung, pushes out no other; some wait to be written, some are in."""
+    rows = [replace(COLD, engine_id=f"often-{i}", ready_s=NOON + i) for i in range(9)]
+    rare = [
+        replace(COLD, engine_id="rung", ready_s=NOON - 60, rung=Rung.WEIGHTS),
+        replace(COLD, engine_id="model", ready_s=NOON - 30, model="n"),
+    ]
+    for row in [*rare, *rows[:8]]:
+        store.add_cold_start(row)
+    store.flush()
+    store.add_cold_start(rows[8])
+    wanted = [*rare, *rows[7:]]
+    assert store.newest_starts(NOON - 60, 2) == wanted
+    assert store.newest_starts(NOON - 59, 1) == [rare[1], rows[8]]
+    for at in everywhere(store, open_store):
+        assert at.newest_starts(0, 2) == wanted
+
+
 def test_a_prewarm_is_followed_to_its_end(store: Store, open_store: Open) -> None:
     store.put_prewarm(PREWARM)
     assert store.prewarms("m", 0) == [PREWARM]

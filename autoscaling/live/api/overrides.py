@@ -30,11 +30,11 @@ def ends(request: Request, body: Ends) -> float | None:
     return request.now_s + body.for_s if body.for_s is not None else body.until_s
 
 
-def make(
+def draft(
     request: Request, kind: OverrideKind, model: str | None, value: AnyValue, until_s: float | None
 ) -> Override:
-    """Written and in force when it returns. Raises StoreUnavailable."""
-    override = Override(
+    """As it would be made; kept nowhere yet."""
+    return Override(
         id=f"{kind}-{secrets.token_hex(4)}",
         kind=kind,
         model=model,
@@ -43,9 +43,20 @@ def make(
         made_s=request.now_s,
         until_s=until_s,
     )
+
+
+def keep(request: Request, override: Override) -> Override:
+    """Written and in force when it returns. Raises StoreUnavailable."""
     request.view.store.put_override(override)
     request.view.overrides_changed()
     return override
+
+
+def make(
+    request: Request, kind: OverrideKind, model: str | None, value: AnyValue, until_s: float | None
+) -> Override:
+    """Written and in force when it returns. Raises StoreUnavailable."""
+    return keep(request, draft(request, kind, model, value, until_s))
 
 
 def undo(request: Request, override_id: str, kind: OverrideKind | None = None) -> Override:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autoscaling.core.types import Spec
 from autoscaling.live import catalog
-from autoscaling.live.api.overrides import Ends, ends, make, shown_override, undo
+from autoscaling.live.api.overrides import Ends, draft, ends, keep, make, shown_override, undo
 from autoscaling.live.api.plain import plain
 from autoscaling.live.api.request import Refusal, Request
 from autoscaling.live.invalid import InvalidValue
@@ -49,15 +49,18 @@ def put(request: Request) -> dict[str, Any]:
     value = parse(PolicyValue, body.model_dump(exclude=set(Ends.model_fields), exclude_none=True))
     specs = request.models()
     chosen = {model: specs[model]} if model is not None else specs
-    results = {name: checked(spec, value) for name, spec in chosen.items()}
-    made = None
+    for spec in chosen.values():
+        checked(spec, value)
+    override = draft(request, "policy", model, value, ends(request, body))
+    # What is said of one model holds over what is said for the whole fleet.
+    after = request.models(override)
     if not request.flag("dry_run"):
-        made = shown_override(make(request, "policy", model, value, ends(request, body)))
+        keep(request, override)
     shown = {
-        name: {"before": spec_fields(chosen[name]), "after": spec_fields(spec)}
-        for name, spec in results.items()
+        name: {"before": spec_fields(spec), "after": spec_fields(after[name])}
+        for name, spec in chosen.items()
     }
-    return {"override": made, "models": shown}
+    return {"override": None if request.flag("dry_run") else shown_override(override), "models": shown}
 
 
 def unset(request: Request) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def cold_starts(request: Request) -> dict[str, Any]:
     model = request.optional_model()
     since_s, until_s = request.span(7 * DAY_S, YEAR_S)
     limit = request.whole("limit", 50, 1, 10_000)
-    rows = request.view.store.cold_starts(model, since_s, limit)
+    rows = request.view.store.cold_starts(model, since_s, limit, until_s=request.told_until_s())
     return {"since_s": since_s, "until_s": until_s, "cold_starts": plain(list(rows))}
 
 

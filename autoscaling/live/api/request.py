@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from autoscaling.core.types import Spec
 from autoscaling.live import overrides
 from autoscaling.live.invalid import InvalidValue, shown
+from autoscaling.live.records import Override
 from autoscaling.live.values import parse
 from autoscaling.live.view import ControllerView
 
@@ -57,11 +58,15 @@ class Request:
     query: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
 
-    def models(self) -> Mapping[str, Spec]:
-        """How every model is scaled, with what was set a moment ago, which the controller may not have read yet."""
+    def models(self, *drafts: Override) -> Mapping[str, Spec]:
+        """How every model is scaled, with what was set a moment ago, which the controller may not have read yet.
+
+        `drafts` count as if they were set.
+        """
         base = self.view.base_models()
         known = self.view.models()
-        merged = overrides.apply(base, self.view.store.overrides(self.now_s), {}, self.now_s, WINDOWS_AHEAD_S)
+        said = [*self.view.store.overrides(self.now_s), *drafts]
+        merged = overrides.apply(base, said, {}, self.now_s, WINDOWS_AHEAD_S)
         specs = {}
         for model, spec in merged.items():
             fleet = [w for w in known[model].windows if w.id.startswith("fleet:")] if model in known else []
@@ -142,6 +147,10 @@ class Request:
         if since_s > until_s:
             raise invalid(InvalidValue("since_s", since_s, f"a time before until_s ({until_s:.0f})"))
         return max(since_s, until_s - longest_s), until_s
+
+    def told_until_s(self) -> float:
+        """`until_s` if it was asked for; else no bound, since the clocks of other machines may be ahead of now."""
+        return self.number("until_s", math.inf, 0, 1e12)
 
     def day(self, name: str, default: str) -> str:
         given = self.query.get(name, default)

@@ -47,7 +47,7 @@ def prewarms(request: Request) -> dict[str, Any]:
     since_s, _ = request.span(86400.0, 400 * 86400.0)
     limit = request.whole("limit", 100, 1, 10_000)
     manual = sorted(_of_kind(request, "prewarm", model), key=lambda row: float(row["value"]["start_s"]))
-    outcomes = request.view.store.prewarms(model, since_s, limit)
+    outcomes = request.view.store.prewarms(model, since_s, limit, until_s=request.told_until_s())
     return {"prewarms": manual, "outcomes": plain(list(outcomes))}
 
 
@@ -122,31 +122,21 @@ def remove_schedule(request: Request) -> dict[str, Any]:
 
 
 def next_spans(request: Request) -> dict[str, Any]:
-    """GET schedules/next: what the schedules set at run time will do, in the order of time."""
+    """GET schedules/next: what the schedules, the fleet file's too, will do, in the order of time."""
     model, count = request.optional_model(), request.whole("count", 5, 1, 100)
+    said = [(o.id, o.model, o.value, o.until_s) for o in _alive(request, "schedule", model)]
+    for name, schedules in request.view.fleet_schedules().items():
+        if model in (None, name):
+            said += [(f"fleet:{index}", name, each, None) for index, each in enumerate(schedules)]
     found = []
-    for override in _alive(request, "schedule", model):
-        value = understood("schedule", override.value)
-        if isinstance(value, ScheduleValue):
-            shared = {
-                "id": override.id,
-                "model": override.model,
-                "replicas": value.replicas,
-                "rung": value.rung,
-            }
-            spans = _next(value, request.now_s, count)
-            found += [
-                {**shared, **s} for s in spans if override.until_s is None or s["start_s"] < override.until_s
-            ]
-    known = {(row["id"], row["start_s"]) for row in found}
-    for name, spec in request.models().items():
-        for window in spec.windows:
-            if window.source == "schedule" and model in (None, name) and window.id.startswith("fleet:"):
-                row = {"model": name, **plain(window)}
-                if (window.id, window.start_s) not in known:
-                    found.append(
-                        {key: row[key] for key in ("id", "model", "replicas", "rung", "start_s", "end_s")}
-                    )
+    for schedule_id, of, given, until_s in said:
+        value = understood("schedule", given)
+        if not isinstance(value, ScheduleValue):
+            continue
+        replicas = value.replicas if value.rung == "serving" else 0
+        shared = {"id": schedule_id, "model": of, "replicas": replicas, "rung": value.rung}
+        spans = _next(value, request.now_s, count)
+        found += [{**shared, **s} for s in spans if until_s is None or s["start_s"] < until_s]
     return {"next": sorted(found, key=lambda row: (row["start_s"], row["id"]))[:count]}
 
 
@@ -159,6 +149,9 @@ def _check_bounds(spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
         raise InvalidValue(
             "replicas", value.replicas, f"at most {spec.max_replicas}, {spec.model}'s max_replicas"
         )
+    if value.rung == "parked" and not spec.park:
+        expected = f"weights, template or serving: {spec.model}'s scaling.park is false in the fleet file"
+        raise InvalidValue("rung", value.rung, expected)
 
 
 def _alive(request: Request, kind: str, model: str | None) -> list[Any]:

@@ -50,7 +50,7 @@ class Database:
     """Where connections come from. Thread-safe; connects when first asked to, so making one can't fail for long."""
 
     def __init__(self, url: str, clock: Clock) -> None:
-        self.url, self.path = _parse(url)
+        self.url, self.path = parse_url(url)
         self.shown_url = self.url.render_as_string(hide_password=True)
         self._clock = clock
         self._engine = self._make_engine()
@@ -186,7 +186,8 @@ class Database:
 _VERSION = select(meta.c.value).where(meta.c.key == "schema_version")
 
 
-def _parse(text: str) -> tuple[URL, Path | None]:
+def parse_url(text: str) -> tuple[URL, Path | None]:
+    """The URL of a database that a store can use, and its file if it is SQLite. Raises ConfigError."""
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
@@ -198,8 +199,11 @@ def _parse(text: str) -> tuple[URL, Path | None]:
             raise ConfigError(
                 f"store: {text!r} names no file, and a store must last. Expected sqlite:///path/of/a.db."
             )
-        path = Path(url.database).expanduser()
-        if path.is_dir():
+        try:
+            path = Path(url.database).expanduser()
+        except RuntimeError as error:
+            raise ConfigError(f"store: {text!r} begins with a home folder that is not known here.") from error
+        if _is_folder(path):
             raise ConfigError(
                 f"store: {text!r} names a directory. Expected a file, as in {text.rstrip('/')}/relight.db."
             )
@@ -211,6 +215,13 @@ def _parse(text: str) -> tuple[URL, Path | None]:
     raise ConfigError(
         f"store: {url.drivername!r} in {url.render_as_string()!r} is not supported. Expected {_PICKING}."
     )
+
+
+def _is_folder(path: Path) -> bool:
+    # What may not be looked at here may still be right where the store runs.
+    with suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def _look_at(path: Path) -> None:

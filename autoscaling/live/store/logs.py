@@ -129,21 +129,27 @@ def read_decisions(
 
 
 def read_cold_starts(
-    connection: Connection, model: str | None, since_s: float, limit: int
+    connection: Connection, model: str | None, since_s: float, until_s: float, *, limit: int
 ) -> list[ColdStartRow]:
     table = schema.cold_starts
-    return [
-        to_cold_start(row)
-        for row in _newest(connection, table, table.c.ready_s, model=model, since_s=since_s, limit=limit)
-    ]
+    rows = _newest(connection, table, table.c.ready_s, (since_s, until_s), model=model, limit=limit)
+    return [to_cold_start(row) for row in rows]
 
 
-def read_prewarms(connection: Connection, model: str | None, since_s: float, limit: int) -> list[PrewarmRow]:
+def read_newest_starts(connection: Connection, since_s: float, each: int) -> list[ColdStartRow]:
+    table = schema.cold_starts
+    nth = func.row_number().over(partition_by=(table.c.model, table.c.rung), order_by=table.c.ready_s.desc())
+    ranked = select(table, nth.label("nth")).where(table.c.ready_s >= since_s).subquery()
+    newest = select(*(ranked.c[column.name] for column in table.c)).where(ranked.c.nth <= each)
+    return [to_cold_start(dict(row)) for row in connection.execute(newest).mappings()]
+
+
+def read_prewarms(
+    connection: Connection, model: str | None, since_s: float, until_s: float, *, limit: int
+) -> list[PrewarmRow]:
     table = schema.prewarms
-    return [
-        to_prewarm(row)
-        for row in _newest(connection, table, table.c.begun_s, model=model, since_s=since_s, limit=limit)
-    ]
+    rows = _newest(connection, table, table.c.begun_s, (since_s, until_s), model=model, limit=limit)
+    return [to_prewarm(row) for row in rows]
 
 
 def read_usage(
@@ -203,11 +209,11 @@ def _newest(
     connection: Connection,
     table: Table,
     time: ColumnElement[float],
+    span: tuple[float, float],
     *,
     model: str | None,
-    since_s: float,
     limit: int,
 ) -> list[dict[str, Any]]:
-    where = [time >= since_s] + ([table.c.model == model] if model is not None else [])
+    where = [time.between(*span)] + ([table.c.model == model] if model is not None else [])
     newest = select(table).where(*where).order_by(time.desc()).limit(limit)
     return [dict(row) for row in connection.execute(newest).mappings()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection
 
-from autoscaling.core.types import Decision, State
+from autoscaling.core.types import Decision, Rung, State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
 from autoscaling.live.store import bulk, journal, logs
 from autoscaling.live.store.buffer import Batch, add_usage
@@ -348,16 +349,42 @@ class Store:
                 self._memory.refused["cold start: time is not finite"] += 1
             self._memory.bound()
 
-    def cold_starts(self, model: str | None, since_s: float, limit: int = 1000) -> list[ColdStartRow]:
-        """The newest `limit` cold starts that were ready since then, oldest first. StoreUnavailable as `decisions`."""
+    def cold_starts(
+        self, model: str | None, since_s: float, limit: int = 1000, *, until_s: float = math.inf
+    ) -> list[ColdStartRow]:
+        """The newest `limit` cold starts ready in [since_s, until_s], oldest first. StoreUnavailable as `decisions`."""
         rows, waiting = self._read_with_waiting(
-            lambda connection: logs.read_cold_starts(connection, model, since_s, limit)
+            lambda connection: logs.read_cold_starts(connection, model, since_s, until_s, limit=limit)
         )
         by_key = {(row.engine_id, row.ready_s): row for row in rows}
         for batch in waiting:
             by_key.update(batch.cold_starts)
-        wanted = (row for row in by_key.values() if row.ready_s >= since_s and model in {None, row.model})
+        wanted = (
+            row for row in by_key.values() if since_s <= row.ready_s <= until_s and model in {None, row.model}
+        )
         return heapq.nlargest(limit, wanted, key=lambda row: row.ready_s)[::-1]
+
+    def newest_starts(self, since_s: float, each: int) -> list[ColdStartRow]:
+        """Of every model and every rung the newest `each` cold starts that were ready since then, oldest first.
+
+        A model that starts often leaves those of the others their place.
+
+        Raises:
+            StoreUnavailable: the database can't be read now.
+        """
+        rows, waiting = self._read_with_waiting(
+            lambda connection: logs.read_newest_starts(connection, since_s, each)
+        )
+        by_key = {(row.engine_id, row.ready_s): row for row in rows}
+        for batch in waiting:
+            by_key.update(batch.cold_starts)
+        found: list[ColdStartRow] = []
+        taken: Counter[tuple[str, Rung]] = Counter()
+        for row in sorted(by_key.values(), key=lambda row: row.ready_s, reverse=True):
+            taken[row.model, row.rung] += 1
+            if row.ready_s >= since_s and taken[row.model, row.rung] <= each:
+                found.append(row)
+        return found[::-1]
 
     def put_prewarm(self, row: PrewarmRow) -> None:
         """Records a prewarm, or how it goes on: the same id replaces what was said."""
@@ -368,15 +395,19 @@ class Store:
                 self._memory.refused["prewarm: a number is not finite"] += 1
             self._memory.bound()
 
-    def prewarms(self, model: str | None, since_s: float, limit: int = 1000) -> list[PrewarmRow]:
-        """The newest `limit` prewarms begun since then, oldest first. StoreUnavailable as `decisions`."""
+    def prewarms(
+        self, model: str | None, since_s: float, limit: int = 1000, *, until_s: float = math.inf
+    ) -> list[PrewarmRow]:
+        """The newest `limit` prewarms begun in [since_s, until_s], oldest first. StoreUnavailable as `decisions`."""
         rows, waiting = self._read_with_waiting(
-            lambda connection: logs.read_prewarms(connection, model, since_s, limit)
+            lambda connection: logs.read_prewarms(connection, model, since_s, until_s, limit=limit)
         )
         by_id = {row.id: row for row in rows}
         for batch in waiting:
             by_id.update(batch.prewarms)
-        wanted = (row for row in by_id.values() if row.begun_s >= since_s and model in {None, row.model})
+        wanted = (
+            row for row in by_id.values() if since_s <= row.begun_s <= until_s and model in {None, row.model}
+        )
         return heapq.nlargest(limit, wanted, key=lambda row: row.begun_s)[::-1]
 
     def add_usage(self, rows: Sequence[UsageRow]) -> None:
