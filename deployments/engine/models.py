@@ -262,6 +262,7 @@ class Models:
             if node is None:
                 raise StartFailed("the node's template is not there")
             await asyncio.shield(node.ready)
+            _check_device(node, entry.spec)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             template_id = f"template-{slug(entry.spec.model)}-{secrets.token_hex(3)}"
 
@@ -306,13 +307,17 @@ class Models:
         self._changed()
 
     async def template_for(self, entry: ModelEntry) -> tuple[Template, str]:
-        """The model's own template, or the node's once it is ready, and how the engine comes from it."""
+        """The model's own template, or the node's once it is ready, and how the engine comes from it.
+
+        Raises StartFailed where the node's vLLM can't serve the model.
+        """
         if entry.template is not None and entry.template_state == "ready":
             return entry.template, "prebuilt"
         await self._node_up.wait()
         assert self.node is not None
         node = self.node
         await asyncio.shield(node.ready)
+        _check_device(node, entry.spec)
         if entry.flat is not None and self._is_prebuilt(entry.spec) and Path(entry.flat).is_file():  # noqa: ASYNC240
             return node, "mapped"
         return node, "forked"
@@ -387,6 +392,14 @@ class Models:
                 entry.template.close("the host ends")
         if self.node is not None:
             self.node.close("the host ends")
+
+
+def _check_device(node: Template, spec: EngineSpec) -> None:
+    # A build for CUDA on a node without a GPU names no kind at all.
+    if node.device not in (None, "cpu") and not spec.gpus:
+        raise StartFailed(
+            "this node's vLLM is for CUDA: give the model gpus: 1, or install with RELIGHT_ENGINE=cpu"
+        )
 
 
 def _default_cache() -> str:

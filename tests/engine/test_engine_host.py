@@ -295,6 +295,45 @@ async def test_a_source_that_is_not_there_is_told_and_tried_again(
     assert await ask(info) == info.pid
 
 
+@pytest.fixture
+def started_by_a_replica_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's environment is then that of the replica, as Ray has set it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+
+
+@pytest.mark.usefixtures("started_by_a_replica_with_a_gpu")
+@pytest.mark.parametrize("granted", [[], ["0", "2"]])
+async def test_an_engine_sees_the_devices_that_were_granted(
+    node: Node, weights: Path, granted: list[str]
+) -> None:
+    """And no other, whoever started the host."""
+    model = spec(weights, gpus=len(granted))
+    node.configure(model)
+    info = await acquire(await node.client(), model, granted, time.time())
+    _, body = await http.request(info.http, "GET", "/who")
+    assert json.loads(body)["devices"] == ",".join(granted)
+
+
+@pytest.fixture(params=["cuda", ""])
+def vllm_for_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node with a GPU, and on one without."""
+    monkeypatch.setenv("STUB_DEVICE", request.param)
+
+
+@pytest.mark.usefixtures("vllm_for_cuda")
+async def test_a_model_without_gpus_needs_a_vllm_for_cpus(node: Node, weights: Path, tmp_path: Path) -> None:
+    """Its start fails before anything is forked, and so does its template; one with GPUs starts."""
+    model, other = spec(weights), spec(weights, "other", gpus=1)
+    node.configure(model, other, prebuilt="auto", cache_dir=str(tmp_path))
+    with pytest.raises(EngineStartFailed, match="vLLM is for CUDA: give the model gpus: 1"):
+        await node.lit(model)
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.template_state == "failed")
+    assert "vLLM is for CUDA" in str(entry.template_reason)
+    info = await acquire(await node.client(), other, ["0"], time.time())
+    assert info.state == "ready"
+
+
 async def test_a_replica_that_dies_leaves_its_engine_to_the_next(node: Node, weights: Path) -> None:
     """The engine waits, and is the next replica's."""
     model = spec(weights)
