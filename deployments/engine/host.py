@@ -115,7 +115,14 @@ class Host:
             try:
                 template, kind = await self.models.template_for(entry)
                 engine = await self._fork(
-                    template, kind, spec, gpu_ids=gpu_ids, requested_s=requested_s, path=path, weights=weights
+                    template,
+                    kind,
+                    spec,
+                    gpu_ids=gpu_ids,
+                    requested_s=requested_s,
+                    path=path,
+                    weights=weights,
+                    flat=entry.flat if kind == "mapped" else None,
                 )
                 if held_s - began_s > DOWNLOAD_S:
                     engine.info.phases.insert(0, ("download", began_s, held_s - began_s))
@@ -140,6 +147,7 @@ class Host:
         requested_s: float,
         path: str,
         weights: UseLock | None,
+        flat: str | None,
     ) -> Engine:
         engine_id = f"{slug(spec.model)}-{secrets.token_hex(4)}"
         base = self.engine_dir / engine_id
@@ -173,8 +181,8 @@ class Host:
             "log": f"{base}.log",
             "requested_s": time.time(),
         }
-        if kind == "mapped":
-            message |= {"flat": self.models.entry(spec).flat, "threads": threads_for(spec)}
+        if flat is not None:
+            message |= {"flat": flat, "threads": threads_for(spec)}
         self.engines[engine_id] = engine
         status_write = -1
         try:
@@ -281,8 +289,8 @@ class Host:
         self._register(engine)
         self._settle(engine, None)
         self._changed(engine)
-        entry = self.models.entry(engine.spec)
-        if info.kind == "forked" and entry.template_state in ("failed", "none"):
+        entry = self.models.entries.get(info.fingerprint)
+        if entry is not None and info.kind == "forked" and entry.template_state in ("failed", "none"):
             self.spawn(self.models.build())
 
     def _settle(self, engine: Engine, reason: str | None) -> None:

@@ -158,6 +158,10 @@ class Models:
                 self._drop(fingerprint, "another version of the model came")
         return self.entries.setdefault(spec.fingerprint, ModelEntry(spec))
 
+    def _is_kept(self, entry: ModelEntry) -> bool:
+        """Whether the node still has this model: what left meanwhile nobody would end."""
+        return self.entries.get(entry.spec.fingerprint) is entry
+
     async def resolve(self, entry: ModelEntry) -> str:
         """The local folder of the model's source; fetches it at most once at a time. Raises StartFailed."""
         if entry.path is not None and Path(entry.path).is_dir():  # noqa: ASYNC240 - a stat, of a local disk
@@ -220,6 +224,8 @@ class Models:
         """Build the missing model templates, one at a time: building takes all cores."""
         async with self._building:
             for entry in list(self.entries.values()):
+                if not self._is_kept(entry):
+                    continue  # it left while another was built
                 if not self._is_prebuilt(entry.spec):
                     if entry.template_state != "off":
                         entry.template_state = "off"
@@ -262,6 +268,8 @@ class Models:
             if node is None:
                 raise StartFailed("the node's template is not there")
             await asyncio.shield(node.ready)
+            if not self._is_kept(entry):
+                raise StartFailed("the model left the fleet")
             _check_device(node, entry.spec)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             template_id = f"template-{slug(entry.spec.model)}-{secrets.token_hex(3)}"
@@ -290,6 +298,8 @@ class Models:
             with theirs:
                 template.pid = await node.fork(message, [theirs.fileno()])
             seconds = await asyncio.shield(template.ready)
+            if not self._is_kept(entry):
+                raise StartFailed("the model left the fleet")
             log.info("template of %s built in %.1f s", entry.spec.model, seconds)
             entry.flat = template.flat
             if self._keeps_template(entry.spec):

@@ -521,6 +521,52 @@ async def test_the_log_of_a_models_latest_template_is_kept(node: Node, weights: 
     assert [path.name for path in node.host.run_dir.glob("template-*.log")] == names[1:]
 
 
+def logs_of_templates(node: Node) -> set[str]:
+    """The fingerprints, shortened, of the models whose template was built last."""
+    return {path.stem.rpartition("-")[2] for path in node.host.run_dir.glob("template-*.log")}
+
+
+@pytest.mark.parametrize("left", ["first", "second"])
+async def test_no_template_is_built_of_a_model_that_has_left(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """While its own weights were brought, or while it waited for another's: nobody would end that template."""
+    first, second = spec(weights, "first"), spec(weights, "second")
+    stays = second if left == "first" else first
+    bring, brought, locks = node.host.models.hold_weights, asyncio.Event(), list[UseLock]()
+
+    async def slowly(entry: models_module.ModelEntry) -> tuple[str, UseLock | None]:
+        await brought.wait()
+        locks.append(UseLock(tmp_path / entry.spec.model).__enter__())
+        return (await bring(entry))[0], locks[-1]
+
+    monkeypatch.setattr(node.host.models, "hold_weights", slowly)
+    node.configure(first, second, prebuilt="auto", cache_dir=str(tmp_path))
+    await until(lambda: node.host.models.entries[first.fingerprint].template_state == "building")
+    node.configure(stays, prebuilt="auto", cache_dir=str(tmp_path))
+    brought.set()
+    await until(lambda: node.host.models.entries[stays.fingerprint].template_state == "ready")
+    async with node.host.models._building:
+        assert logs_of_templates(node) == {stays.fingerprint[:8]}
+    assert [lock._fd >= 0 for lock in locks] == ([False, True] if left == "first" else [True])
+
+
+async def test_a_model_that_left_while_its_engine_started_does_not_come_back(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Its replica uses the engine to the end; of the model the node keeps nothing."""
+    old, new = spec(weights, env={"STUB_SLOW_S": 0.5}), spec(weights)
+    node.configure(old)
+    asked = asyncio.create_task(node.lit(old))
+    await until(lambda: node.host.engines)
+    node.configure(new, prebuilt="auto", cache_dir=str(tmp_path))
+    _, info = await asked
+    assert await ask(info) == info.pid
+    await until(lambda: node.host.models.entries[new.fingerprint].template_state == "ready")
+    assert [model["fingerprint"] for model in node.host.status()["models"]] == [new.fingerprint]
+    assert logs_of_templates(node) == {new.fingerprint[:8]}
+
+
 async def test_weights_in_use_are_leased(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While an engine lives its folder can't be evicted from the node's cache; afterwards it can."""
     cached = tmp_path / "cache" / "model"
