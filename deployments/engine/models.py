@@ -20,7 +20,7 @@ from typing import Any
 from deployments.engine.command import argv, bring, slug, threads_for
 from deployments.engine.forks import StartFailed, Template
 from deployments.engine.protocol import EngineSpec, HostConfig
-from deployments.engine.use_lock import UseLock, hold, let_go
+from deployments.engine.use_lock import UseLock, hold, let_go, mapped_dir
 
 log = logging.getLogger("relight.host")
 
@@ -245,7 +245,7 @@ class Models:
             self._prune_mapped()
 
     def _mapped_dir(self) -> Path:
-        return Path(self.config.cache_dir or _default_cache()) / "mapped"
+        return mapped_dir(self.config.cache_dir)
 
     def _prune_mapped(self) -> None:
         """Remove mapped weights that were left by other engine arguments. Who has them mapped keeps them."""
@@ -410,10 +410,6 @@ def _check_device(node: Template, spec: EngineSpec) -> None:
         raise StartFailed(
             "this node's vLLM is for CUDA: give the model gpus: 1, or install with RELIGHT_ENGINE=cpu"
         )
-
-
-def _default_cache() -> str:
-    return os.environ.get("RELIGHT_CACHE") or str(Path("~/.cache/relight").expanduser())
 
 
 __all__ = ["ModelEntry", "Models"]

@@ -28,6 +28,7 @@ from deployments.engine.control import ControlSocket
 from deployments.engine.forks import StartFailed
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
+from deployments.engine.sources import ModelCache
 from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock
 from deployments.errors import EngineStartFailed
 
@@ -802,6 +803,21 @@ async def test_mapped_weights_that_nobody_used_for_long_are_removed(
         "young.json",
         "young.weights",
     ]
+
+
+@pytest.mark.parametrize("told_by", ["the fleet", "the environment"])
+async def test_mapped_weights_are_beside_the_weights_of_a_cache_at_home(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    """~ is the home folder for both."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RELIGHT_CACHE", "~/kept")
+    model = spec(weights)
+    node.configure(model, prebuilt="auto", cache_dir="~/kept" if told_by == "the fleet" else None)
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.template_state == "ready")
+    assert ModelCache("~/kept").root == ModelCache().root == tmp_path / "kept"
+    assert entry.flat == str(tmp_path / "kept" / "mapped" / "tiny.weights")
 
 
 async def test_messages_that_are_none_are_answered(node: Node) -> None:
