@@ -408,7 +408,7 @@ class EngineHostConfig(_Config):
     cache_dir: Folder | None = None
     """Where weights are kept; null means $RELIGHT_CACHE, or ~/.cache/relight/models."""
     cache_budget_bytes: Bytes | None = None
-    """How much the weights may take; null means 80 % of the file system."""
+    """How much the weights may take, mapped copies of them included; null means 80 % of the file system."""
     prebuilt: Literal["auto", "on_demand", "off"] = "auto"
     """Models without GPUs: `auto` keeps a template of each with its engine already built, from which a start takes a
     fraction of a second; `on_demand` keeps nothing of a dark model in memory and builds from mapped weights; `off`

@@ -20,12 +20,13 @@ from typing import Any
 from deployments.engine.command import argv, bring, slug, threads_for
 from deployments.engine.forks import StartFailed, Template
 from deployments.engine.protocol import EngineSpec, HostConfig
-from deployments.engine.use_lock import UseLock, hold, let_go, mapped_dir
+from deployments.engine.use_lock import UseLock, hold, let_go, mapped_dir, remove_mapped
 
 log = logging.getLogger("relight.host")
 
 REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 MAPPED_UNUSED_S = 7 * 86400.0  # mapped weights that no template was built from for so long are removed
+PARTIAL_UNUSED_S = 600.0  # its writer may be in another container, where its pid is not known
 STEADY_S = 60.0  # a template that lived this long is replaced at once
 RESTART_DELAY_S = 2.0
 
@@ -248,14 +249,17 @@ class Models:
         return mapped_dir(self.config.cache_dir)
 
     def _prune_mapped(self) -> None:
-        """Remove mapped weights that were left by other engine arguments. Who has them mapped keeps them."""
+        """Remove mapped weights that were left by other engine arguments, and what was left of writing them."""
         used = {Path(e.flat).stem for e in self.entries.values() if e.flat}
-        oldest_s = time.time() - MAPPED_UNUSED_S
-        for path in self._mapped_dir().glob("*.weights"):
+        for path in self._mapped_dir().glob("*.*"):
             with contextlib.suppress(FileNotFoundError):  # another host of this machine was first
-                if path.stem not in used and path.stat().st_mtime < oldest_s:
-                    path.unlink()
-                    path.with_suffix(".json").unlink()
+                age_s = time.time() - path.stat().st_mtime
+                if path.suffix == ".weights" and path.stem not in used and age_s > MAPPED_UNUSED_S:
+                    remove_mapped(path)
+                elif path.suffix == ".partial" and age_s > PARTIAL_UNUSED_S:
+                    writer = path.name.split(".")[1]
+                    if not Path("/proc", writer).exists():
+                        path.unlink()
 
     async def _build(self, entry: ModelEntry) -> None:
         entry.template_tried_s = time.time()
@@ -328,7 +332,11 @@ class Models:
         node = self.node
         await asyncio.shield(node.ready)
         _check_device(node, entry.spec)
-        if entry.flat is not None and self._is_prebuilt(entry.spec) and Path(entry.flat).is_file():  # noqa: ASYNC240
+        if entry.flat is not None and not Path(entry.flat).is_file():  # noqa: ASYNC240 - a stat, of a local disk
+            entry.flat = None
+            if not self._keeps_template(entry.spec):
+                entry.template_state = "none"  # written again once this start is done
+        if entry.flat is not None and self._is_prebuilt(entry.spec):
             return node, "mapped"
         return node, "forked"
 

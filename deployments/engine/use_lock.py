@@ -70,6 +70,12 @@ def mapped_dir(cache_dir: str | Path | None) -> Path:
     return cache.expanduser().absolute() / "mapped"
 
 
+def remove_mapped(weights: Path) -> None:
+    """A file of mapped weights and its index. Who has it mapped keeps it."""
+    weights.unlink(missing_ok=True)
+    weights.with_suffix(".json").unlink(missing_ok=True)
+
+
 def is_whole(folder: Path) -> bool:
     """Whether the folder is a model that was brought completely, with every file still as long as it was."""
     try:

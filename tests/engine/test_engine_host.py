@@ -805,6 +805,46 @@ async def test_mapped_weights_that_nobody_used_for_long_are_removed(
     ]
 
 
+async def test_what_is_left_of_writing_mapped_weights_is_removed(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Of a writer that was killed; not of one that lives, nor what was just written."""
+    folder = tmp_path / "mapped"
+    folder.mkdir()
+    gone = 2**22 + 1  # above every pid
+    for name, age_s in (
+        (f"a.{gone}", 1e6),
+        (f"a.{gone}.index", 1e6),
+        (f"b.{gone}", 1),
+        (f"c.{os.getpid()}", 1e6),
+    ):
+        (folder / f"{name}.partial").touch()
+        os.utime(folder / f"{name}.partial", (time.time() - age_s,) * 2)
+    model = spec(weights)
+    node.configure(model, prebuilt="auto", cache_dir=str(tmp_path))
+    await until(lambda: node.host.models.entries[model.fingerprint].template_state == "ready")
+    async with node.host.models._building:
+        left = sorted(path.name for path in folder.glob("*.partial"))
+    assert left == [f"b.{gone}.partial", f"c.{os.getpid()}.partial"]
+
+
+async def test_mapped_weights_that_were_evicted_are_written_again(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Beside the start that missed them; the next one has them."""
+    model = spec(weights)
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.flat)
+    (tmp_path / "mapped" / "tiny.weights").unlink()
+    client, info = await node.lit(model)
+    assert info.kind == "forked"
+    await until(lambda: entry.flat and entry.template_state == "off")
+    await node.released(client, park=False)
+    _, info = await node.lit(model)
+    assert info.kind == "mapped"
+
+
 @pytest.mark.parametrize("told_by", ["the fleet", "the environment"])
 async def test_mapped_weights_are_beside_the_weights_of_a_cache_at_home(
     node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
