@@ -610,6 +610,8 @@ class Host:
             await self.models.bring_up(entry, template=rung != "weights")
             if rung == "parked":
                 await self._start_parked(entry, gpu_ids)
+            elif rung == "template" and self.models.rung(entry) != rung:
+                raise StartFailed(entry.template_reason or "its template is not there")
         except StartFailed as error:
             entry.warm_reason = str(error)
             log.warning("%s could not be warmed to %s: %s", entry.spec.model, rung, error)

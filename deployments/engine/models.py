@@ -239,9 +239,7 @@ class Models:
                         entry.template_state, entry.template_reason = "off", "built when it is asked for"
                         entry.template.close("built when it is asked for")
                         self._changed()
-                elif (entry.template is None and entry.template_wanted) and (
-                    entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
-                ):
+                elif entry.template_wanted and self._may_build(entry):
                     await self._build(entry)
             self._prune_mapped()
 
@@ -260,6 +258,11 @@ class Models:
                     writer = path.name.split(".")[1]
                     if not Path("/proc", writer).exists():
                         path.unlink()
+
+    def _may_build(self, entry: ModelEntry) -> bool:
+        """Whether it has no template, and what kept it from having one may be over."""
+        failed = entry.template_state == "failed" and time.time() - entry.template_tried_s <= REBUILD_AFTER_S
+        return entry.template is None and not failed
 
     async def _build(self, entry: ModelEntry) -> None:
         entry.template_tried_s = time.time()
@@ -369,7 +372,7 @@ class Models:
             return
         if self._keeps_template(entry.spec):
             async with self._building:
-                if entry.template is None:
+                if self._may_build(entry):
                     await self._build(entry)
         elif self.node is not None:
             await asyncio.shield(self.node.ready)

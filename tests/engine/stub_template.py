@@ -2,8 +2,9 @@
 
 What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long
 until it is ready), STUB_CRASH (it ends at once, without a word), STUB_FAIL_MAPPED (it can't be built from mapped
-weights, for this reason). What the node's vLLM is for is STUB_DEVICE of the host's own. A model's own template is one
-more of these processes, with a flat file of its own.
+weights, for this reason), STUB_FAIL_TEMPLATE (its template can't be built, for this reason), STUB_BUILDS (a file that
+gets a line for each build of it). What the node's vLLM is for is STUB_DEVICE of the host's own. A model's own template
+is one more of these processes, with a flat file of its own.
 """
 
 from __future__ import annotations
@@ -66,7 +67,14 @@ def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusRepor
 
 
 def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoReturn:
-    """Built at once, from no weights."""
+    """Built at once, from no weights; noted, and refused, as the model's environment says."""
+    environment = message["env"]
+    if builds := environment.get("STUB_BUILDS"):
+        with Path(builds).open("a") as file:
+            file.write("built\n")
+    if reason := environment.get("STUB_FAIL_TEMPLATE"):
+        send_with_fds(channel, {"event": "template_failed", "reason": reason})
+        os._exit(1)
     Path(message["log"]).touch()
     flat = Path(message["flat_dir"]) / f"{message['model']}.weights"
     flat.parent.mkdir(parents=True, exist_ok=True)

@@ -715,6 +715,27 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
     assert (entry.template, entry.template_state) == (None, "off")
 
 
+async def test_a_template_that_can_not_be_built_is_no_rung(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for it learns why, and it is not tried again at once; a parked engine can be had all the same."""
+    builds = tmp_path / "builds"
+    model = spec(weights, env={"STUB_FAIL_TEMPLATE": "weights are quantized", "STUB_BUILDS": builds})
+    node.configure(model, prebuilt="auto", cache_dir=str(tmp_path), park_memory_bytes=1024 * MIB)
+    for _ in range(3):
+        answer = await warmed(node, model, "template")
+        assert (answer["rung"], answer["reason"]) == ("weights", "weights are quantized")
+    assert builds.read_text() == "built\n"
+    answer = await warmed(node, model, "parked")
+    assert (answer["rung"], answer["reason"]) == ("parked", None)
+    assert builds.read_text() == "built\n"
+    monkeypatch.setattr(models_module, "REBUILD_AFTER_S", 0.0)
+    await warmed(node, model, "weights")
+    await until(lambda: not node.host.engines)
+    await warmed(node, model, "template")
+    assert builds.read_text() == "built\n" * 2
+
+
 async def test_on_demand_keeps_no_template_and_builds_from_mapped_weights(
     node: Node, weights: Path, tmp_path: Path
 ) -> None:
