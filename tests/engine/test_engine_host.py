@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1004,6 +1005,48 @@ async def test_a_host_that_ends_takes_its_engines_along(process: HostProcess, we
     status = await (await process.client()).ask({"op": "status"})
     process.end(signal.SIGTERM)
     await until(lambda: not alive(info.pid) and not alive(status["template"]["pid"]))
+    assert not {"engines", "ipc"} & {path.name for path in process.run_dir.iterdir()}
+
+
+def test_run_directories_of_nodes_that_are_gone_are_removed(run_dir: Path) -> None:
+    """Not those where a host lives or is about to, nor what a successor would take over, nor anything else."""
+    names = ("aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc", "dddddddddddd", "eeeeeeeeeeee", "ray")
+    dead, starts, lives, serves, new, other = folders = [run_dir / name for name in names]
+    for folder in folders:
+        (folder / "engines").mkdir(parents=True)
+        if folder != new:
+            (folder / "host.lock").touch()
+            (folder / "host.spawned").touch()
+            os.utime(folder / "host.spawned", (0, 0))
+    os.utime(starts / "host.spawned")
+    with (lives / "host.lock").open() as lock, socket.socket(socket.AF_UNIX) as engine:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with socket.socket(socket.AF_UNIX) as ended:
+            ended.bind(str(dead / "engines" / "tiny.http"))
+            ended.listen()
+        engine.bind(str(serves / "engines" / "tiny.http"))
+        engine.listen()
+        host_module.remove_dead(run_dir / "no-node")
+        assert dead.exists()
+        host_module.remove_dead(run_dir / "ffffffffffff")
+        assert sorted(run_dir.iterdir()) == sorted([starts, lives, serves, new, other])
+    host_module.remove_dead(run_dir / "ffffffffffff")
+    assert sorted(run_dir.iterdir()) == sorted([starts, new, other])
+
+
+async def test_a_new_host_clears_up_after_those_that_were_killed(run_dir: Path) -> None:
+    """When nothing of theirs lives any more."""
+    first, second = HostProcess(run_dir / "aaaaaaaaaaaa"), HostProcess(run_dir / "bbbbbbbbbbbb")
+    first.start()
+    await first.client()
+    first.end(signal.SIGKILL)
+    assert first.run_dir.exists()
+    second.start()
+    try:
+        await until(lambda: not first.run_dir.exists())
+        assert (await (await second.client()).ask({"op": "status"}))["event"] == "status"
+    finally:
+        second.end(signal.SIGTERM)
 
 
 async def test_there_is_one_host_in_a_run_directory(process: HostProcess) -> None:
