@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from deployments.engine import convert, sources
 from deployments.engine.sources import MANIFEST, ModelCache, ModelUnavailable
-from deployments.fleet import PACKAGES
+from deployments.fleet import PACKAGES, SOURCE_SCHEMES
 
 ROOT = Path(__file__).parents[2]
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -122,6 +122,12 @@ def test_local_folder_is_used_in_place(tmp_path: Path, cache: ModelCache) -> Non
     with cache.use(str(model)) as path:
         assert path == model
     assert models_in(cache) == []
+
+
+@pytest.mark.parametrize("scheme", [name for name in SOURCE_SCHEMES if name != "package"])
+def test_every_scheme_that_a_fleet_may_name_can_be_opened(scheme: str) -> None:
+    """The library behind each is in requirements/."""
+    assert scheme in fsspec.get_filesystem_class(scheme).protocol
 
 
 def test_home_is_expanded(tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
