@@ -302,7 +302,7 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
     argv, env = engine_otel_args(settings(fleet.telemetry, os.environ))
     config = host_config(fleet)
     specs = {m.id: engine_spec(m, tuple(argv), dict(env)) for m in fleet.models}
-    handles = {_argument(m.id): _model_deployment(m, specs[m.id], config) for m in fleet.models}
+    handles = {_argument(m.id): _model_deployment(fleet, m, specs[m.id], config) for m in fleet.models}
     controller = (
         serve.deployment(Controller)
         .options(
@@ -348,7 +348,7 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
 
 
 def _off_accelerators(fleet: Fleet) -> dict[str, Any]:
-    """Where gateways and the controller run: a node with an accelerator only if there is no other.
+    """Where gateways, the controller and models without GPUs run: beside an accelerator only if there is no other room.
 
     Ray ends no node on which an actor lives, also one that takes no CPU.
     """
@@ -360,9 +360,13 @@ def _off_accelerators(fleet: Fleet) -> dict[str, Any]:
     return {"num_cpus": 0, "label_selector": others, "fallback_strategy": [{"label_selector": {}}]}
 
 
-def _model_deployment(model: Model, spec: EngineSpec, config: dict[str, Any]) -> serve.Application:
+def _model_deployment(
+    fleet: Fleet, model: Model, spec: EngineSpec, config: dict[str, Any]
+) -> serve.Application:
     scaling, resources = model.scaling, model.resources
     options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+    if not resources.gpus:
+        options = {**_off_accelerators(fleet), **options}
     if resources.custom:
         options["resources"] = dict(resources.custom)
     if len(resources.accelerator_types) == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -336,12 +337,14 @@ class Model(_Config):
     @model_validator(mode="after")
     def _parallelism_fits(self) -> Self:
         by_flag = {_flag(key): value for key, value in self.engine.items()}
-        sizes = [by_flag.get(name, 1) for name in ("tensor-parallel-size", "pipeline-parallel-size")]
-        tensor, pipeline = (size if type(size) is int else 1 for size in sizes)
-        if 0 < self.resources.gpus < tensor * pipeline:
+        kinds = ("tensor", "pipeline", "data")
+        given = [by_flag.get(f"{kind}-parallel-size", 1) for kind in kinds]
+        sizes = [size if type(size) is int else 1 for size in given]
+        if 0 < self.resources.gpus < (wanted := math.prod(sizes)):
+            factors = (f"{kind}_parallel_size ({size})" for kind, size in zip(kinds, sizes, strict=True))
             text = (
-                f"{self.resources.gpus} is not at least {tensor * pipeline}, which the engine's "
-                f"tensor_parallel_size ({tensor}) times pipeline_parallel_size ({pipeline}) asks for"
+                f"{self.resources.gpus} is not at least {wanted}, which the engine's "
+                f"{' times '.join(factors)} asks for"
             )
             raise _Problems((("resources", "gpus"), text))
         return self
@@ -408,7 +411,7 @@ class EngineHostConfig(_Config):
     cache_dir: Folder | None = None
     """Where weights are kept; null means $RELIGHT_CACHE, or ~/.cache/relight/models."""
     cache_budget_bytes: Bytes | None = None
-    """How much the weights may take; null means 80 % of the file system."""
+    """How much the weights may take, mapped copies of them included; null means 80 % of the file system."""
     prebuilt: Literal["auto", "on_demand", "off"] = "auto"
     """Models without GPUs: `auto` keeps a template of each with its engine already built, from which a start takes a
     fraction of a second; `on_demand` keeps nothing of a dark model in memory and builds from mapped weights; `off`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from itertools import pairwise
 
 from deployments.engine.protocol import EngineSpec
 
@@ -27,9 +28,18 @@ def argv(spec: EngineSpec, path: str, *, sleeps: bool = False) -> list[str]:
     own += ["--shutdown-timeout", str(int(STOP_GRACE_S)), "--disable-uvicorn-access-log"]
     if sleeps:
         own.append("--enable-sleep-mode")
-    if spec.gpus > 1 and "--tensor-parallel-size" not in spec.argv:
-        own += ["--tensor-parallel-size", str(spec.gpus)]
+    tensor, rest = divmod(
+        spec.gpus, _size(spec, "--pipeline-parallel-size") * _size(spec, "--data-parallel-size")
+    )
+    if tensor > 1 and not rest and "--tensor-parallel-size" not in spec.argv:
+        own += ["--tensor-parallel-size", str(tensor)]
     return [*own, *spec.argv]
+
+
+def _size(spec: EngineSpec, flag: str) -> int:
+    """A kind of parallelism that the model's own arguments ask for; what is no number vLLM refuses."""
+    value = dict(pairwise(spec.argv)).get(flag, "1")
+    return max(1, int(value)) if value.isdecimal() else 1
 
 
 def threads_for(spec: EngineSpec) -> int:

@@ -35,6 +35,7 @@ class Template:
         self.ready.add_done_callback(lambda f: f.cancelled() or f.exception())
         self.pid: int | None = None
         self.flat: str | None = None
+        self.device: str | None = None  # the kind that its vLLM found, once it is ready
         self._channel = channel
         self._on_end = on_end
         self._forks: dict[str, asyncio.Future[int]] = {}
@@ -56,7 +57,7 @@ class Template:
             case "template_ready":
                 if message["threads"] > 1:
                     log.warning("%s template has %d threads before its forks", self.name, message["threads"])
-                self.flat = message.get("flat")
+                self.flat, self.device = message.get("flat"), message.get("device")
                 if not self.ready.done():
                     self.ready.set_result(message["seconds"])
             case "template_failed":

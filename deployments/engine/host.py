@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -51,10 +52,13 @@ SLEEP_TIMEOUT_S = 120.0  # for the weights of a large model to go to host memory
 FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
 DOWNLOAD_S = 0.2  # weights that were there sooner were on the node already
 START_ATTEMPTS = 3  # templates that may die under a start
+STARTING_S = 60.0  # a host that was spawned so lately may not have its lock yet
 
 TEMPLATE = "deployments.engine.template"
 RUNGS = ("node", "weights", "template", "parked")
 """How warm a model can be on a node without a replica, coldest first."""
+_OF_A_NODE = re.compile(r"[0-9a-f]{12}")  # the name of a node's run directory
+_HELD = ("engines/*.http", "replicas/*.sock", "gateways/*.sock")
 
 
 @dataclass(slots=True)
@@ -115,7 +119,14 @@ class Host:
             try:
                 template, kind = await self.models.template_for(entry)
                 engine = await self._fork(
-                    template, kind, spec, gpu_ids=gpu_ids, requested_s=requested_s, path=path, weights=weights
+                    template,
+                    kind,
+                    spec,
+                    gpu_ids=gpu_ids,
+                    requested_s=requested_s,
+                    path=path,
+                    weights=weights,
+                    flat=entry.flat if kind == "mapped" else None,
                 )
                 if held_s - began_s > DOWNLOAD_S:
                     engine.info.phases.insert(0, ("download", began_s, held_s - began_s))
@@ -140,6 +151,7 @@ class Host:
         requested_s: float,
         path: str,
         weights: UseLock | None,
+        flat: str | None,
     ) -> Engine:
         engine_id = f"{slug(spec.model)}-{secrets.token_hex(4)}"
         base = self.engine_dir / engine_id
@@ -173,8 +185,8 @@ class Host:
             "log": f"{base}.log",
             "requested_s": time.time(),
         }
-        if kind == "mapped":
-            message |= {"flat": self.models.entry(spec).flat, "threads": threads_for(spec)}
+        if flat is not None:
+            message |= {"flat": flat, "threads": threads_for(spec)}
         self.engines[engine_id] = engine
         status_write = -1
         try:
@@ -281,8 +293,8 @@ class Host:
         self._register(engine)
         self._settle(engine, None)
         self._changed(engine)
-        entry = self.models.entry(engine.spec)
-        if info.kind == "forked" and entry.template_state in ("failed", "none"):
+        entry = self.models.entries.get(info.fingerprint)
+        if entry is not None and info.kind == "forked" and entry.template_state in ("failed", "none"):
             self.spawn(self.models.build())
 
     def _settle(self, engine: Engine, reason: str | None) -> None:
@@ -602,6 +614,8 @@ class Host:
             await self.models.bring_up(entry, template=rung != "weights")
             if rung == "parked":
                 await self._start_parked(entry, gpu_ids)
+            elif rung == "template" and self.models.rung(entry) != rung:
+                raise StartFailed(entry.template_reason or "its template is not there")
         except StartFailed as error:
             entry.warm_reason = str(error)
             log.warning("%s could not be warmed to %s: %s", entry.spec.model, rung, error)
@@ -730,10 +744,42 @@ async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -
     path.unlink(missing_ok=True)
     server = await asyncio.start_unix_server(ControlSocket(host).serve, path, limit=1 << 22)
     doors = DoorKeeper(run_dir / "doors.sock")
+    host.spawn(asyncio.to_thread(remove_dead, run_dir))
     async with server:
         await ended.wait()
     doors.close()
     await host.close()
+    for name in ("engines", "ipc"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def remove_dead(run_dir: Path) -> None:
+    """Remove the run directories of nodes that are gone, beside this one: neither their host nor an engine lives."""
+    if not _OF_A_NODE.fullmatch(run_dir.name):
+        return  # who knows what is beside it
+    for folder in run_dir.parent.iterdir():
+        if not _OF_A_NODE.fullmatch(folder.name):
+            continue
+        # Its host takes the lock as its first act, and holds it for life: there is none while it is ours.
+        with contextlib.suppress(OSError), (folder / "host.lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_used(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_used(run_dir: Path) -> bool:
+    """Whether a host is on its way there, or one would find engines, replicas or gateways to go on with."""
+    spawned = run_dir / "host.spawned"
+    if spawned.exists() and time.time() - spawned.stat().st_mtime < STARTING_S:
+        return True
+    sockets = [path for pattern in _HELD for path in run_dir.glob(pattern)]
+    return any(_is_listening(path) for path in sockets)
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)
+        return connection.connect_ex(str(path)) in (0, errno.EAGAIN)
 
 
 def main() -> None:

@@ -30,10 +30,24 @@ maps: list[mmap.mmap] = []
 def write_flat(model: torch.nn.Module, path: Path) -> None:
     """Write every parameter to `path` and its index to `path`.json; complete or absent, whatever dies meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    index_partial = path.with_suffix(f".{os.getpid()}.index.partial")
+    try:
+        index_partial.write_text(json.dumps(_write_parameters(model, partial)))
+        # The data is named last: where it is, its index is.
+        index_partial.rename(path.with_suffix(".json"))
+        partial.rename(path)
+    finally:
+        # What a full disk has cut short would keep it full.
+        partial.unlink(missing_ok=True)
+        index_partial.unlink(missing_ok=True)
+
+
+def _write_parameters(model: torch.nn.Module, path: Path) -> dict[str, tuple[int, list[int], str]]:
+    """Where each is in the file: offset, shape, data type."""
     index: dict[str, tuple[int, list[int], str]] = {}
     seen: dict[int, str] = {}
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with path.open("wb") as file:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             pointer = parameter.data_ptr()
             if pointer in seen:  # tied weights are stored once
@@ -48,11 +62,7 @@ def write_flat(model: torch.nn.Module, path: Path) -> None:
         file.truncate(-(-file.tell() // PAGE_BYTES) * PAGE_BYTES)
         file.flush()
         os.fsync(file.fileno())
-    index_partial = path.with_suffix(f".{os.getpid()}.index.partial")
-    index_partial.write_text(json.dumps(index))
-    # The data is named last: where it is, its index is.
-    index_partial.rename(path.with_suffix(".json"))
-    partial.rename(path)
+    return index
 
 
 def map_flat(model: torch.nn.Module, path: Path) -> None:

@@ -20,12 +20,13 @@ from typing import Any
 from deployments.engine.command import argv, bring, slug, threads_for
 from deployments.engine.forks import StartFailed, Template
 from deployments.engine.protocol import EngineSpec, HostConfig
-from deployments.engine.use_lock import UseLock, hold, let_go
+from deployments.engine.use_lock import UseLock, hold, let_go, mapped_dir, remove_mapped
 
 log = logging.getLogger("relight.host")
 
 REBUILD_AFTER_S = 30.0  # how long a failed model template is not tried again
 MAPPED_UNUSED_S = 7 * 86400.0  # mapped weights that no template was built from for so long are removed
+PARTIAL_UNUSED_S = 600.0  # its writer may be in another container, where its pid is not known
 STEADY_S = 60.0  # a template that lived this long is replaced at once
 RESTART_DELAY_S = 2.0
 
@@ -158,6 +159,10 @@ class Models:
                 self._drop(fingerprint, "another version of the model came")
         return self.entries.setdefault(spec.fingerprint, ModelEntry(spec))
 
+    def _is_kept(self, entry: ModelEntry) -> bool:
+        """Whether the node still has this model: what left meanwhile nobody would end."""
+        return self.entries.get(entry.spec.fingerprint) is entry
+
     async def resolve(self, entry: ModelEntry) -> str:
         """The local folder of the model's source; fetches it at most once at a time. Raises StartFailed."""
         if entry.path is not None and Path(entry.path).is_dir():  # noqa: ASYNC240 - a stat, of a local disk
@@ -220,6 +225,8 @@ class Models:
         """Build the missing model templates, one at a time: building takes all cores."""
         async with self._building:
             for entry in list(self.entries.values()):
+                if not self._is_kept(entry):
+                    continue  # it left while another was built
                 if not self._is_prebuilt(entry.spec):
                     if entry.template_state != "off":
                         entry.template_state = "off"
@@ -232,24 +239,30 @@ class Models:
                         entry.template_state, entry.template_reason = "off", "built when it is asked for"
                         entry.template.close("built when it is asked for")
                         self._changed()
-                elif (entry.template is None and entry.template_wanted) and (
-                    entry.template_state != "failed" or time.time() - entry.template_tried_s > REBUILD_AFTER_S
-                ):
+                elif entry.template_wanted and self._may_build(entry):
                     await self._build(entry)
             self._prune_mapped()
 
     def _mapped_dir(self) -> Path:
-        return Path(self.config.cache_dir or _default_cache()) / "mapped"
+        return mapped_dir(self.config.cache_dir)
 
     def _prune_mapped(self) -> None:
-        """Remove mapped weights that were left by other engine arguments. Who has them mapped keeps them."""
+        """Remove mapped weights that were left by other engine arguments, and what was left of writing them."""
         used = {Path(e.flat).stem for e in self.entries.values() if e.flat}
-        oldest_s = time.time() - MAPPED_UNUSED_S
-        for path in self._mapped_dir().glob("*.weights"):
+        for path in self._mapped_dir().glob("*.*"):
             with contextlib.suppress(FileNotFoundError):  # another host of this machine was first
-                if path.stem not in used and path.stat().st_mtime < oldest_s:
-                    path.unlink()
-                    path.with_suffix(".json").unlink()
+                age_s = time.time() - path.stat().st_mtime
+                if path.suffix == ".weights" and path.stem not in used and age_s > MAPPED_UNUSED_S:
+                    remove_mapped(path)
+                elif path.suffix == ".partial" and age_s > PARTIAL_UNUSED_S:
+                    writer = path.name.split(".")[1]
+                    if not Path("/proc", writer).exists():
+                        path.unlink()
+
+    def _may_build(self, entry: ModelEntry) -> bool:
+        """Whether it has no template, and what kept it from having one may be over."""
+        failed = entry.template_state == "failed" and time.time() - entry.template_tried_s <= REBUILD_AFTER_S
+        return entry.template is None and not failed
 
     async def _build(self, entry: ModelEntry) -> None:
         entry.template_tried_s = time.time()
@@ -262,6 +275,9 @@ class Models:
             if node is None:
                 raise StartFailed("the node's template is not there")
             await asyncio.shield(node.ready)
+            if not self._is_kept(entry):
+                raise StartFailed("the model left the fleet")
+            _check_device(node, entry.spec)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             template_id = f"template-{slug(entry.spec.model)}-{secrets.token_hex(3)}"
 
@@ -289,6 +305,8 @@ class Models:
             with theirs:
                 template.pid = await node.fork(message, [theirs.fileno()])
             seconds = await asyncio.shield(template.ready)
+            if not self._is_kept(entry):
+                raise StartFailed("the model left the fleet")
             log.info("template of %s built in %.1f s", entry.spec.model, seconds)
             entry.flat = template.flat
             if self._keeps_template(entry.spec):
@@ -306,14 +324,22 @@ class Models:
         self._changed()
 
     async def template_for(self, entry: ModelEntry) -> tuple[Template, str]:
-        """The model's own template, or the node's once it is ready, and how the engine comes from it."""
+        """The model's own template, or the node's once it is ready, and how the engine comes from it.
+
+        Raises StartFailed where the node's vLLM can't serve the model.
+        """
         if entry.template is not None and entry.template_state == "ready":
             return entry.template, "prebuilt"
         await self._node_up.wait()
         assert self.node is not None
         node = self.node
         await asyncio.shield(node.ready)
-        if entry.flat is not None and self._is_prebuilt(entry.spec) and Path(entry.flat).is_file():  # noqa: ASYNC240
+        _check_device(node, entry.spec)
+        if entry.flat is not None and not Path(entry.flat).is_file():  # noqa: ASYNC240 - a stat, of a local disk
+            entry.flat = None
+            if not self._keeps_template(entry.spec):
+                entry.template_state = "none"  # written again once this start is done
+        if entry.flat is not None and self._is_prebuilt(entry.spec):
             return node, "mapped"
         return node, "forked"
 
@@ -346,7 +372,7 @@ class Models:
             return
         if self._keeps_template(entry.spec):
             async with self._building:
-                if entry.template is None:
+                if self._may_build(entry):
                     await self._build(entry)
         elif self.node is not None:
             await asyncio.shield(self.node.ready)
@@ -389,8 +415,12 @@ class Models:
             self.node.close("the host ends")
 
 
-def _default_cache() -> str:
-    return os.environ.get("RELIGHT_CACHE") or str(Path("~/.cache/relight").expanduser())
+def _check_device(node: Template, spec: EngineSpec) -> None:
+    # A build for CUDA on a node without a GPU names no kind at all.
+    if node.device not in (None, "cpu") and not spec.gpus:
+        raise StartFailed(
+            "this node's vLLM is for CUDA: give the model gpus: 1, or install with RELIGHT_ENGINE=cpu"
+        )
 
 
 __all__ = ["ModelEntry", "Models"]

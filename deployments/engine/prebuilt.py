@@ -506,6 +506,7 @@ def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoRetu
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(message["env"])
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     with contextlib.suppress(ImportError):
         import setproctitle
 

@@ -136,8 +136,8 @@ def run_engine(
         os.close(log_fd)
         _name_process(f"relight-engine {message['model']} {message['engine_id']}")
         os.environ.update(message["env"])
-        if message["gpu_ids"]:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(message["gpu_ids"])
+        # Also where it is none: the host has the environment of who started it, maybe a replica with devices.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(message["gpu_ids"])
         Keeper(
             control, message["engine_id"], grace_s=HOLDER_GRACE_S, first_grace_s=FIRST_HOLDER_GRACE_S
         ).start()

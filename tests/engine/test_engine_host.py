@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from deployments.engine.control import ControlSocket
 from deployments.engine.forks import StartFailed
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
+from deployments.engine.sources import ModelCache
 from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock
 from deployments.errors import EngineStartFailed
 
@@ -295,6 +297,45 @@ async def test_a_source_that_is_not_there_is_told_and_tried_again(
     assert await ask(info) == info.pid
 
 
+@pytest.fixture
+def started_by_a_replica_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's environment is then that of the replica, as Ray has set it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+
+
+@pytest.mark.usefixtures("started_by_a_replica_with_a_gpu")
+@pytest.mark.parametrize("granted", [[], ["0", "2"]])
+async def test_an_engine_sees_the_devices_that_were_granted(
+    node: Node, weights: Path, granted: list[str]
+) -> None:
+    """And no other, whoever started the host."""
+    model = spec(weights, gpus=len(granted))
+    node.configure(model)
+    info = await acquire(await node.client(), model, granted, time.time())
+    _, body = await http.request(info.http, "GET", "/who")
+    assert json.loads(body)["devices"] == ",".join(granted)
+
+
+@pytest.fixture(params=["cuda", ""])
+def vllm_for_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node with a GPU, and on one without."""
+    monkeypatch.setenv("STUB_DEVICE", request.param)
+
+
+@pytest.mark.usefixtures("vllm_for_cuda")
+async def test_a_model_without_gpus_needs_a_vllm_for_cpus(node: Node, weights: Path, tmp_path: Path) -> None:
+    """Its start fails before anything is forked, and so does its template; one with GPUs starts."""
+    model, other = spec(weights), spec(weights, "other", gpus=1)
+    node.configure(model, other, prebuilt="auto", cache_dir=str(tmp_path))
+    with pytest.raises(EngineStartFailed, match="vLLM is for CUDA: give the model gpus: 1"):
+        await node.lit(model)
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.template_state == "failed")
+    assert "vLLM is for CUDA" in str(entry.template_reason)
+    info = await acquire(await node.client(), other, ["0"], time.time())
+    assert info.state == "ready"
+
+
 async def test_a_replica_that_dies_leaves_its_engine_to_the_next(node: Node, weights: Path) -> None:
     """The engine waits, and is the next replica's."""
     model = spec(weights)
@@ -482,6 +523,52 @@ async def test_the_log_of_a_models_latest_template_is_kept(node: Node, weights: 
     assert [path.name for path in node.host.run_dir.glob("template-*.log")] == names[1:]
 
 
+def logs_of_templates(node: Node) -> set[str]:
+    """The fingerprints, shortened, of the models whose template was built last."""
+    return {path.stem.rpartition("-")[2] for path in node.host.run_dir.glob("template-*.log")}
+
+
+@pytest.mark.parametrize("left", ["first", "second"])
+async def test_no_template_is_built_of_a_model_that_has_left(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """While its own weights were brought, or while it waited for another's: nobody would end that template."""
+    first, second = spec(weights, "first"), spec(weights, "second")
+    stays = second if left == "first" else first
+    bring, brought, locks = node.host.models.hold_weights, asyncio.Event(), list[UseLock]()
+
+    async def slowly(entry: models_module.ModelEntry) -> tuple[str, UseLock | None]:
+        await brought.wait()
+        locks.append(UseLock(tmp_path / entry.spec.model).__enter__())
+        return (await bring(entry))[0], locks[-1]
+
+    monkeypatch.setattr(node.host.models, "hold_weights", slowly)
+    node.configure(first, second, prebuilt="auto", cache_dir=str(tmp_path))
+    await until(lambda: node.host.models.entries[first.fingerprint].template_state == "building")
+    node.configure(stays, prebuilt="auto", cache_dir=str(tmp_path))
+    brought.set()
+    await until(lambda: node.host.models.entries[stays.fingerprint].template_state == "ready")
+    async with node.host.models._building:
+        assert logs_of_templates(node) == {stays.fingerprint[:8]}
+    assert [lock._fd >= 0 for lock in locks] == ([False, True] if left == "first" else [True])
+
+
+async def test_a_model_that_left_while_its_engine_started_does_not_come_back(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Its replica uses the engine to the end; of the model the node keeps nothing."""
+    old, new = spec(weights, env={"STUB_SLOW_S": 0.5}), spec(weights)
+    node.configure(old)
+    asked = asyncio.create_task(node.lit(old))
+    await until(lambda: node.host.engines)
+    node.configure(new, prebuilt="auto", cache_dir=str(tmp_path))
+    _, info = await asked
+    assert await ask(info) == info.pid
+    await until(lambda: node.host.models.entries[new.fingerprint].template_state == "ready")
+    assert [model["fingerprint"] for model in node.host.status()["models"]] == [new.fingerprint]
+    assert logs_of_templates(node) == {new.fingerprint[:8]}
+
+
 async def test_weights_in_use_are_leased(node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While an engine lives its folder can't be evicted from the node's cache; afterwards it can."""
     cached = tmp_path / "cache" / "model"
@@ -629,6 +716,27 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
     assert (entry.template, entry.template_state) == (None, "off")
 
 
+async def test_a_template_that_can_not_be_built_is_no_rung(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks for it learns why, and it is not tried again at once; a parked engine can be had all the same."""
+    builds = tmp_path / "builds"
+    model = spec(weights, env={"STUB_FAIL_TEMPLATE": "weights are quantized", "STUB_BUILDS": builds})
+    node.configure(model, prebuilt="auto", cache_dir=str(tmp_path), park_memory_bytes=1024 * MIB)
+    for _ in range(3):
+        answer = await warmed(node, model, "template")
+        assert (answer["rung"], answer["reason"]) == ("weights", "weights are quantized")
+    assert builds.read_text() == "built\n"
+    answer = await warmed(node, model, "parked")
+    assert (answer["rung"], answer["reason"]) == ("parked", None)
+    assert builds.read_text() == "built\n"
+    monkeypatch.setattr(models_module, "REBUILD_AFTER_S", 0.0)
+    await warmed(node, model, "weights")
+    await until(lambda: not node.host.engines)
+    await warmed(node, model, "template")
+    assert builds.read_text() == "built\n" * 2
+
+
 async def test_on_demand_keeps_no_template_and_builds_from_mapped_weights(
     node: Node, weights: Path, tmp_path: Path
 ) -> None:
@@ -717,6 +825,61 @@ async def test_mapped_weights_that_nobody_used_for_long_are_removed(
         "young.json",
         "young.weights",
     ]
+
+
+async def test_what_is_left_of_writing_mapped_weights_is_removed(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Of a writer that was killed; not of one that lives, nor what was just written."""
+    folder = tmp_path / "mapped"
+    folder.mkdir()
+    gone = 2**22 + 1  # above every pid
+    for name, age_s in (
+        (f"a.{gone}", 1e6),
+        (f"a.{gone}.index", 1e6),
+        (f"b.{gone}", 1),
+        (f"c.{os.getpid()}", 1e6),
+    ):
+        (folder / f"{name}.partial").touch()
+        os.utime(folder / f"{name}.partial", (time.time() - age_s,) * 2)
+    model = spec(weights)
+    node.configure(model, prebuilt="auto", cache_dir=str(tmp_path))
+    await until(lambda: node.host.models.entries[model.fingerprint].template_state == "ready")
+    async with node.host.models._building:
+        left = sorted(path.name for path in folder.glob("*.partial"))
+    assert left == [f"b.{gone}.partial", f"c.{os.getpid()}.partial"]
+
+
+async def test_mapped_weights_that_were_evicted_are_written_again(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Beside the start that missed them; the next one has them."""
+    model = spec(weights)
+    node.configure(model, prebuilt="on_demand", cache_dir=str(tmp_path))
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.flat)
+    (tmp_path / "mapped" / "tiny.weights").unlink()
+    client, info = await node.lit(model)
+    assert info.kind == "forked"
+    await until(lambda: entry.flat and entry.template_state == "off")
+    await node.released(client, park=False)
+    _, info = await node.lit(model)
+    assert info.kind == "mapped"
+
+
+@pytest.mark.parametrize("told_by", ["the fleet", "the environment"])
+async def test_mapped_weights_are_beside_the_weights_of_a_cache_at_home(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    """~ is the home folder for both."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RELIGHT_CACHE", "~/kept")
+    model = spec(weights)
+    node.configure(model, prebuilt="auto", cache_dir="~/kept" if told_by == "the fleet" else None)
+    entry = node.host.models.entries[model.fingerprint]
+    await until(lambda: entry.template_state == "ready")
+    assert ModelCache("~/kept").root == ModelCache().root == tmp_path / "kept"
+    assert entry.flat == str(tmp_path / "kept" / "mapped" / "tiny.weights")
 
 
 async def test_messages_that_are_none_are_answered(node: Node) -> None:
@@ -842,6 +1005,48 @@ async def test_a_host_that_ends_takes_its_engines_along(process: HostProcess, we
     status = await (await process.client()).ask({"op": "status"})
     process.end(signal.SIGTERM)
     await until(lambda: not alive(info.pid) and not alive(status["template"]["pid"]))
+    assert not {"engines", "ipc"} & {path.name for path in process.run_dir.iterdir()}
+
+
+def test_run_directories_of_nodes_that_are_gone_are_removed(run_dir: Path) -> None:
+    """Not those where a host lives or is about to, nor what a successor would take over, nor anything else."""
+    names = ("aaaaaaaaaaaa", "bbbbbbbbbbbb", "cccccccccccc", "dddddddddddd", "eeeeeeeeeeee", "ray")
+    dead, starts, lives, serves, new, other = folders = [run_dir / name for name in names]
+    for folder in folders:
+        (folder / "engines").mkdir(parents=True)
+        if folder != new:
+            (folder / "host.lock").touch()
+            (folder / "host.spawned").touch()
+            os.utime(folder / "host.spawned", (0, 0))
+    os.utime(starts / "host.spawned")
+    with (lives / "host.lock").open() as lock, socket.socket(socket.AF_UNIX) as engine:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with socket.socket(socket.AF_UNIX) as ended:
+            ended.bind(str(dead / "engines" / "tiny.http"))
+            ended.listen()
+        engine.bind(str(serves / "engines" / "tiny.http"))
+        engine.listen()
+        host_module.remove_dead(run_dir / "no-node")
+        assert dead.exists()
+        host_module.remove_dead(run_dir / "ffffffffffff")
+        assert sorted(run_dir.iterdir()) == sorted([starts, lives, serves, new, other])
+    host_module.remove_dead(run_dir / "ffffffffffff")
+    assert sorted(run_dir.iterdir()) == sorted([starts, new, other])
+
+
+async def test_a_new_host_clears_up_after_those_that_were_killed(run_dir: Path) -> None:
+    """When nothing of theirs lives any more."""
+    first, second = HostProcess(run_dir / "aaaaaaaaaaaa"), HostProcess(run_dir / "bbbbbbbbbbbb")
+    first.start()
+    await first.client()
+    first.end(signal.SIGKILL)
+    assert first.run_dir.exists()
+    second.start()
+    try:
+        await until(lambda: not first.run_dir.exists())
+        assert (await (await second.client()).ask({"op": "status"}))["event"] == "status"
+    finally:
+        second.end(signal.SIGTERM)
 
 
 async def test_there_is_one_host_in_a_run_directory(process: HostProcess) -> None:

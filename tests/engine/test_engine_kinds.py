@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,21 @@ SPEC = EngineSpec(
     env=(("VLLM_CPU_KVCACHE_SPACE", "1"),),
 )
 QUESTION = {"model": "chat", "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
+
+
+def test_weights_that_do_not_fit_on_the_disk_leave_nothing_on_it(tmp_path: Path) -> None:
+    """Neither in part nor as a file that says that it is whole."""
+    from deployments.engine.mapped_weights import write_flat
+
+    class Model:
+        def named_parameters(self, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+            assert len(list(tmp_path.iterdir())) == 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+            yield
+
+    with pytest.raises(OSError, match="No space left"):
+        write_flat(Model(), tmp_path / "abc.weights")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 async def answered(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from deployments.engine import template
+from deployments.engine import prebuilt, template
+from deployments.engine.protocol import receive_with_fds
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -81,3 +84,22 @@ def test_a_sampler_that_needs_a_compiler(
     module(monkeypatch, "vllm.utils.flashinfer", has_flashinfer=lambda: can)
     template._choose_sampler()
     assert os.environ.get("VLLM_USE_FLASHINFER_SAMPLER") == is_set
+
+
+def test_a_models_template_sees_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None was granted for it, whatever its environment says."""
+
+    def build(*_: Any) -> None:
+        raise RuntimeError(f"devices: {os.environ['CUDA_VISIBLE_DEVICES']!r}")
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(prebuilt, "ModelTemplate", build)
+    monkeypatch.setattr(prebuilt, "flat_name", lambda _: "tiny")
+    message = {"model": "tiny", "argv": [], "env": {}, "threads": 1, "flat_dir": ""}
+    message["log"] = str(tmp_path / "log")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        with pytest.raises(ChildProcessError):
+            template.run_in_fork(lambda: prebuilt.model_template(message, theirs))
+        told = receive_with_fds(ours)
+    assert told is not None and told[0]["reason"] == "RuntimeError: devices: ''"

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deployments.engine.command import argv
 from deployments.engine.parking import Parked, evict, value
 from deployments.engine.process import StatusReporter, root_cause
 from deployments.engine.protocol import EngineInfo, EngineSpec, encode, receive_with_fds, send_with_fds
@@ -81,6 +82,33 @@ def test_age_counts_through_the_clock() -> None:
     """What came after an eviction is worth more than the same before it."""
     clock = evict([parked("a", 10)], 0).clock
     assert value(parked("b", 10), clock) > value(parked("b", 10), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "own", "tensor"),
+    [
+        (0, [], None),
+        (1, [], None),
+        (4, [], "4"),
+        (4, ["--pipeline-parallel-size", "2"], "2"),
+        (8, ["--pipeline-parallel-size", "2", "--data-parallel-size", "2"], "2"),
+        (2, ["--pipeline-parallel-size", "2"], None),
+        (2, ["--data-parallel-size", "2"], None),
+        (3, ["--data-parallel-size", "2"], None),
+        (4, ["--data-parallel-size", "0"], "4"),
+        (4, ["--data-parallel-size", "many"], "4"),
+        (4, ["--tensor-parallel-size", "2"], None),
+    ],
+)
+def test_the_gpus_that_other_parallelism_leaves_are_for_tensors(
+    gpus: int, own: list[str], tensor: str | None
+) -> None:
+    """All kinds together take what was granted; a model's own arguments win."""
+    given = argv(EngineSpec("m", ("m",), "s", argv=tuple(own), gpus=gpus), "/w")
+    assert given[len(given) - len(own) :] == own
+    added = given[: len(given) - len(own)]
+    found = added[added.index("--tensor-parallel-size") + 1] if "--tensor-parallel-size" in added else None
+    assert found == tensor
 
 
 text = st.text(max_size=20)

@@ -56,3 +56,16 @@ def test_replicas_are_chosen_by_serves_own_router() -> None:
         assert router.choose_replicas.__code__ == PowerOfTwoChoicesRequestRouter.choose_replicas.__code__, (
             name
         )
+
+
+def test_models_without_gpus_leave_accelerators_to_others() -> None:
+    """As the gateway does, with any node as the next choice; a model with GPUs goes where those are."""
+    found = deployments(build_from_fleet(parse_fleet(FLEET, "test")))
+    chat, embed, gateway = (
+        found[name]._replica_config.ray_actor_options for name in ("model-chat", "model-embed", "gateway")
+    )
+    assert embed["label_selector"] == gateway["label_selector"]
+    assert embed["fallback_strategy"] == [{"label_selector": {}}]
+    assert (embed["num_cpus"], embed["num_gpus"]) == (1, 0)
+    assert chat["label_selector"] == {"ray.io/accelerator-type": "in(L4,H100)"}
+    assert "fallback_strategy" not in chat

@@ -234,6 +234,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             {"engine": {"tensor_parallel_size": 4}, "resources": {"gpus": 2}},
             "models[0].resources.gpus: 2 is not at least 4",
         ),
+        (
+            {"engine": {"pipeline_parallel_size": 2, "data_parallel_size": 2}, "resources": {"gpus": 2}},
+            "models[0].resources.gpus: 2 is not at least 4",
+        ),
     ],
 )
 def test_refused_models(model: dict[str, Any], message: str) -> None:

