@@ -15,6 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.client import HostConnection
-from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
+from deployments.engine.protocol import EngineInfo, EngineSpec, remove_dead_sockets, set_private
 from deployments.engine.relay import local_end, open_tunnel
 from deployments.errors import (
     ControllerUnavailable,
@@ -142,8 +143,9 @@ class ServeEngines:
         self._local_changed: dict[str, asyncio.Event] = {model: asyncio.Event() for model in specs}
         self._host: HostConnection | None = None
         self._transports: dict[str, UnixTransport] = {}
-        self._tunnels: dict[str, asyncio.Server] = {}
+        self._tunnels: dict[str, tuple[Path, asyncio.Task[asyncio.Server]]] = {}  # by engine
         self._lease_channels: dict[str, asyncio.StreamWriter] = {}
+        self._opening: dict[str, asyncio.Task[asyncio.StreamWriter]] = {}  # lease channels, by replica
         self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
         self._failures: dict[str, str] = {}
@@ -158,6 +160,7 @@ class ServeEngines:
 
     def start(self) -> None:
         """Begin to follow this node's engine host and to report to the controller."""
+        remove_dead_sockets(self._place.run_dir / "gateways")
         self._spawn(self._follow_host())
         self._spawn(self.reports.run())
         self._spawn(self.reports.read_engines())
@@ -218,7 +221,8 @@ class ServeEngines:
         if transport := self._transports.pop(info.engine_id, None):
             self._spawn(transport.close())
         if tunnel := self._tunnels.pop(info.engine_id, None):
-            tunnel.close()
+            path, opening = tunnel
+            opening.add_done_callback(partial(_close_tunnel, path))
         if self._ready_models.get(info.model) == info.engine_id:
             del self._ready_models[info.model]
 
@@ -309,7 +313,6 @@ class ServeEngines:
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
     ) -> ServeLease:
         info = EngineInfo.from_json(grant["engine"])
-        self._ready_models[model] = info.engine_id
         phases: list[Phase] = []
         if grant["init_s"] > arrived_s:  # the replica was started for this request
             process_s = max(arrived_s, grant["process_s"])
@@ -318,20 +321,27 @@ class ServeEngines:
         self._note_start(info, phases)
         remote = grant["node"] != self._place.node_id
         try:
-            if remote:
-                before = self._remote.get(grant["replica"])
-                if before is not None and before[1].engine_id != info.engine_id:
-                    self._forget(before[1])
-                self._remote[grant["replica"]] = (grant["node"], info)
-                await self._open_tunnel(info, grant)
-                transport = self._transport(info.engine_id, str(self._tunnel_path(info)))
-            else:
-                transport = self._transport(info.engine_id, info.http)
             channel = await self._lease_channel(grant, remote=remote)
-            channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
+            path = await self._open_tunnel(info, grant) if remote else info.http
+            if channel.is_closing():
+                # What is forgotten with the channel was forgotten before it had this engine.
+                if remote:
+                    self._forget(info)
+                raise ConnectionResetError("its lease channel was closed")
         except OSError as error:
             self._spawn(_drain(generator))
             raise EngineUnreachable(f"the replica of {model} went away: {error}") from error
+        except asyncio.CancelledError:
+            generator.cancel()
+            raise
+        if remote:
+            before = self._remote.get(grant["replica"])
+            if before is not None and before[1].engine_id != info.engine_id:
+                self._forget(before[1])
+            self._remote[grant["replica"]] = (grant["node"], info)
+        self._ready_models[model] = info.engine_id
+        transport = self._transport(info.engine_id, path)
+        channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
         return ServeLease(self, lease_id, generator, grant, cold_start(info, phases), transport)
 
     def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
@@ -339,16 +349,27 @@ class ServeEngines:
         self.starts.note(info, phases, waiting_since_s=min(waiting.values(), default=None))
 
     async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
+        """The replica's channel: one, however many ask for it at once."""
         replica = grant["replica"]
         channel = self._lease_channels.get(replica)
         if channel is None or channel.is_closing():
+            if replica not in self._opening:
+                self._opening[replica] = self._spawn(self._open_channel(grant, remote=remote))
+            channel = await asyncio.shield(self._opening[replica])
+        return channel
+
+    async def _open_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
+        replica = grant["replica"]
+        try:
             if remote:
                 tunnel = grant["tunnel"]
                 reader, channel = await open_tunnel(tuple(tunnel["address"]), tunnel["token"], "leases")
             else:
                 reader, channel = await asyncio.open_unix_connection(grant["lease_socket"])
-            self._lease_channels[replica] = channel
-            self._spawn(self._close_at_end(replica, reader, channel))
+        finally:
+            del self._opening[replica]
+        self._lease_channels[replica] = channel
+        self._spawn(self._close_at_end(replica, reader, channel))
         return channel
 
     async def _close_at_end(
@@ -408,15 +429,22 @@ class ServeEngines:
             self._transports[engine_id] = UnixTransport(path)
         return self._transports[engine_id]
 
-    def _tunnel_path(self, info: EngineInfo) -> Path:
-        return self._place.run_dir / "gateways" / f"{self._id}-{info.engine_id}.sock"
-
-    async def _open_tunnel(self, info: EngineInfo, grant: Mapping[str, Any]) -> None:
+    async def _open_tunnel(self, info: EngineInfo, grant: Mapping[str, Any]) -> str:
+        """The path of the engine's tunnel: one, however many ask for it at once."""
         if info.engine_id not in self._tunnels:
-            path = self._tunnel_path(info)
+            path = self._place.run_dir / "gateways" / f"{self._id}-{secrets.token_hex(4)}.sock"
             set_private(path.parent)
             tunnel = grant["tunnel"]
-            self._tunnels[info.engine_id] = await local_end(path, tuple(tunnel["address"]), tunnel["token"])
+            opening = self._spawn(local_end(path, tuple(tunnel["address"]), tunnel["token"]))
+            self._tunnels[info.engine_id] = (path, opening)
+        path, opening = self._tunnels[info.engine_id]
+        try:
+            await asyncio.shield(opening)
+        except OSError:
+            if self._tunnels.get(info.engine_id) == (path, opening):
+                del self._tunnels[info.engine_id]
+            raise
+        return str(path)
 
     # What is known
 
@@ -542,6 +570,13 @@ def _memory() -> dict[str, float]:
     """Of this node. In tenths: what matters is whether there is plenty, and every change is a report."""
     memory = psutil.virtual_memory()
     return {"total_bytes": memory.total, "available_share": round(memory.available / memory.total, 1)}
+
+
+def _close_tunnel(path: Path, opened: asyncio.Task[asyncio.Server]) -> None:
+    """Close it and remove its socket's file, which Python 3.11 leaves."""
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
+        path.unlink(missing_ok=True)
 
 
 async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
-from deployments.errors import EngineStartFailed
+from deployments.errors import EngineStartFailed, EngineUnreachable
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
 from deployments.gateway.observe import SystemClock
 from deployments.gateway.traffic import TrafficCounter
@@ -164,6 +167,8 @@ async def world() -> AsyncIterator[World]:
                 call.over.set()
             for transport in world.engines._transports.values():
                 await transport.close()
+            for engine_id in list(world.engines._tunnels):
+                world.engines._forget(world.info(engine_id=engine_id))
         server.close()
         world.tunnel.close()
 
@@ -273,6 +278,67 @@ async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_w
         connection.close()
     await until(lambda: world.engines.state("tiny") == "dark")
     assert not world.engines._tunnels
+
+
+def listening(folder: Path) -> int:
+    """Sockets below this folder that take connections."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(str(folder) in line and line.split()[3] == "00010000" for line in lines)
+
+
+@pytest.mark.parametrize("node", [HERE, ELSEWHERE])
+async def test_a_crowd_shares_one_channel_and_one_tunnel_which_go_with_the_replica(
+    world: World, node: str
+) -> None:
+    """Neither a connection, nor a listening socket, nor its file stays."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(node)]
+    leases = await asyncio.gather(*(world.engines.acquire("tiny") for _ in range(32)))
+    assert [await served(lease) for lease in leases] == [200] * 32
+    for lease in leases:
+        await lease.release()
+    await until(lambda: sum(m["op"] == "release" for m in world.told) == 32)
+    assert len(world.connections) == 1
+    assert listening(world.folder / "gateways") == (node == ELSEWHERE)
+    world.connections[0].close()
+    await until(lambda: not world.engines._lease_channels)
+    await until(lambda: not listening(world.folder / "gateways"))
+    assert not list(world.folder.glob("gateways/*"))
+
+
+async def test_a_replica_that_goes_while_its_channel_opens_leaves_nothing(world: World) -> None:
+    """The request is tried elsewhere."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(ELSEWHERE)]
+    world.tunnel.close()
+    with pytest.raises(EngineUnreachable):
+        await world.engines.acquire("tiny")
+    assert world.engines.state("tiny") == "dark"
+    assert not world.engines._remote
+    assert not world.engines._tunnels
+    assert not world.engines._opening
+
+
+async def test_sockets_of_dead_gateways_are_removed_at_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of living ones stay, and those that may not listen yet."""
+    folder = world.folder / "gateways"
+    folder.mkdir()
+    old = time.time() - 60
+    with (
+        socket.socket(socket.AF_UNIX) as dead,
+        socket.socket(socket.AF_UNIX) as living,
+        socket.socket(socket.AF_UNIX) as new,
+    ):
+        for name, one in {"dead": dead, "living": living, "new": new}.items():
+            one.bind(str(folder / f"{name}.sock"))
+            if name != "new":
+                os.utime(folder / f"{name}.sock", (old, old))
+        living.listen()
+        monkeypatch.setattr(world.engines, "_spawn", lambda work: work.close())
+        world.engines.start()
+    assert {path.stem for path in folder.iterdir()} == {"living", "new"}
 
 
 @pytest.mark.parametrize(
