@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import psutil
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from deployments.engine.client import HostConnection
 from deployments.engine.protocol import EngineInfo, EngineSpec, remove_dead_sockets, set_private
@@ -487,7 +487,7 @@ class ServeEngines:
             async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
                 result: Mapping[str, Any] = await self._controller.snapshot.remote()
                 return result
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
 
     async def control(
@@ -505,7 +505,7 @@ class ServeEngines:
         try:
             async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
                 status, document = await self._controller.control.remote(request)
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
         return status, document
 

@@ -21,7 +21,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
-from deployments.errors import EngineStartFailed, EngineUnreachable
+from deployments.errors import ControllerUnavailable, EngineStartFailed, EngineUnreachable
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
 from deployments.gateway.observe import SystemClock
 from deployments.gateway.traffic import TrafficCounter
@@ -227,6 +227,35 @@ async def test_a_deployment_that_serve_gave_up_is_a_failed_start(world: World) -
     world.handle.answers = [lambda _: DeploymentUnavailableError(DeploymentID("model-tiny", "default"))]
     with pytest.raises(EngineStartFailed, match="given tiny up"):
         await world.engines.acquire("tiny")
+
+
+class NoController:
+    """A handle of a controller that is not there."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+        self.report = self.snapshot = self.control = self
+
+    async def _raise(self) -> Any:
+        raise self.failure
+
+    def remote(self, *_: Any) -> Any:
+        return self._raise()
+
+
+@pytest.mark.parametrize(
+    "failure", [RayActorError(), DeploymentUnavailableError(DeploymentID("controller", "default"))]
+)
+async def test_without_a_controller_its_api_is_unavailable(
+    world: World, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """However Ray or Serve says it."""
+    monkeypatch.setattr(world.engines, "_controller", NoController(failure))
+    monkeypatch.setattr(world.engines.reports, "_controller", NoController(failure))
+    with pytest.raises(ControllerUnavailable):
+        await world.engines.status()
+    with pytest.raises(ControllerUnavailable):
+        await world.engines.control("GET", "/relight/v1/policies", {}, b"", None)
 
 
 async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
