@@ -466,9 +466,14 @@ class ServeEngines:
             phase = "node"
         return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model), detail)
 
+    def _seen_ready(self, model: str) -> bool:
+        fingerprint = self._specs[model].fingerprint
+        elsewhere = any(i.fingerprint == fingerprint for _, i in self._remote.values())
+        return elsewhere or model in self._ready_models
+
     def state(self, model: str) -> str:
         states = {i.state for i in self._local_engines(model)}
-        if "ready" in states or model in self._ready_models:
+        if "ready" in states or self._seen_ready(model):
             return "ready"
         if "starting" in states:
             return "lighting"
@@ -510,9 +515,10 @@ class ServeEngines:
         return status, document
 
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
-        ready = [i for i in self._local.values() if i.state == "ready"]
-        pages = await asyncio.gather(*(self._metrics_page(i.engine_id) for i in ready))
-        return [(info.model, page) for info, page in zip(ready, pages, strict=True) if page is not None]
+        ready = {i.engine_id: i.model for i in self._local.values() if i.state == "ready"}
+        ready |= {i.engine_id: i.model for _, i in self._remote.values()}
+        pages = await asyncio.gather(*(self._metrics_page(engine_id) for engine_id in ready))
+        return [(model, page) for model, page in zip(ready.values(), pages, strict=True) if page is not None]
 
     async def _metrics_page(self, engine_id: str) -> str | None:
         """vLLM's own page; None if the engine does not give one."""
@@ -558,7 +564,7 @@ class ServeEngines:
         return {
             "last_cold_start": self.starts.last(model),
             "failure": self._failures.get(model),
-            "seen_ready": model in self._ready_models,
+            "seen_ready": self._seen_ready(model),
         }
 
     @property

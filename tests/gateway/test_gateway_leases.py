@@ -128,11 +128,11 @@ class World:
         values |= {"state": "ready", "http": self.engine.uds, "control": "", "ready_s": 1.0, **changes}
         return EngineInfo(**values)
 
-    def grant(self, node: str = HERE, **changes: Any) -> Callable[[str], Any]:
+    def grant(self, node: str = HERE, replica: str = "r1", **changes: Any) -> Callable[[str], Any]:
         """The replica's answer."""
         return lambda _: {
             "engine": self.info(held=True, **changes).to_json(),
-            "replica": "r1",
+            "replica": replica,
             "node": node,
             "lease_socket": str(self.folder / "leases.sock"),
             "tunnel": {"address": self.address, "token": self.tunnel.token},
@@ -307,6 +307,38 @@ async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_w
         connection.close()
     await until(lambda: world.engines.state("tiny") == "dark")
     assert not world.engines._tunnels
+
+
+async def test_a_model_is_ready_while_one_of_its_replicas_elsewhere_serves(world: World) -> None:
+    """Also where the one that answered last has gone."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(ELSEWHERE), world.grant(ELSEWHERE, "r2", engine_id="e2")]
+    for _ in range(2):
+        await (await world.engines.acquire("tiny")).release()
+    await until(lambda: len(world.connections) == 2)
+    world.connections[1].close()
+    await until(lambda: "r2" not in world.engines._remote)
+    assert world.engines.state("tiny") == "ready"
+    assert world.engines.model_view("tiny")["seen_ready"]
+    world.connections[0].close()
+    await until(lambda: not world.engines._remote)
+    assert world.engines.state("tiny") == "dark"
+    assert not world.engines.model_view("tiny")["seen_ready"]
+
+
+async def test_the_metrics_are_those_of_every_engine_that_is_known(world: World) -> None:
+    """Here and elsewhere, each once."""
+    world.tunnel.target = world.engine.uds
+    world.engine.script.answer = (200, b"text/plain", b"vllm:num_requests_running 1.0\n")
+    world.host_tells(world.info(engine_id="e0"))
+    world.handle.answers = [
+        world.grant(engine_id="e0"),
+        world.grant(ELSEWHERE, "r2", engine_id="e2"),
+        world.grant(ELSEWHERE, "r3", engine_id="e2"),
+    ]
+    for _ in range(3):
+        await (await world.engines.acquire("tiny")).release()
+    assert await world.engines.engine_metrics() == [("tiny", "vllm:num_requests_running 1.0\n")] * 2
 
 
 def listening(folder: Path) -> int:
