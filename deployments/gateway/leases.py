@@ -449,22 +449,21 @@ class ServeEngines:
     # What is known
 
     def progress(self, model: str) -> Progress | None:
-        waiting = self._waiting_since[model]
-        if not waiting:
-            return None
+        waiting = self._waiting_since[model].values()
         starting = [i for i in self._local_engines(model) if i.state == "starting"]
+        since_s = min([*waiting] or [i.requested_s for i in starting], default=None)
+        if since_s is None or self.state(model) == "ready":
+            return None
         phase = "schedule"
         if starting:
             done = {name for name, _, _ in starting[0].phases}
             phase = next((p for p in ("fork", "config", "weights", "warm_up") if p not in done), "warm_up")
         elif any(m["model"] == model and m["source"]["state"] == "resolving" for m in self._host_models):
             phase = "download"
-        elif model in self._ready_models:
-            phase = "queue"
         detail = None
         if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
             phase = "node"
-        return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model), detail)
+        return Progress(phase, time.time() - since_s, self.starts.estimate_s(model), detail)
 
     def _seen_ready(self, model: str) -> bool:
         fingerprint = self._specs[model].fingerprint

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
@@ -22,8 +23,10 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
 from deployments.errors import ControllerUnavailable, EngineStartFailed, EngineUnreachable
+from deployments.fleet import parse_fleet
+from deployments.gateway.app import build_gateway
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
-from deployments.gateway.observe import SystemClock
+from deployments.gateway.observe import NullTelemetry, SystemClock
 from deployments.gateway.traffic import TrafficCounter
 from tests.fakes.engines import FakeEngine
 
@@ -270,6 +273,42 @@ async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
         await waiting
     await until(lambda: world.handle.calls[0].cancelled)
     assert world.engines.progress("tiny") is None
+
+
+async def test_a_model_that_is_busy_is_not_being_lit(world: World) -> None:
+    """Though somebody waits for it."""
+    world.handle.answers = [None]
+    world.host_tells(world.info(held=True))
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    assert world.engines.state("tiny") == "ready"
+    assert world.engines.progress("tiny") is None
+    waiting.cancel()
+
+
+async def test_a_start_is_told_of_though_nobody_waits(world: World) -> None:
+    """Since it was asked for, with the phase that it is in."""
+    world.host_tells(
+        world.info(state="starting", ready_s=None, requested_s=time.time() - 5, phases=[("fork", 0.0, 0.1)])
+    )
+    progress = world.engines.progress("tiny")
+    assert progress is not None
+    assert progress.phase == "config"
+    assert progress.elapsed_s == pytest.approx(5, abs=1)
+
+
+@pytest.mark.parametrize("limit", ["start_deadline_s", "request_deadline_s"])
+async def test_the_last_who_waits_is_told_what_it_waited_for(world: World, limit: str) -> None:
+    """Whichever deadline it was that passed."""
+    fleet = parse_fleet({"models": [{"id": "tiny", "source": "org/weights", "limits": {limit: 0.1}}]}, "test")
+    gateway = build_gateway(fleet, world.engines, NullTelemetry())
+    world.handle.answers = [None]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://gateway") as client:
+        answer = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
+    assert answer.status_code == 504
+    assert "still being lit: phase schedule" in answer.json()["error"]["message"]
+    assert answer.headers["x-relight-state"] == "lighting"
+    assert world.handle.calls[0].cancelled
 
 
 async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world: World) -> None:
