@@ -197,7 +197,7 @@ class GatewayDeployment:
         self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return LateGateway(self._build, self._open_door)
+        return LateGateway(self._build, self._open_door, self._flush)
 
     def _open_door(self, gateway: Any) -> Any:
         """The gateway's own listening socket, if the fleet wants one."""
@@ -206,6 +206,9 @@ class GatewayDeployment:
         listen = self._fleet.gateway.listen
         drain_s = max(m.limits.drain_deadline_s for m in self._fleet.models)
         return Door(gateway, listen, self._place.run_dir, drain_s) if listen else None
+
+    def _flush(self) -> None:
+        self._telemetry.shutdown()
 
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
@@ -216,7 +219,7 @@ class GatewayDeployment:
 
         fleet = self._fleet
         instance = serve.get_replica_context().replica_id.unique_id
-        telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
+        self._telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
         early = fleet.gateway.early_wake == "auto"
         fits: dict[str, bool] = {}
 
@@ -242,7 +245,7 @@ class GatewayDeployment:
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
             traffic=traffic,
         )
-        gateway = build_gateway(fleet, engines, telemetry, clock=clock, traffic=traffic)
+        gateway = build_gateway(fleet, engines, self._telemetry, clock=clock, traffic=traffic)
         engines.start()
         self._refreshing = asyncio.ensure_future(refresh_fits())
         return gateway
@@ -255,9 +258,12 @@ class LateGateway:
     the same, is left out, since a client would read two as one: "id, id".
     """
 
-    def __init__(self, build: Callable[[], Any], open_door: Callable[[Any], Door | None]) -> None:
+    def __init__(
+        self, build: Callable[[], Any], open_door: Callable[[Any], Door | None], flush: Callable[[], None]
+    ) -> None:
         self._build = build
         self._open_door = open_door
+        self._flush = flush  # sends what telemetry is queued; blocks
         self._app: Any = None
         self._door: Door | None = None
 
@@ -270,8 +276,10 @@ class LateGateway:
             async def receive_and_drain() -> Any:
                 message = await receive()
                 # Serve waits for the requests that came through its proxy; those of the door it does not know.
-                if message["type"] == "lifespan.shutdown" and self._door is not None:
-                    await self._door.close()
+                if message["type"] == "lifespan.shutdown":
+                    if self._door is not None:
+                        await self._door.close()
+                    await asyncio.to_thread(self._flush)
                 return message
 
             await self._app(scope, receive_and_drain, send)
@@ -335,7 +343,8 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
             name="gateway",
             max_ongoing_requests=GATEWAY_MAX_ONGOING,
             ray_actor_options=_off_accelerators(fleet),
-            graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
+            # Telemetry takes at most 5 s to leave once the requests are drained.
+            graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 10,
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=5,
             **gateway,

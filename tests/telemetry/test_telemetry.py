@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import telemetry as tel
+from deployments.app import LateGateway
 from deployments.fleet import TelemetryConfig as FleetTelemetry
 from deployments.gateway.engines import ColdStart, Phase
 from deployments.gateway.observe import GatewayTelemetry
@@ -687,6 +688,27 @@ def test_durations_survive_a_clock_step(receiver: OtlpReceiver) -> None:
 
 
 # -------------------------------------------------------------------------------------------- bad collectors
+
+
+async def test_a_gateway_that_stops_sends_what_is_queued(
+    telemetry: Telemetry, receiver: OtlpReceiver
+) -> None:
+    """Also of the requests that its door answers until it is closed."""
+
+    class Door:
+        async def close(self) -> None:
+            telemetry.request(CHAT, "qwen", []).ended(200, None)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "lifespan.shutdown"
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    gateway = LateGateway(lambda: app, lambda _: cast(Any, Door()), telemetry.shutdown)
+    await gateway({"type": "lifespan"}, receive, None)
+    assert [span.name for span in receiver.received.spans] == [f"POST {CHAT}"]
+    assert receiver.received.points
 
 
 def serve_requests(telemetry: Telemetry, count: int) -> float:
