@@ -160,17 +160,22 @@ def host_config(fleet: Fleet) -> dict[str, Any]:
     return fleet.engine_host.model_dump(mode="json")
 
 
-def only_node_that_fits(spec: EngineSpec, node_id: str) -> bool:
-    """Whether the replica of `spec` can land on this node alone, so that starting its engine here is not in vain.
+def only_node_that_fits(model: Model, node_id: str) -> bool:
+    """Whether a replica of `model` can land on this node alone, so that starting its engine here is not in vain.
 
     An engine on GPUs has to wait for those that Ray grants to its replica.
     """
     import ray
 
-    if spec.gpus:
+    if model.resources.gpus:
         return False
-    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    return len(alive) == 1 and alive[0]["NodeID"] == node_id
+    needed = _resources(model)
+    fitting = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+    ]
+    return fitting == [node_id]
 
 
 @serve.ingress()
@@ -221,11 +226,12 @@ class GatewayDeployment:
         instance = serve.get_replica_context().replica_id.unique_id
         self._telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
         early = fleet.gateway.early_wake == "auto"
+        models = {m.id: m for m in fleet.models}
         fits: dict[str, bool] = {}
 
         def early_wake(spec: EngineSpec) -> bool:
             if spec.model not in fits:
-                fits[spec.model] = early and only_node_that_fits(spec, self._place.node_id)
+                fits[spec.model] = early and only_node_that_fits(models[spec.model], self._place.node_id)
             return fits[spec.model]
 
         async def refresh_fits() -> None:
@@ -242,6 +248,7 @@ class GatewayDeployment:
             self._place,
             host_config(fleet),
             early_wake=early_wake,
+            max_ongoing={m.id: m.scaling.max_ongoing_requests for m in fleet.models},
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
             traffic=traffic,
         )

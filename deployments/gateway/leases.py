@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -103,16 +105,19 @@ class EarlyLease:
         self.engine_id = info.engine_id
         self.cold_start = cold_start(info)
         self._engines = engines
+        self._info = info
         self._granted = granted
         self._transport = transport
+        self._released = False
 
     async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
         return await self._engines.ask(self.engine_id, self._transport.request(method, target, headers, body))
 
     async def release(self, *, engine_failed: bool = False) -> None:
-        # Serve's lease is awaited, not cancelled: it is the demand that brings up the replica that will own the
-        # engine.
-        self._engines.release_when_granted(self._granted, engine_failed=engine_failed)
+        if self._released:
+            return
+        self._released = True
+        self._engines.give_back_early(self._info, self._granted, engine_failed=engine_failed)
 
 
 class ServeEngines:
@@ -127,6 +132,7 @@ class ServeEngines:
         host_config: Mapping[str, Any],
         *,
         early_wake: Callable[[EngineSpec], bool],
+        max_ongoing: Mapping[str, int],
         counts: Callable[[], Mapping[str, tuple[int, int]]],
         traffic: TrafficCounter,
     ) -> None:
@@ -136,11 +142,14 @@ class ServeEngines:
         self._place = place
         self._host_config = dict(host_config)
         self._early_wake = early_wake
+        self._max_ongoing = max_ongoing
         self._id = secrets.token_hex(4)
         self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
         self._host_models: list[dict[str, Any]] = []
         self._host_up = asyncio.Event()
-        self._local_changed: dict[str, asyncio.Event] = {model: asyncio.Event() for model in specs}
+        self._early_leases: Counter[str] = Counter()  # by engine
+        self._early_waiting: dict[str, dict[asyncio.Future[None], None]] = {model: {} for model in specs}
+        self._demand: dict[str, asyncio.Task[None]] = {}  # model -> what awaits Serve's lease for nobody
         self._host: HostConnection | None = None
         self._transports: dict[str, UnixTransport] = {}
         self._tunnels: dict[str, tuple[Path, asyncio.Task[asyncio.Server]]] = {}  # by engine
@@ -214,8 +223,7 @@ class ServeEngines:
                 self._local[info.engine_id] = info
                 if info.state != "ready" and self._ready_models.get(info.model) == info.engine_id:
                     del self._ready_models[info.model]  # parked, or on its way out
-            if changed := self._local_changed.get(info.model):
-                changed.set()
+            self._wake(info.model)
 
     def _forget(self, info: EngineInfo) -> None:
         if transport := self._transports.pop(info.engine_id, None):
@@ -254,24 +262,40 @@ class ServeEngines:
             return await _own(granted)
         if not any(i.held for i in self._local_engines(model)):
             self._light(spec)
-        changed = self._local_changed[model]
         try:
             while True:
-                changed.clear()
-                waiting = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
-                ready = next((i for i in waiting if not self._is_suspect(i.engine_id)), None)
+                ready = self._early_engine(model)
                 if ready is not None and not granted.done():
                     self._note_start(ready)
+                    self._early_leases[ready.engine_id] += 1
                     return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
-                change = asyncio.ensure_future(changed.wait())
-                await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
-                change.cancel()
+                change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._early_waiting[model][change] = None
+                try:
+                    await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    self._early_waiting[model].pop(change, None)
                 if granted.done():
+                    self._wake(model, 1)
                     lease: ServeLease = granted.result()
                     return lease
         except asyncio.CancelledError:
+            self._wake(model, 1)
             await _abandon(granted)
             raise
+
+    def _early_engine(self, model: str) -> EngineInfo | None:
+        """An engine that is ready before its replica, and takes one more request, as the replica would bound it."""
+        early = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
+        room = (i for i in early if self._early_leases[i.engine_id] < self._max_ongoing[model])
+        return next((i for i in room if not self._is_suspect(i.engine_id)), None)
+
+    def _wake(self, model: str, most: int | None = None) -> None:
+        """Let those look again who wait for an engine of this node, or the first of them."""
+        waiting = self._early_waiting.get(model, {})
+        for change in [*itertools.islice(waiting, most)]:
+            del waiting[change]
+            change.set_result(None)
 
     def _light(self, spec: EngineSpec) -> None:
         if self._host is not None:
@@ -414,15 +438,29 @@ class ServeEngines:
             channel.write(json.dumps(message).encode() + b"\n")
         self._spawn(_drain(generator))
 
-    def release_when_granted(self, granted: asyncio.Task[ServeLease], *, engine_failed: bool) -> None:
-        """Give a lease back as soon as Serve has granted it."""
+    def give_back_early(
+        self, info: EngineInfo, granted: asyncio.Task[ServeLease], *, engine_failed: bool
+    ) -> None:
+        """End an early lease, and Serve's lease with it, which may still be waited for.
+
+        One of each model is waited for, for nobody: it is the demand that brings up the replica that will own the
+        engine.
+        """
+        self._early_leases -= Counter([info.engine_id])  # keeps none that is at zero
+        self._wake(info.model, 1)
 
         async def release() -> None:
             with contextlib.suppress(EngineStartFailed, EngineUnreachable):
                 lease = await granted
                 await lease.release(engine_failed=engine_failed)
 
-        self._spawn(release())
+        demand = self._demand.get(info.model)
+        if granted.done():
+            self._spawn(release())
+        elif demand is None or demand.done():
+            self._demand[info.model] = self._spawn(release())
+        else:
+            granted.cancel()
 
     def _transport(self, engine_id: str, path: str) -> UnixTransport:
         if engine_id not in self._transports:

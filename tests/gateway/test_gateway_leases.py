@@ -112,6 +112,7 @@ class World:
             Place(folder),
             {},
             early_wake=lambda _: self.early,
+            max_ongoing={"tiny": 2},
             counts=dict,
             traffic=TrafficCounter(["tiny"], SystemClock()),
         )
@@ -329,6 +330,55 @@ async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world:
     call.answer = world.grant()
     call.ready.set()
     assert (await world.heard("release"))["lease"] == call.lease_id
+
+
+async def test_early_leases_are_as_many_as_a_replica_takes(world: World) -> None:
+    """Whoever is left waits until one is given back."""
+    world.early = True
+    world.handle.answers = [None]
+    world.host_tells(world.info())
+    held = [await world.engines.acquire("tiny") for _ in range(2)]
+    waiting = [asyncio.create_task(world.engines.acquire("tiny")) for _ in range(3)]
+    await until(lambda: len(world.handle.calls) == 5)
+    assert not any(task.done() for task in waiting)
+    await held[0].release()
+    await held[0].release()
+    assert isinstance(await waiting[0], EarlyLease)
+    waiting[1].cancel()
+    await held[1].release()
+    assert isinstance(await waiting[2], EarlyLease)
+    for task in waiting[0], waiting[2]:
+        await task.result().release()
+    assert not world.engines._early_leases
+
+
+async def test_one_call_of_serve_stays_open_for_early_leases_that_are_over(world: World) -> None:
+    """It is the demand that brings up the replica, and the others would ask for more."""
+    world.early = True
+    world.handle.answers = [None]
+    world.host_tells(world.info())
+    for _ in range(10):
+        lease = await world.engines.acquire("tiny")
+        assert await served(lease) == 200
+        await lease.release()
+    await until(lambda: sum(call.cancelled for call in world.handle.calls) == 9)
+    (call,) = (call for call in world.handle.calls if not call.cancelled)
+    call.answer = world.grant()
+    call.ready.set()
+    assert (await world.heard("release"))["lease"] == call.lease_id
+
+
+async def test_who_leaves_while_an_engine_starts_leaves_no_task(world: World) -> None:
+    """However many come and go."""
+    world.early = True
+    world.handle.answers = [None]
+    before = asyncio.all_tasks()
+    for count in range(1, 4):
+        waiting = asyncio.create_task(world.engines.acquire("tiny"))
+        await until(lambda count=count: len(world.handle.calls) == count)  # type: ignore[misc]
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    await until(lambda: asyncio.all_tasks() == before)
 
 
 async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_with_its_replica(
