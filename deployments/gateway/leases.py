@@ -64,11 +64,10 @@ class Place(Protocol):
 class ServeLease:
     """A lease that Serve has granted."""
 
-    def __init__(  # noqa: PLR0917 - called once, below
+    def __init__(
         self,
         engines: ServeEngines,
         lease_id: str,
-        generator: Any,
         grant: Mapping[str, Any],
         cold_start: ColdStart,
         transport: UnixTransport,
@@ -77,7 +76,6 @@ class ServeLease:
         self.cold_start = cold_start
         self._engines = engines
         self._lease_id = lease_id
-        self._generator = generator
         self._grant = grant
         self._transport = transport
         self._released = False
@@ -89,7 +87,7 @@ class ServeLease:
         if self._released:
             return
         self._released = True
-        self._engines.give_back(self._grant, self._lease_id, self._generator, engine_failed=engine_failed)
+        self._engines.give_back(self._grant, self._lease_id, engine_failed=engine_failed)
 
 
 class EarlyLease:
@@ -366,7 +364,8 @@ class ServeEngines:
         self._ready_models[model] = info.engine_id
         transport = self._transport(info.engine_id, path)
         channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
-        return ServeLease(self, lease_id, generator, grant, cold_start(info, phases), transport)
+        self._spawn(_follow(generator, channel) if remote else _drain(generator))
+        return ServeLease(self, lease_id, grant, cold_start(info, phases), transport)
 
     def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
         waiting = self._waiting_since[info.model]
@@ -399,7 +398,7 @@ class ServeEngines:
     async def _close_at_end(
         self, replica: str, reader: asyncio.StreamReader, channel: asyncio.StreamWriter
     ) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             await reader.read()
         channel.close()
         if self._lease_channels.get(replica) is channel:
@@ -423,9 +422,7 @@ class ServeEngines:
     def _is_suspect(self, engine_id: str) -> bool:
         return self._suspects.get(engine_id, 0.0) > time.monotonic()
 
-    def give_back(
-        self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool
-    ) -> None:
+    def give_back(self, grant: Mapping[str, Any], lease_id: str, *, engine_failed: bool) -> None:
         """Tell the replica that a lease is over; Serve's call then ends by itself."""
         channel = self._lease_channels.get(grant["replica"])
         if channel is not None and not channel.is_closing():
@@ -436,7 +433,6 @@ class ServeEngines:
                 "engine_id": grant["engine"]["engine_id"],
             }
             channel.write(json.dumps(message).encode() + b"\n")
-        self._spawn(_drain(generator))
 
     def give_back_early(
         self, info: EngineInfo, granted: asyncio.Task[ServeLease], *, engine_failed: bool
@@ -641,6 +637,21 @@ async def _abandon(task: asyncio.Task[ServeLease]) -> None:
 
 async def _drain(generator: Any) -> None:
     """Take Serve's end of the call, so that it forgets it."""
-    with contextlib.suppress(RayError, StopAsyncIteration):
+    with contextlib.suppress(RayError, RayServeException):
         async for _ in generator:
             pass
+
+
+async def _follow(generator: Any, channel: asyncio.StreamWriter) -> None:
+    """Take the end of a call to another node; if it is the replica's, close its channel and all that goes with it.
+
+    A node that vanishes closes no connection: Ray is the first to know.
+    """
+    try:
+        async for _ in generator:
+            pass
+    except RayActorError as error:
+        log.info("a replica elsewhere is gone: %s", error)
+        channel.transport.abort()
+    except (RayError, RayServeException):
+        pass

@@ -22,7 +22,12 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
-from deployments.errors import ControllerUnavailable, EngineStartFailed, EngineUnreachable
+from deployments.errors import (
+    ControllerUnavailable,
+    EngineInterrupted,
+    EngineStartFailed,
+    EngineUnreachable,
+)
 from deployments.fleet import parse_fleet
 from deployments.gateway.app import build_gateway
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
@@ -50,6 +55,7 @@ class Call:
         self.lease_id = lease_id
         self.cancelled = False
         self.over = asyncio.Event()
+        self.failure: Exception = StopAsyncIteration()  # how it ends
         self.ready = asyncio.Event()
         self.answer = answer
         self._told = False
@@ -62,7 +68,7 @@ class Call:
     async def __anext__(self) -> Any:
         if self._told:
             await self.over.wait()
-            raise StopAsyncIteration
+            raise self.failure
         await self.ready.wait()
         self._told = True
         assert self.answer is not None
@@ -396,6 +402,49 @@ async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_w
         connection.close()
     await until(lambda: world.engines.state("tiny") == "dark")
     assert not world.engines._tunnels
+
+
+@pytest.mark.parametrize("node", [HERE, ELSEWHERE])
+async def test_a_stream_ends_with_a_replica_whose_node_vanished(world: World, node: str) -> None:
+    """Its connections stay open, and Ray says that it is gone; an engine of this node ends them itself."""
+    world.tunnel.target = world.engine.uds
+    gate = asyncio.Event()
+    world.engine.script.gate_after_chunks = (1, gate)
+    world.handle.answers = [world.grant(node)]
+    lease = await world.engines.acquire("tiny")
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    response = await lease.request("POST", "/v1/completions", [], body)
+    chunks = response.chunks()
+    await anext(chunks)
+    (call,) = world.handle.calls
+    call.failure = RayActorError()
+    call.over.set()
+    if node == ELSEWHERE:
+        with pytest.raises(EngineInterrupted):
+            await anext(chunks)
+        assert world.engines.state("tiny") == "dark"
+        gate.set()
+    else:
+        await asyncio.sleep(0.01)
+        gate.set()
+        assert b"[DONE]" in [chunk async for chunk in chunks][-1]
+    await lease.release()
+
+
+async def test_a_request_to_a_node_that_vanished_may_be_tried_elsewhere(world: World) -> None:
+    """As long as nothing has come."""
+    world.tunnel.target = world.engine.uds
+    world.engine.script.gate = asyncio.Event()
+    world.handle.answers = [world.grant(ELSEWHERE)]
+    lease = await world.engines.acquire("tiny")
+    asking = asyncio.create_task(served(lease))
+    await world.engine.until(lambda: len(world.engine.seen) == 1)
+    (call,) = world.handle.calls
+    call.failure = RayActorError()
+    call.over.set()
+    with pytest.raises(EngineUnreachable):
+        await asking
+    await lease.release(engine_failed=True)
 
 
 async def test_a_model_is_ready_while_one_of_its_replicas_elsewhere_serves(world: World) -> None:
