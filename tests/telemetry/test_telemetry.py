@@ -301,7 +301,6 @@ def test_all_off_shares_one_request() -> None:
     assert not telemetry.enabled
     assert telemetry.request(CHAT, "m", []) is telemetry.request(CHAT, "n", [])
     telemetry.queue("m", 1, 1)
-    telemetry.replicas("m", {"ready": 1})
 
 
 def test_sets_no_globals(telemetry: Telemetry) -> None:
@@ -581,8 +580,6 @@ def one_of_each(telemetry: Telemetry, clock: Clock) -> None:
         clock.advance(1.0)
         request.ended(200, None)
     telemetry.queue("qwen", 0, 1)
-    telemetry.replicas("qwen", {"lighting": 1})
-    telemetry.replicas("qwen", {"ready": 3})
 
 
 def test_metrics_over_otlp(telemetry: Telemetry, receiver: OtlpReceiver, clock: Clock) -> None:
@@ -607,8 +604,6 @@ def test_metrics_over_otlp(telemetry: Telemetry, receiver: OtlpReceiver, clock: 
     weights = received.point("relight.cold_start_phase", relight__cold_start__phase="weights", **qwen)
     assert (weights.count, weights.sum) == (1, 2.0)
     assert received.point("relight.retries", relight__retry__reason="engine_unreachable").value == 2
-    assert received.point("relight.replicas", relight__replica__state="lighting").value == 0
-    assert received.point("relight.replicas", relight__replica__state="ready").value == 3
     assert {point.name for point in received.points} == {metric.otel for metric in tel.METRICS}
 
 
@@ -631,8 +626,6 @@ def test_metrics_as_prometheus_text(clock: Clock) -> None:
     assert sample(telemetry, "relight_cold_start_seconds_sum", model="qwen", kind="forked") == 3.5
     assert sample(telemetry, "relight_cold_start_phase_seconds_sum", model="qwen", phase="replica") == 1.5
     assert sample(telemetry, "relight_retries_total", model="qwen", reason="engine_unreachable") == 2
-    assert sample(telemetry, "relight_replicas", model="qwen", state="lighting") == 0
-    assert sample(telemetry, "relight_replicas", model="qwen", state="ready") == 3
     who = {"service_name": "relight", "service_instance_id": "gateway-1", "relight_role": "gateway"}
     assert sample(telemetry, "target_info", **who) == 1
     names = {name for name, _ in samples(telemetry)}
