@@ -160,17 +160,22 @@ def host_config(fleet: Fleet) -> dict[str, Any]:
     return fleet.engine_host.model_dump(mode="json")
 
 
-def only_node_that_fits(spec: EngineSpec, node_id: str) -> bool:
-    """Whether the replica of `spec` can land on this node alone, so that starting its engine here is not in vain.
+def only_node_that_fits(model: Model, node_id: str) -> bool:
+    """Whether a replica of `model` can land on this node alone, so that starting its engine here is not in vain.
 
     An engine on GPUs has to wait for those that Ray grants to its replica.
     """
     import ray
 
-    if spec.gpus:
+    if model.resources.gpus:
         return False
-    alive = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    return len(alive) == 1 and alive[0]["NodeID"] == node_id
+    needed = _resources(model)
+    fitting = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
+    ]
+    return fitting == [node_id]
 
 
 @serve.ingress()
@@ -197,7 +202,7 @@ class GatewayDeployment:
         self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return LateGateway(self._build, self._open_door)
+        return LateGateway(self._build, self._open_door, self._flush)
 
     def _open_door(self, gateway: Any) -> Any:
         """The gateway's own listening socket, if the fleet wants one."""
@@ -206,6 +211,9 @@ class GatewayDeployment:
         listen = self._fleet.gateway.listen
         drain_s = max(m.limits.drain_deadline_s for m in self._fleet.models)
         return Door(gateway, listen, self._place.run_dir, drain_s) if listen else None
+
+    def _flush(self) -> None:
+        self._telemetry.shutdown()
 
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
@@ -216,13 +224,14 @@ class GatewayDeployment:
 
         fleet = self._fleet
         instance = serve.get_replica_context().replica_id.unique_id
-        telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
+        self._telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
         early = fleet.gateway.early_wake == "auto"
+        models = {m.id: m for m in fleet.models}
         fits: dict[str, bool] = {}
 
         def early_wake(spec: EngineSpec) -> bool:
             if spec.model not in fits:
-                fits[spec.model] = early and only_node_that_fits(spec, self._place.node_id)
+                fits[spec.model] = early and only_node_that_fits(models[spec.model], self._place.node_id)
             return fits[spec.model]
 
         async def refresh_fits() -> None:
@@ -239,10 +248,11 @@ class GatewayDeployment:
             self._place,
             host_config(fleet),
             early_wake=early_wake,
+            max_ongoing={m.id: m.scaling.max_ongoing_requests for m in fleet.models},
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
             traffic=traffic,
         )
-        gateway = build_gateway(fleet, engines, telemetry, clock=clock, traffic=traffic)
+        gateway = build_gateway(fleet, engines, self._telemetry, clock=clock, traffic=traffic)
         engines.start()
         self._refreshing = asyncio.ensure_future(refresh_fits())
         return gateway
@@ -255,9 +265,12 @@ class LateGateway:
     the same, is left out, since a client would read two as one: "id, id".
     """
 
-    def __init__(self, build: Callable[[], Any], open_door: Callable[[Any], Door | None]) -> None:
+    def __init__(
+        self, build: Callable[[], Any], open_door: Callable[[Any], Door | None], flush: Callable[[], None]
+    ) -> None:
         self._build = build
         self._open_door = open_door
+        self._flush = flush  # sends what telemetry is queued; blocks
         self._app: Any = None
         self._door: Door | None = None
 
@@ -270,8 +283,10 @@ class LateGateway:
             async def receive_and_drain() -> Any:
                 message = await receive()
                 # Serve waits for the requests that came through its proxy; those of the door it does not know.
-                if message["type"] == "lifespan.shutdown" and self._door is not None:
-                    await self._door.close()
+                if message["type"] == "lifespan.shutdown":
+                    if self._door is not None:
+                        await self._door.close()
+                    await asyncio.to_thread(self._flush)
                 return message
 
             await self._app(scope, receive_and_drain, send)
@@ -335,7 +350,8 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
             name="gateway",
             max_ongoing_requests=GATEWAY_MAX_ONGOING,
             ray_actor_options=_off_accelerators(fleet),
-            graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 5,
+            # Telemetry takes at most 5 s to leave once the requests are drained.
+            graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 10,
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=5,
             **gateway,

@@ -395,6 +395,13 @@ class GatewayConfig(_Config):
     early_wake: Literal["auto", "off"] = "auto"
     """The gateway may ask the node's engine host to light a model before the replica is there."""
 
+    @field_validator("listen")
+    @classmethod
+    def _port_exists(cls, listen: str | None) -> str | None:
+        if listen is not None and not 1 <= int(listen.rpartition(":")[2]) <= 65535:
+            raise _Problems(((), f"{listen!r} has a port that is not one of 1 to 65535"))
+        return listen
+
     @model_validator(mode="after")
     def _bounds_agree(self) -> Self:
         if self.max_replicas < self.replicas:

@@ -19,7 +19,13 @@ from typing import Any
 
 from deployments.engine import http
 from deployments.engine.client import HostConnection, acquire
-from deployments.engine.protocol import EngineInfo, EngineSpec, default_run_dir, set_private
+from deployments.engine.protocol import (
+    EngineInfo,
+    EngineSpec,
+    default_run_dir,
+    remove_dead_sockets,
+    set_private,
+)
 from deployments.engine.relay import Tunnel
 from deployments.errors import EngineStartFailed
 
@@ -63,6 +69,7 @@ class ModelReplica:
         self._closing = False
         self._tunnel = Tunnel(self._serve_gateway)
         set_private(self._run_dir / "replicas")
+        remove_dead_sockets(self._run_dir / "replicas")
         self._lease_socket = self._run_dir / "replicas" / f"{self._id}.sock"
         self._lease_server = await asyncio.start_unix_server(self._serve_gateway, self._lease_socket)
         self._tcp_address = await self._tunnel.listen(ray.util.get_node_ip_address())

@@ -106,7 +106,7 @@ BUCKETS_S = (
 """Upper bounds in seconds, for all histograms: a warm first byte takes milliseconds, a cold one minutes."""
 
 _MAX_MODELS = 1024
-_MAX_VALUES = 32  # of any other label: states, kinds, phases, reasons
+_MAX_VALUES = 32  # of any other label: kinds, phases, reasons
 _MAX_COLD_STARTS = 4096  # remembered, so that ten requests that waited for one engine count one cold start
 _SHUTDOWN_S = 5.0
 
@@ -359,13 +359,9 @@ RETRIES = Metric(
     "Requests sent again because no engine had begun to answer.",
     (_MODEL, ("reason", "relight.retry.reason")),
 )  # fmt: skip
-REPLICAS = Metric(
-    "relight_replicas", "relight.replicas", "gauge", "{replica}",
-    "Replicas of a model by state.", (_MODEL, ("state", "relight.replica.state")),
-)  # fmt: skip
 METRICS = (
     REQUESTS, REQUEST_DURATION, TIME_TO_FIRST_BYTE, WAIT, QUEUE_DEPTH, IN_FLIGHT,
-    COLD_STARTS, COLD_START, COLD_START_PHASE, RETRIES, REPLICAS,
+    COLD_STARTS, COLD_START, COLD_START_PHASE, RETRIES,
 )  # fmt: skip
 
 
@@ -711,7 +707,6 @@ class Telemetry:
         self._providers = list(providers)
         self.model = _Bounded(_MAX_MODELS)
         self._values: dict[str, _Bounded] = {}
-        self._states: dict[str, set[str]] = {}
         self._cold_starts: OrderedDict[tuple[str, str, float], None] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -732,19 +727,6 @@ class Telemetry:
             labels = (self.model(model_id),)
             self.record(QUEUE_DEPTH, queued, labels, None)
             self.record(IN_FLIGHT, in_flight, labels, None)
-
-    def replicas(self, model_id: str, by_state: Mapping[str, int]) -> None:
-        """How many replicas of a model are in each state. A state that is no longer named falls to zero."""
-        if not self._outlets:
-            return
-        model = self.model(model_id)
-        now = {self.value("state", state): count for state, count in by_state.items()}
-        with self._lock:
-            known = self._states.setdefault(model, set())
-            known.update(now)
-            counts = {state: now.get(state, 0) for state in known}
-        for state, count in counts.items():
-            self.record(REPLICAS, count, (model, state), None)
 
     def cold_started(self, model_id: str, cold_start: ColdStart, context: Context | None = None) -> None:
         """Count an engine's start, once however many requests waited for it.

@@ -61,7 +61,7 @@ class DoorKeeper:
         try:
             if address not in self._doors:
                 self._doors[address] = listen(address)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             send_with_fds(connection, {"error": f"{address}: {error}"})
             return
         send_with_fds(connection, {"address": address}, [self._doors[address].fileno()])
@@ -74,7 +74,7 @@ class DoorKeeper:
 
 
 def listen(address: str) -> socket.socket:
-    """Bind HOST:PORT. Raises OSError, ValueError."""
+    """Bind HOST:PORT. Raises OSError, ValueError, OverflowError."""
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     door = socket.socket(family, socket.SOCK_STREAM)

@@ -12,16 +12,19 @@ travel beside a message (SCM_RIGHTS) from the host to a template, which hands th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 MAX_MESSAGE_BYTES = 1 << 20
+DEAD_SOCKET_AGE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +150,20 @@ def set_private(path: Path) -> None:
     path.chmod(0o700)
 
 
+def remove_dead_sockets(folder: Path) -> None:
+    """Remove the unix sockets in `folder` on which nobody listens any more."""
+    for path in folder.glob("*.sock"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            # One that is being bound refuses connections, too, until its owner listens.
+            if time.time() - path.stat().st_mtime < DEAD_SOCKET_AGE_S:
+                continue
+            probe.setblocking(False)
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+
+
 __all__ = [
     "MAX_MESSAGE_BYTES",
     "EngineInfo",
@@ -155,6 +172,7 @@ __all__ = [
     "default_run_dir",
     "encode",
     "receive_with_fds",
+    "remove_dead_sockets",
     "send_with_fds",
     "set_private",
 ]

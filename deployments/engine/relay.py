@@ -11,11 +11,14 @@ import contextlib
 import hmac
 import json
 import secrets
+import socket
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 16
 HELLO_DEADLINE_S = 5.0
+SILENCE_S = 30  # a node that vanished closes no connection; one that answers no probe for so long is gone
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -37,6 +40,7 @@ class Tunnel:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
+            _notice_silence(writer)
             line = await asyncio.wait_for(reader.readline(), HELLO_DEADLINE_S)
             hello = json.loads(line)
             if not hmac.compare_digest(str(hello["token"]), self.token):
@@ -60,8 +64,19 @@ async def open_tunnel(
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Connect to a replica's tunnel. Raises OSError."""
     reader, writer = await asyncio.open_connection(*address)
+    _notice_silence(writer)
     writer.write(json.dumps({"token": token, "to": to}).encode() + b"\n")
     return reader, writer
+
+
+def _notice_silence(writer: asyncio.StreamWriter) -> None:
+    """Have the kernel end a connection whose other end does not answer any more."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
 
 
 async def local_end(path: Path, address: tuple[str, int], token: str) -> asyncio.Server:
@@ -87,7 +102,7 @@ async def splice(
     """Copy both ways until one side closes; then close the other, so that a hang-up reaches the engine."""
 
     async def copy(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             while data := await source.read(CHUNK_BYTES):
                 sink.write(data)
                 await sink.drain()

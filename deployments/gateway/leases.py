@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 from deployments.engine.client import HostConnection
-from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
+from deployments.engine.protocol import EngineInfo, EngineSpec, remove_dead_sockets, set_private
 from deployments.engine.relay import local_end, open_tunnel
 from deployments.errors import (
     ControllerUnavailable,
@@ -61,11 +64,10 @@ class Place(Protocol):
 class ServeLease:
     """A lease that Serve has granted."""
 
-    def __init__(  # noqa: PLR0917 - called once, below
+    def __init__(
         self,
         engines: ServeEngines,
         lease_id: str,
-        generator: Any,
         grant: Mapping[str, Any],
         cold_start: ColdStart,
         transport: UnixTransport,
@@ -74,7 +76,6 @@ class ServeLease:
         self.cold_start = cold_start
         self._engines = engines
         self._lease_id = lease_id
-        self._generator = generator
         self._grant = grant
         self._transport = transport
         self._released = False
@@ -86,7 +87,7 @@ class ServeLease:
         if self._released:
             return
         self._released = True
-        self._engines.give_back(self._grant, self._lease_id, self._generator, engine_failed=engine_failed)
+        self._engines.give_back(self._grant, self._lease_id, engine_failed=engine_failed)
 
 
 class EarlyLease:
@@ -102,16 +103,19 @@ class EarlyLease:
         self.engine_id = info.engine_id
         self.cold_start = cold_start(info)
         self._engines = engines
+        self._info = info
         self._granted = granted
         self._transport = transport
+        self._released = False
 
     async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
         return await self._engines.ask(self.engine_id, self._transport.request(method, target, headers, body))
 
     async def release(self, *, engine_failed: bool = False) -> None:
-        # Serve's lease is awaited, not cancelled: it is the demand that brings up the replica that will own the
-        # engine.
-        self._engines.release_when_granted(self._granted, engine_failed=engine_failed)
+        if self._released:
+            return
+        self._released = True
+        self._engines.give_back_early(self._info, self._granted, engine_failed=engine_failed)
 
 
 class ServeEngines:
@@ -126,6 +130,7 @@ class ServeEngines:
         host_config: Mapping[str, Any],
         *,
         early_wake: Callable[[EngineSpec], bool],
+        max_ongoing: Mapping[str, int],
         counts: Callable[[], Mapping[str, tuple[int, int]]],
         traffic: TrafficCounter,
     ) -> None:
@@ -135,15 +140,19 @@ class ServeEngines:
         self._place = place
         self._host_config = dict(host_config)
         self._early_wake = early_wake
+        self._max_ongoing = max_ongoing
         self._id = secrets.token_hex(4)
         self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
         self._host_models: list[dict[str, Any]] = []
         self._host_up = asyncio.Event()
-        self._local_changed: dict[str, asyncio.Event] = {model: asyncio.Event() for model in specs}
+        self._early_leases: Counter[str] = Counter()  # by engine
+        self._early_waiting: dict[str, dict[asyncio.Future[None], None]] = {model: {} for model in specs}
+        self._demand: dict[str, asyncio.Task[None]] = {}  # model -> what awaits Serve's lease for nobody
         self._host: HostConnection | None = None
         self._transports: dict[str, UnixTransport] = {}
-        self._tunnels: dict[str, asyncio.Server] = {}
+        self._tunnels: dict[str, tuple[Path, asyncio.Task[asyncio.Server]]] = {}  # by engine
         self._lease_channels: dict[str, asyncio.StreamWriter] = {}
+        self._opening: dict[str, asyncio.Task[asyncio.StreamWriter]] = {}  # lease channels, by replica
         self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
         self._failures: dict[str, str] = {}
@@ -158,6 +167,7 @@ class ServeEngines:
 
     def start(self) -> None:
         """Begin to follow this node's engine host and to report to the controller."""
+        remove_dead_sockets(self._place.run_dir / "gateways")
         self._spawn(self._follow_host())
         self._spawn(self.reports.run())
         self._spawn(self.reports.read_engines())
@@ -211,14 +221,14 @@ class ServeEngines:
                 self._local[info.engine_id] = info
                 if info.state != "ready" and self._ready_models.get(info.model) == info.engine_id:
                     del self._ready_models[info.model]  # parked, or on its way out
-            if changed := self._local_changed.get(info.model):
-                changed.set()
+            self._wake(info.model)
 
     def _forget(self, info: EngineInfo) -> None:
         if transport := self._transports.pop(info.engine_id, None):
             self._spawn(transport.close())
         if tunnel := self._tunnels.pop(info.engine_id, None):
-            tunnel.close()
+            path, opening = tunnel
+            opening.add_done_callback(partial(_close_tunnel, path))
         if self._ready_models.get(info.model) == info.engine_id:
             del self._ready_models[info.model]
 
@@ -250,24 +260,40 @@ class ServeEngines:
             return await _own(granted)
         if not any(i.held for i in self._local_engines(model)):
             self._light(spec)
-        changed = self._local_changed[model]
         try:
             while True:
-                changed.clear()
-                waiting = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
-                ready = next((i for i in waiting if not self._is_suspect(i.engine_id)), None)
+                ready = self._early_engine(model)
                 if ready is not None and not granted.done():
                     self._note_start(ready)
+                    self._early_leases[ready.engine_id] += 1
                     return EarlyLease(self, ready, granted, self._transport(ready.engine_id, ready.http))
-                change = asyncio.ensure_future(changed.wait())
-                await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
-                change.cancel()
+                change: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._early_waiting[model][change] = None
+                try:
+                    await asyncio.wait({granted, change}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    self._early_waiting[model].pop(change, None)
                 if granted.done():
+                    self._wake(model, 1)
                     lease: ServeLease = granted.result()
                     return lease
         except asyncio.CancelledError:
+            self._wake(model, 1)
             await _abandon(granted)
             raise
+
+    def _early_engine(self, model: str) -> EngineInfo | None:
+        """An engine that is ready before its replica, and takes one more request, as the replica would bound it."""
+        early = (i for i in self._local_engines(model) if i.state == "ready" and not i.held)
+        room = (i for i in early if self._early_leases[i.engine_id] < self._max_ongoing[model])
+        return next((i for i in room if not self._is_suspect(i.engine_id)), None)
+
+    def _wake(self, model: str, most: int | None = None) -> None:
+        """Let those look again who wait for an engine of this node, or the first of them."""
+        waiting = self._early_waiting.get(model, {})
+        for change in [*itertools.islice(waiting, most)]:
+            del waiting[change]
+            change.set_result(None)
 
     def _light(self, spec: EngineSpec) -> None:
         if self._host is not None:
@@ -309,7 +335,6 @@ class ServeEngines:
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
     ) -> ServeLease:
         info = EngineInfo.from_json(grant["engine"])
-        self._ready_models[model] = info.engine_id
         phases: list[Phase] = []
         if grant["init_s"] > arrived_s:  # the replica was started for this request
             process_s = max(arrived_s, grant["process_s"])
@@ -318,43 +343,62 @@ class ServeEngines:
         self._note_start(info, phases)
         remote = grant["node"] != self._place.node_id
         try:
-            if remote:
-                before = self._remote.get(grant["replica"])
-                if before is not None and before[1].engine_id != info.engine_id:
-                    self._forget(before[1])
-                self._remote[grant["replica"]] = (grant["node"], info)
-                await self._open_tunnel(info, grant)
-                transport = self._transport(info.engine_id, str(self._tunnel_path(info)))
-            else:
-                transport = self._transport(info.engine_id, info.http)
             channel = await self._lease_channel(grant, remote=remote)
-            channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
+            path = await self._open_tunnel(info, grant) if remote else info.http
+            if channel.is_closing():
+                # What is forgotten with the channel was forgotten before it had this engine.
+                if remote:
+                    self._forget(info)
+                raise ConnectionResetError("its lease channel was closed")
         except OSError as error:
             self._spawn(_drain(generator))
             raise EngineUnreachable(f"the replica of {model} went away: {error}") from error
-        return ServeLease(self, lease_id, generator, grant, cold_start(info, phases), transport)
+        except asyncio.CancelledError:
+            generator.cancel()
+            raise
+        if remote:
+            before = self._remote.get(grant["replica"])
+            if before is not None and before[1].engine_id != info.engine_id:
+                self._forget(before[1])
+            self._remote[grant["replica"]] = (grant["node"], info)
+        self._ready_models[model] = info.engine_id
+        transport = self._transport(info.engine_id, path)
+        channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
+        self._spawn(_follow(generator, channel) if remote else _drain(generator))
+        return ServeLease(self, lease_id, grant, cold_start(info, phases), transport)
 
     def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
         waiting = self._waiting_since[info.model]
         self.starts.note(info, phases, waiting_since_s=min(waiting.values(), default=None))
 
     async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
+        """The replica's channel: one, however many ask for it at once."""
         replica = grant["replica"]
         channel = self._lease_channels.get(replica)
         if channel is None or channel.is_closing():
+            if replica not in self._opening:
+                self._opening[replica] = self._spawn(self._open_channel(grant, remote=remote))
+            channel = await asyncio.shield(self._opening[replica])
+        return channel
+
+    async def _open_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
+        replica = grant["replica"]
+        try:
             if remote:
                 tunnel = grant["tunnel"]
                 reader, channel = await open_tunnel(tuple(tunnel["address"]), tunnel["token"], "leases")
             else:
                 reader, channel = await asyncio.open_unix_connection(grant["lease_socket"])
-            self._lease_channels[replica] = channel
-            self._spawn(self._close_at_end(replica, reader, channel))
+        finally:
+            del self._opening[replica]
+        self._lease_channels[replica] = channel
+        self._spawn(self._close_at_end(replica, reader, channel))
         return channel
 
     async def _close_at_end(
         self, replica: str, reader: asyncio.StreamReader, channel: asyncio.StreamWriter
     ) -> None:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):
             await reader.read()
         channel.close()
         if self._lease_channels.get(replica) is channel:
@@ -378,9 +422,7 @@ class ServeEngines:
     def _is_suspect(self, engine_id: str) -> bool:
         return self._suspects.get(engine_id, 0.0) > time.monotonic()
 
-    def give_back(
-        self, grant: Mapping[str, Any], lease_id: str, generator: Any, *, engine_failed: bool
-    ) -> None:
+    def give_back(self, grant: Mapping[str, Any], lease_id: str, *, engine_failed: bool) -> None:
         """Tell the replica that a lease is over; Serve's call then ends by itself."""
         channel = self._lease_channels.get(grant["replica"])
         if channel is not None and not channel.is_closing():
@@ -391,56 +433,80 @@ class ServeEngines:
                 "engine_id": grant["engine"]["engine_id"],
             }
             channel.write(json.dumps(message).encode() + b"\n")
-        self._spawn(_drain(generator))
 
-    def release_when_granted(self, granted: asyncio.Task[ServeLease], *, engine_failed: bool) -> None:
-        """Give a lease back as soon as Serve has granted it."""
+    def give_back_early(
+        self, info: EngineInfo, granted: asyncio.Task[ServeLease], *, engine_failed: bool
+    ) -> None:
+        """End an early lease, and Serve's lease with it, which may still be waited for.
+
+        One of each model is waited for, for nobody: it is the demand that brings up the replica that will own the
+        engine.
+        """
+        self._early_leases -= Counter([info.engine_id])  # keeps none that is at zero
+        self._wake(info.model, 1)
 
         async def release() -> None:
             with contextlib.suppress(EngineStartFailed, EngineUnreachable):
                 lease = await granted
                 await lease.release(engine_failed=engine_failed)
 
-        self._spawn(release())
+        demand = self._demand.get(info.model)
+        if granted.done():
+            self._spawn(release())
+        elif demand is None or demand.done():
+            self._demand[info.model] = self._spawn(release())
+        else:
+            granted.cancel()
 
     def _transport(self, engine_id: str, path: str) -> UnixTransport:
         if engine_id not in self._transports:
             self._transports[engine_id] = UnixTransport(path)
         return self._transports[engine_id]
 
-    def _tunnel_path(self, info: EngineInfo) -> Path:
-        return self._place.run_dir / "gateways" / f"{self._id}-{info.engine_id}.sock"
-
-    async def _open_tunnel(self, info: EngineInfo, grant: Mapping[str, Any]) -> None:
+    async def _open_tunnel(self, info: EngineInfo, grant: Mapping[str, Any]) -> str:
+        """The path of the engine's tunnel: one, however many ask for it at once."""
         if info.engine_id not in self._tunnels:
-            path = self._tunnel_path(info)
+            path = self._place.run_dir / "gateways" / f"{self._id}-{secrets.token_hex(4)}.sock"
             set_private(path.parent)
             tunnel = grant["tunnel"]
-            self._tunnels[info.engine_id] = await local_end(path, tuple(tunnel["address"]), tunnel["token"])
+            opening = self._spawn(local_end(path, tuple(tunnel["address"]), tunnel["token"]))
+            self._tunnels[info.engine_id] = (path, opening)
+        path, opening = self._tunnels[info.engine_id]
+        try:
+            await asyncio.shield(opening)
+        except OSError:
+            if self._tunnels.get(info.engine_id) == (path, opening):
+                del self._tunnels[info.engine_id]
+            raise
+        return str(path)
 
     # What is known
 
     def progress(self, model: str) -> Progress | None:
-        waiting = self._waiting_since[model]
-        if not waiting:
-            return None
+        waiting = self._waiting_since[model].values()
         starting = [i for i in self._local_engines(model) if i.state == "starting"]
+        since_s = min([*waiting] or [i.requested_s for i in starting], default=None)
+        if since_s is None or self.state(model) == "ready":
+            return None
         phase = "schedule"
         if starting:
             done = {name for name, _, _ in starting[0].phases}
             phase = next((p for p in ("fork", "config", "weights", "warm_up") if p not in done), "warm_up")
         elif any(m["model"] == model and m["source"]["state"] == "resolving" for m in self._host_models):
             phase = "download"
-        elif model in self._ready_models:
-            phase = "queue"
         detail = None
         if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
             phase = "node"
-        return Progress(phase, time.time() - min(waiting.values()), self.starts.estimate_s(model), detail)
+        return Progress(phase, time.time() - since_s, self.starts.estimate_s(model), detail)
+
+    def _seen_ready(self, model: str) -> bool:
+        fingerprint = self._specs[model].fingerprint
+        elsewhere = any(i.fingerprint == fingerprint for _, i in self._remote.values())
+        return elsewhere or model in self._ready_models
 
     def state(self, model: str) -> str:
         states = {i.state for i in self._local_engines(model)}
-        if "ready" in states or model in self._ready_models:
+        if "ready" in states or self._seen_ready(model):
             return "ready"
         if "starting" in states:
             return "lighting"
@@ -459,7 +525,7 @@ class ServeEngines:
             async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
                 result: Mapping[str, Any] = await self._controller.snapshot.remote()
                 return result
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
 
     async def control(
@@ -477,14 +543,15 @@ class ServeEngines:
         try:
             async with asyncio.timeout(CONTROLLER_TIMEOUT_S):
                 status, document = await self._controller.control.remote(request)
-        except (RayError, TimeoutError) as error:
+        except (RayError, RayServeException, TimeoutError) as error:
             raise ControllerUnavailable(f"The controller does not answer: {error!r}") from error
         return status, document
 
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
-        ready = [i for i in self._local.values() if i.state == "ready"]
-        pages = await asyncio.gather(*(self._metrics_page(i.engine_id) for i in ready))
-        return [(info.model, page) for info, page in zip(ready, pages, strict=True) if page is not None]
+        ready = {i.engine_id: i.model for i in self._local.values() if i.state == "ready"}
+        ready |= {i.engine_id: i.model for _, i in self._remote.values()}
+        pages = await asyncio.gather(*(self._metrics_page(engine_id) for engine_id in ready))
+        return [(model, page) for model, page in zip(ready.values(), pages, strict=True) if page is not None]
 
     async def _metrics_page(self, engine_id: str) -> str | None:
         """vLLM's own page; None if the engine does not give one."""
@@ -530,7 +597,7 @@ class ServeEngines:
         return {
             "last_cold_start": self.starts.last(model),
             "failure": self._failures.get(model),
-            "seen_ready": model in self._ready_models,
+            "seen_ready": self._seen_ready(model),
         }
 
     @property
@@ -542,6 +609,13 @@ def _memory() -> dict[str, float]:
     """Of this node. In tenths: what matters is whether there is plenty, and every change is a report."""
     memory = psutil.virtual_memory()
     return {"total_bytes": memory.total, "available_share": round(memory.available / memory.total, 1)}
+
+
+def _close_tunnel(path: Path, opened: asyncio.Task[asyncio.Server]) -> None:
+    """Close it and remove its socket's file, which Python 3.11 leaves."""
+    if not opened.cancelled() and opened.exception() is None:
+        opened.result().close()
+        path.unlink(missing_ok=True)
 
 
 async def _own(task: asyncio.Task[ServeLease]) -> ServeLease:
@@ -563,6 +637,21 @@ async def _abandon(task: asyncio.Task[ServeLease]) -> None:
 
 async def _drain(generator: Any) -> None:
     """Take Serve's end of the call, so that it forgets it."""
-    with contextlib.suppress(RayError, StopAsyncIteration):
+    with contextlib.suppress(RayError, RayServeException):
         async for _ in generator:
             pass
+
+
+async def _follow(generator: Any, channel: asyncio.StreamWriter) -> None:
+    """Take the end of a call to another node; if it is the replica's, close its channel and all that goes with it.
+
+    A node that vanishes closes no connection: Ray is the first to know.
+    """
+    try:
+        async for _ in generator:
+            pass
+    except RayActorError as error:
+        log.info("a replica elsewhere is gone: %s", error)
+        channel.transport.abort()
+    except (RayError, RayServeException):
+        pass

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from dataclasses import dataclass
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs, quote
 
 from starlette.types import Receive, Scope, Send
@@ -27,7 +27,7 @@ from deployments.errors import (
 )
 from deployments.gateway import openai, sse
 from deployments.gateway.admission import Admission
-from deployments.gateway.engines import ColdStart, EngineResponse, Engines, Headers, Lease
+from deployments.gateway.engines import ColdStart, EngineResponse, Engines, Headers, Lease, Progress
 from deployments.gateway.observe import (
     Clock,
     GatewayTelemetry,
@@ -37,6 +37,7 @@ from deployments.gateway.observe import (
 from deployments.gateway.traffic import TrafficCounter
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Bodies up to this size are held back whole, so that an engine's death in their middle can be retried unseen.
 HELD_BODY_BYTES = 1 << 20
@@ -169,6 +170,7 @@ class _Exchange:
         self.telemetry: RequestTelemetry = NullRequestTelemetry()
         self.timeout_s: float | None = None
         self.waited_s = 0.0
+        self.given_up_at: Progress | None = None  # how far the wake was when this request stopped waiting
         self.attempts = 0
         self.cold_start: ColdStart | None = None  # set when the engine was lit while this request waited
         self.status = 0  # what the client has been told; 0: nothing yet
@@ -268,6 +270,8 @@ class Proxy:
                 await self._serve(x, receive)
             except RelightError as error:
                 state = self.engines.state(x.model.id) if x.model is not None else None
+                if x.given_up_at is not None:
+                    state = "lighting"  # as the message says, though nobody may wait for it any longer
                 with contextlib.suppress(OSError):
                     await x.fail(error, state=state)
             except (ClientGone, OSError):  # OSError: what a server raises on a send to nobody
@@ -355,7 +359,7 @@ class Proxy:
         try:
             await self._hold(x, model, opening)
         except BaseException:
-            await _abandon(opening)
+            await _abandon(opening, _Answer.close)
             raise
         answer = opening.result()
         # The engine itself may be past help when it answers so; its replica looks after it.
@@ -408,7 +412,7 @@ class Proxy:
             raise self._too_late(x, model, place) from None
 
     def _too_late(self, x: _Exchange, model: Model, place: _Place) -> DeadlineExceeded:
-        progress = self.engines.progress(model.id)
+        progress = x.given_up_at
         held = f"{x.elapsed_s():.1f} s"
         if place.held:
             return DeadlineExceeded(f"The engine of {model.id!r} did not begin to answer; held for {held}.")
@@ -448,13 +452,20 @@ class Proxy:
 
     async def _lease(self, x: _Exchange, model: Model, place: _Place) -> Lease:
         began_s = self.clock.monotonic_s()
+        # The deadline is for the waits together: time in which an engine worked on the request doesn't count.
+        left_s = max(0.0, model.limits.start_deadline_s - x.waited_s)
+        # A task, so that a deadline is met here while the engines still know that somebody waits.
+        acquiring = asyncio.create_task(self.engines.acquire(model.id))
         try:
-            # The deadline is for the waits together: time in which an engine worked on the request doesn't
-            # count.
-            async with asyncio.timeout(max(0.0, model.limits.start_deadline_s - x.waited_s)):
-                lease = await self.engines.acquire(model.id)
-        except TimeoutError:
-            raise self._too_late(x, model, place) from None
+            await asyncio.wait({acquiring}, timeout=left_s)
+            if not acquiring.done():
+                raise TimeoutError
+            lease = acquiring.result()
+        except BaseException:
+            if not acquiring.done():
+                x.given_up_at = self.engines.progress(model.id)
+            await _abandon(acquiring, _release)
+            raise
         finally:
             x.waited_s += self.clock.monotonic_s() - began_s
         place.lease()
@@ -586,14 +597,18 @@ class _Place:
         self._set(self._state.finish() if self.held else self._state.give_up())
 
 
-async def _abandon(opening: asyncio.Task[_Answer]) -> None:
-    """Stop an opening and wait until it has cleaned up; an answer that came at the same moment is closed."""
-    opening.cancel()
+def _release(lease: Lease) -> Coroutine[Any, Any, None]:
+    return lease.release()
+
+
+async def _abandon(task: asyncio.Task[T], undo: Callable[[T], Coroutine[Any, Any, None]]) -> None:
+    """Stop a task and wait until it has cleaned up; `undo` what it got at the same moment."""
+    task.cancel()
 
     async def settle() -> None:
-        await asyncio.wait({opening})
-        if not opening.cancelled() and opening.exception() is None:
-            await opening.result().close()
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            await undo(task.result())
 
     await _to_the_end(settle())
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from deployments.gateway.scrape import engine_counters
 from deployments.gateway.starts import StartLog
@@ -82,16 +83,19 @@ class Reports:
         last: Any = None
         last_s = 0.0
         while True:
-            report = self.report()
-            waits = bool(self.node_waits)
-            if (
-                report != last
-                or report["batches"]
-                or waits
-                or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S
-            ):
-                await self.send()
-                last, last_s = report, time.monotonic()
+            try:
+                report = self.report()
+                waits = bool(self.node_waits)
+                if (
+                    report != last
+                    or report["batches"]
+                    or waits
+                    or time.monotonic() - last_s > REPORT_AT_LEAST_EVERY_S
+                ):
+                    await self.send()
+                    last, last_s = report, time.monotonic()
+            except Exception:
+                log.exception("a report to the controller failed")
             await asyncio.sleep(REPORT_EVERY_S)
 
     async def send(self) -> None:
@@ -101,7 +105,7 @@ class Reports:
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     answer = await self._controller.report.remote(self._id, report)
-            except (RayError, TimeoutError) as error:
+            except (RayError, RayServeException, TimeoutError) as error:
                 self.node_waits = {}
                 log.warning("the controller did not take the report: %r", error)
                 return
@@ -115,6 +119,9 @@ class Reports:
         """Read the metrics of engines that work, for ever; one that nobody asks is left alone."""
         while True:
             await asyncio.sleep(READ_ENGINES_EVERY_S)
-            busy = {model for model, (_, in_flight) in self._counts().items() if in_flight}
-            for engine_id, model, page in await self._known.read_asked_engines(busy):
-                self._engines[engine_id] = {"model": model, "at_s": time.time(), **engine_counters(page)}
+            try:
+                busy = {model for model, (_, in_flight) in self._counts().items() if in_flight}
+                for engine_id, model, page in await self._known.read_asked_engines(busy):
+                    self._engines[engine_id] = {"model": model, "at_s": time.time(), **engine_counters(page)}
+            except Exception:
+                log.exception("reading the engines' metrics failed")

@@ -73,6 +73,7 @@ class TrafficCounter:
         self._models = {model: _Now() for model in models}
         self._pending: deque[tuple[int, list[Row]]] = deque()
         self._pending_rows = 0
+        self._open_rows = 0  # those that are in no batch yet
         self._sequence = 0
         self.dropped = 0
         """Rows that the controller never got."""
@@ -101,11 +102,16 @@ class TrafficCounter:
         row[3] += usage[0]
         row[4] += usage[1]
 
-    @staticmethod
-    def _row(model: str, now: _Now, second: int) -> Row:
+    def _row(self, model: str, now: _Now, second: int) -> Row:
         row = now.rows.get(second)
         if row is None:
             row = now.rows[second] = [model, second, 0, 0, 0, 0.0, 0.0]
+            self._open_rows += 1
+            if self._open_rows > KEPT_ROWS:
+                fullest = max(self._models.values(), key=lambda each: len(each.rows)).rows
+                del fullest[next(iter(fullest))]
+                self._open_rows -= 1
+                self.dropped += 1
         return row
 
     def _settle(self, model: str, now: _Now) -> None:
@@ -144,6 +150,7 @@ class TrafficCounter:
                 self._settle(model, now)
             for second in [s for s in now.rows if s < over]:
                 rows.append(now.rows.pop(second))
+        self._open_rows -= len(rows)
         if rows:
             self._sequence += 1
             self._pending.append((self._sequence, rows))

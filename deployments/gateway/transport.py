@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -49,6 +50,7 @@ class UnixTransport:
 
     def __init__(self, uds: str) -> None:
         self.uds = uds
+        self._responses: weakref.WeakSet[aiohttp.ClientResponse] = weakref.WeakSet()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.UnixConnector(path=uds, limit=0, keepalive_timeout=_KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None, connect=None, sock_connect=None, sock_read=None),
@@ -78,10 +80,15 @@ class UnixTransport:
             )
         except (aiohttp.ClientError, OSError) as error:
             raise EngineUnreachable(f"The engine did not answer: {error}") from error
+        self._responses.add(response)
         return UnixEngineResponse(response)
 
     async def close(self) -> None:
-        """Close every connection. Idempotent."""
+        """Close every connection; whose body is not there breaks off. Idempotent."""
+        for response in list(self._responses):
+            # Closing the session alone would leave those who read a body waiting for ever.
+            if not response.content.is_eof():
+                response.close()
         await self._session.close()
 
 

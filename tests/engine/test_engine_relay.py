@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -107,6 +108,27 @@ async def test_leases_go_through_it_too(nodes: Nodes) -> None:
     writer.write(b"take\n")
     assert await reader.readline() == b"taken\n"
     assert nodes.leases == [b"take\n"]
+    writer.close()
+
+
+async def test_a_peer_that_falls_silent_is_noticed_at_both_ends(nodes: Nodes) -> None:
+    """Probes go out while nothing else does, and neither they nor bytes may stay without an answer for long."""
+    accepted: list[socket.socket] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.append(writer.get_extra_info("socket"))
+        writer.write(b"taken\n")
+        await reader.read()
+
+    nodes.tunnel._serve_leases = serve
+    server = nodes.tunnel._server
+    assert server is not None
+    reader, writer = await open_tunnel(server.sockets[0].getsockname()[:2], nodes.tunnel.token, "leases")
+    assert await reader.readline() == b"taken\n"
+    for end in (writer.get_extra_info("socket"), *accepted):
+        assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
     writer.close()
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from ray import cloudpickle
 from ray.serve._private.version import DeploymentVersion
 
-from deployments.app import build_from_fleet
+from deployments.app import build_from_fleet, only_node_that_fits
 from deployments.fleet import parse_fleet
 
 RAYS_LIMIT = 100 * 1024
@@ -32,6 +33,35 @@ def deployments(application: Any) -> dict[str, Any]:
         if hasattr(argument, "_bound_deployment"):
             found |= deployments(argument)
     return found
+
+
+def node(name: str, **resources: float) -> dict[str, Any]:
+    """A living node, as `ray.nodes()` tells of it."""
+    return {"NodeID": name, "Alive": True, "Resources": resources}
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "fits"),
+    [
+        ({}, [node("here", CPU=2)], True),
+        ({}, [node("here", CPU=2), node("there", CPU=2)], False),
+        ({}, [node("here", CPU=2), node("head")], True),
+        ({}, [node("here", CPU=2), {**node("there", CPU=2), "Alive": False}], True),
+        ({}, [node("there", CPU=2)], False),
+        ({"cpus": 4}, [node("here", CPU=8), node("there", CPU=2)], True),
+        ({"cpus": 4}, [node("here", CPU=2)], False),
+        ({"custom": {"disk": 1}}, [node("here", CPU=2)], False),
+        ({"custom": {"disk": 1}}, [node("here", CPU=2), node("there", CPU=2, disk=1)], False),
+        ({"gpus": 1}, [node("here", CPU=2, GPU=1)], False),
+    ],
+)
+def test_an_engine_is_lit_early_where_its_replica_must_land(
+    monkeypatch: pytest.MonkeyPatch, resources: Any, nodes: list[Any], fits: bool
+) -> None:
+    """By all that the replica asks for."""
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    fleet = parse_fleet({"models": [{"id": "m", "source": "org/weights", "resources": resources}]}, "test")
+    assert only_node_that_fits(fleet.models[0], "here") == fits
 
 
 def test_what_a_replica_says_of_itself_is_not_kept_on_its_node() -> None:

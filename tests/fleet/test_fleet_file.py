@@ -254,6 +254,11 @@ def test_refused_models(model: dict[str, Any], message: str) -> None:
             {"gateway": {"replicas": 3, "max_replicas": 2}},
             "gateway.max_replicas: 2 is not at least replicas (3)",
         ),
+        (
+            {"gateway": {"listen": "[::]:0"}},
+            "gateway.listen: '[::]:0' has a port that is not one of 1 to 65535",
+        ),
+        ({"gateway": {"listen": "0.0.0.0:65536"}}, "gateway.listen: '0.0.0.0:65536' has a port that is not"),
         ({"gateway": {"early_wake": "on"}}, "gateway.early_wake: 'on' is not one of 'auto' or 'off'"),
         (
             {"engine_host": {"park_memory_bytes": "8 bananas"}},

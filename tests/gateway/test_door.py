@@ -74,6 +74,14 @@ async def test_an_address_that_is_taken_is_named(tmp_path: Path, keeper: DoorKee
             await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:80800", "127.0.0.1:x"])
+async def test_an_address_that_is_none_is_named(tmp_path: Path, keeper: DoorKeeper, address: str) -> None:
+    """An answer with the reason, and the host goes on."""
+    for _ in range(2):
+        with pytest.raises(DoorError, match=f"{address}: "):
+            await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+
+
 async def test_clients_wait_for_the_next_gateway(tmp_path: Path, keeper: DoorKeeper) -> None:
     """A client that connects while no gateway lives is answered by the next one, not refused."""
     address = free_address()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
@@ -18,9 +22,16 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
-from deployments.errors import EngineStartFailed
+from deployments.errors import (
+    ControllerUnavailable,
+    EngineInterrupted,
+    EngineStartFailed,
+    EngineUnreachable,
+)
+from deployments.fleet import parse_fleet
+from deployments.gateway.app import build_gateway
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
-from deployments.gateway.observe import SystemClock
+from deployments.gateway.observe import NullTelemetry, SystemClock
 from deployments.gateway.traffic import TrafficCounter
 from tests.fakes.engines import FakeEngine
 
@@ -44,6 +55,7 @@ class Call:
         self.lease_id = lease_id
         self.cancelled = False
         self.over = asyncio.Event()
+        self.failure: Exception = StopAsyncIteration()  # how it ends
         self.ready = asyncio.Event()
         self.answer = answer
         self._told = False
@@ -56,7 +68,7 @@ class Call:
     async def __anext__(self) -> Any:
         if self._told:
             await self.over.wait()
-            raise StopAsyncIteration
+            raise self.failure
         await self.ready.wait()
         self._told = True
         assert self.answer is not None
@@ -106,6 +118,7 @@ class World:
             Place(folder),
             {},
             early_wake=lambda _: self.early,
+            max_ongoing={"tiny": 2},
             counts=dict,
             traffic=TrafficCounter(["tiny"], SystemClock()),
         )
@@ -125,11 +138,11 @@ class World:
         values |= {"state": "ready", "http": self.engine.uds, "control": "", "ready_s": 1.0, **changes}
         return EngineInfo(**values)
 
-    def grant(self, node: str = HERE, **changes: Any) -> Callable[[str], Any]:
+    def grant(self, node: str = HERE, replica: str = "r1", **changes: Any) -> Callable[[str], Any]:
         """The replica's answer."""
         return lambda _: {
             "engine": self.info(held=True, **changes).to_json(),
-            "replica": "r1",
+            "replica": replica,
             "node": node,
             "lease_socket": str(self.folder / "leases.sock"),
             "tunnel": {"address": self.address, "token": self.tunnel.token},
@@ -164,6 +177,8 @@ async def world() -> AsyncIterator[World]:
                 call.over.set()
             for transport in world.engines._transports.values():
                 await transport.close()
+            for engine_id in list(world.engines._tunnels):
+                world.engines._forget(world.info(engine_id=engine_id))
         server.close()
         world.tunnel.close()
 
@@ -224,6 +239,35 @@ async def test_a_deployment_that_serve_gave_up_is_a_failed_start(world: World) -
         await world.engines.acquire("tiny")
 
 
+class NoController:
+    """A handle of a controller that is not there."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+        self.report = self.snapshot = self.control = self
+
+    async def _raise(self) -> Any:
+        raise self.failure
+
+    def remote(self, *_: Any) -> Any:
+        return self._raise()
+
+
+@pytest.mark.parametrize(
+    "failure", [RayActorError(), DeploymentUnavailableError(DeploymentID("controller", "default"))]
+)
+async def test_without_a_controller_its_api_is_unavailable(
+    world: World, monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """However Ray or Serve says it."""
+    monkeypatch.setattr(world.engines, "_controller", NoController(failure))
+    monkeypatch.setattr(world.engines.reports, "_controller", NoController(failure))
+    with pytest.raises(ControllerUnavailable):
+        await world.engines.status()
+    with pytest.raises(ControllerUnavailable):
+        await world.engines.control("GET", "/relight/v1/policies", {}, b"", None)
+
+
 async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
     """So that Serve does not start a replica for nobody."""
     world.handle.answers = [None]
@@ -236,6 +280,42 @@ async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
         await waiting
     await until(lambda: world.handle.calls[0].cancelled)
     assert world.engines.progress("tiny") is None
+
+
+async def test_a_model_that_is_busy_is_not_being_lit(world: World) -> None:
+    """Though somebody waits for it."""
+    world.handle.answers = [None]
+    world.host_tells(world.info(held=True))
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    assert world.engines.state("tiny") == "ready"
+    assert world.engines.progress("tiny") is None
+    waiting.cancel()
+
+
+async def test_a_start_is_told_of_though_nobody_waits(world: World) -> None:
+    """Since it was asked for, with the phase that it is in."""
+    world.host_tells(
+        world.info(state="starting", ready_s=None, requested_s=time.time() - 5, phases=[("fork", 0.0, 0.1)])
+    )
+    progress = world.engines.progress("tiny")
+    assert progress is not None
+    assert progress.phase == "config"
+    assert progress.elapsed_s == pytest.approx(5, abs=1)
+
+
+@pytest.mark.parametrize("limit", ["start_deadline_s", "request_deadline_s"])
+async def test_the_last_who_waits_is_told_what_it_waited_for(world: World, limit: str) -> None:
+    """Whichever deadline it was that passed."""
+    fleet = parse_fleet({"models": [{"id": "tiny", "source": "org/weights", "limits": {limit: 0.1}}]}, "test")
+    gateway = build_gateway(fleet, world.engines, NullTelemetry())
+    world.handle.answers = [None]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://gateway") as client:
+        answer = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
+    assert answer.status_code == 504
+    assert "still being lit: phase schedule" in answer.json()["error"]["message"]
+    assert answer.headers["x-relight-state"] == "lighting"
+    assert world.handle.calls[0].cancelled
 
 
 async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world: World) -> None:
@@ -258,6 +338,55 @@ async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world:
     assert (await world.heard("release"))["lease"] == call.lease_id
 
 
+async def test_early_leases_are_as_many_as_a_replica_takes(world: World) -> None:
+    """Whoever is left waits until one is given back."""
+    world.early = True
+    world.handle.answers = [None]
+    world.host_tells(world.info())
+    held = [await world.engines.acquire("tiny") for _ in range(2)]
+    waiting = [asyncio.create_task(world.engines.acquire("tiny")) for _ in range(3)]
+    await until(lambda: len(world.handle.calls) == 5)
+    assert not any(task.done() for task in waiting)
+    await held[0].release()
+    await held[0].release()
+    assert isinstance(await waiting[0], EarlyLease)
+    waiting[1].cancel()
+    await held[1].release()
+    assert isinstance(await waiting[2], EarlyLease)
+    for task in waiting[0], waiting[2]:
+        await task.result().release()
+    assert not world.engines._early_leases
+
+
+async def test_one_call_of_serve_stays_open_for_early_leases_that_are_over(world: World) -> None:
+    """It is the demand that brings up the replica, and the others would ask for more."""
+    world.early = True
+    world.handle.answers = [None]
+    world.host_tells(world.info())
+    for _ in range(10):
+        lease = await world.engines.acquire("tiny")
+        assert await served(lease) == 200
+        await lease.release()
+    await until(lambda: sum(call.cancelled for call in world.handle.calls) == 9)
+    (call,) = (call for call in world.handle.calls if not call.cancelled)
+    call.answer = world.grant()
+    call.ready.set()
+    assert (await world.heard("release"))["lease"] == call.lease_id
+
+
+async def test_who_leaves_while_an_engine_starts_leaves_no_task(world: World) -> None:
+    """However many come and go."""
+    world.early = True
+    world.handle.answers = [None]
+    before = asyncio.all_tasks()
+    for count in range(1, 4):
+        waiting = asyncio.create_task(world.engines.acquire("tiny"))
+        await until(lambda count=count: len(world.handle.calls) == count)  # type: ignore[misc]
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    await until(lambda: asyncio.all_tasks() == before)
+
+
 async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_with_its_replica(
     world: World,
 ) -> None:
@@ -273,6 +402,142 @@ async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_w
         connection.close()
     await until(lambda: world.engines.state("tiny") == "dark")
     assert not world.engines._tunnels
+
+
+@pytest.mark.parametrize("node", [HERE, ELSEWHERE])
+async def test_a_stream_ends_with_a_replica_whose_node_vanished(world: World, node: str) -> None:
+    """Its connections stay open, and Ray says that it is gone; an engine of this node ends them itself."""
+    world.tunnel.target = world.engine.uds
+    gate = asyncio.Event()
+    world.engine.script.gate_after_chunks = (1, gate)
+    world.handle.answers = [world.grant(node)]
+    lease = await world.engines.acquire("tiny")
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    response = await lease.request("POST", "/v1/completions", [], body)
+    chunks = response.chunks()
+    await anext(chunks)
+    (call,) = world.handle.calls
+    call.failure = RayActorError()
+    call.over.set()
+    if node == ELSEWHERE:
+        with pytest.raises(EngineInterrupted):
+            await anext(chunks)
+        assert world.engines.state("tiny") == "dark"
+        gate.set()
+    else:
+        await asyncio.sleep(0.01)
+        gate.set()
+        assert b"[DONE]" in [chunk async for chunk in chunks][-1]
+    await lease.release()
+
+
+async def test_a_request_to_a_node_that_vanished_may_be_tried_elsewhere(world: World) -> None:
+    """As long as nothing has come."""
+    world.tunnel.target = world.engine.uds
+    world.engine.script.gate = asyncio.Event()
+    world.handle.answers = [world.grant(ELSEWHERE)]
+    lease = await world.engines.acquire("tiny")
+    asking = asyncio.create_task(served(lease))
+    await world.engine.until(lambda: len(world.engine.seen) == 1)
+    (call,) = world.handle.calls
+    call.failure = RayActorError()
+    call.over.set()
+    with pytest.raises(EngineUnreachable):
+        await asking
+    await lease.release(engine_failed=True)
+
+
+async def test_a_model_is_ready_while_one_of_its_replicas_elsewhere_serves(world: World) -> None:
+    """Also where the one that answered last has gone."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(ELSEWHERE), world.grant(ELSEWHERE, "r2", engine_id="e2")]
+    for _ in range(2):
+        await (await world.engines.acquire("tiny")).release()
+    await until(lambda: len(world.connections) == 2)
+    world.connections[1].close()
+    await until(lambda: "r2" not in world.engines._remote)
+    assert world.engines.state("tiny") == "ready"
+    assert world.engines.model_view("tiny")["seen_ready"]
+    world.connections[0].close()
+    await until(lambda: not world.engines._remote)
+    assert world.engines.state("tiny") == "dark"
+    assert not world.engines.model_view("tiny")["seen_ready"]
+
+
+async def test_the_metrics_are_those_of_every_engine_that_is_known(world: World) -> None:
+    """Here and elsewhere, each once."""
+    world.tunnel.target = world.engine.uds
+    world.engine.script.answer = (200, b"text/plain", b"vllm:num_requests_running 1.0\n")
+    world.host_tells(world.info(engine_id="e0"))
+    world.handle.answers = [
+        world.grant(engine_id="e0"),
+        world.grant(ELSEWHERE, "r2", engine_id="e2"),
+        world.grant(ELSEWHERE, "r3", engine_id="e2"),
+    ]
+    for _ in range(3):
+        await (await world.engines.acquire("tiny")).release()
+    assert await world.engines.engine_metrics() == [("tiny", "vllm:num_requests_running 1.0\n")] * 2
+
+
+def listening(folder: Path) -> int:
+    """Sockets below this folder that take connections."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return sum(str(folder) in line and line.split()[3] == "00010000" for line in lines)
+
+
+@pytest.mark.parametrize("node", [HERE, ELSEWHERE])
+async def test_a_crowd_shares_one_channel_and_one_tunnel_which_go_with_the_replica(
+    world: World, node: str
+) -> None:
+    """Neither a connection, nor a listening socket, nor its file stays."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(node)]
+    leases = await asyncio.gather(*(world.engines.acquire("tiny") for _ in range(32)))
+    assert [await served(lease) for lease in leases] == [200] * 32
+    for lease in leases:
+        await lease.release()
+    await until(lambda: sum(m["op"] == "release" for m in world.told) == 32)
+    assert len(world.connections) == 1
+    assert listening(world.folder / "gateways") == (node == ELSEWHERE)
+    world.connections[0].close()
+    await until(lambda: not world.engines._lease_channels)
+    await until(lambda: not listening(world.folder / "gateways"))
+    assert not list(world.folder.glob("gateways/*"))
+
+
+async def test_a_replica_that_goes_while_its_channel_opens_leaves_nothing(world: World) -> None:
+    """The request is tried elsewhere."""
+    world.tunnel.target = world.engine.uds
+    world.handle.answers = [world.grant(ELSEWHERE)]
+    world.tunnel.close()
+    with pytest.raises(EngineUnreachable):
+        await world.engines.acquire("tiny")
+    assert world.engines.state("tiny") == "dark"
+    assert not world.engines._remote
+    assert not world.engines._tunnels
+    assert not world.engines._opening
+
+
+async def test_sockets_of_dead_gateways_are_removed_at_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of living ones stay, and those that may not listen yet."""
+    folder = world.folder / "gateways"
+    folder.mkdir()
+    old = time.time() - 60
+    with (
+        socket.socket(socket.AF_UNIX) as dead,
+        socket.socket(socket.AF_UNIX) as living,
+        socket.socket(socket.AF_UNIX) as new,
+    ):
+        for name, one in {"dead": dead, "living": living, "new": new}.items():
+            one.bind(str(folder / f"{name}.sock"))
+            if name != "new":
+                os.utime(folder / f"{name}.sock", (old, old))
+        living.listen()
+        monkeypatch.setattr(world.engines, "_spawn", lambda work: work.close())
+        world.engines.start()
+    assert {path.stem for path in folder.iterdir()} == {"living", "new"}
 
 
 @pytest.mark.parametrize(

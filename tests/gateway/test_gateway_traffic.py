@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.engine.protocol import EngineInfo
+from deployments.gateway import reports as reports_module
 from deployments.gateway import traffic as traffic_module
 from deployments.gateway.reports import Reports
 from deployments.gateway.scrape import engine_counters
@@ -111,6 +114,24 @@ def test_what_waits_for_the_controller_is_bounded(monkeypatch: pytest.MonkeyPatc
         counter.batches()
     assert len(rows_of(counter)) == 10
     assert counter.dropped == 15
+
+
+def test_what_nobody_takes_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest go, of the model that has the most."""
+    monkeypatch.setattr(traffic_module, "KEPT_ROWS", 10)
+    clock = HandClock()
+    counter = TrafficCounter(["m", "n"], clock)
+    counter.arrived("n")
+    for _ in range(25):
+        counter.arrived("m")
+        clock.go(1)
+    assert counter.dropped == 16
+    assert [(row[0], row[1] - START_S) for row in rows_of(counter)] == [
+        *(("m", n) for n in range(16, 25)),
+        ("n", 0),
+    ]
+    counter.arrived("m")
+    assert counter.dropped == 16
 
 
 @pytest.mark.parametrize("jump_s", [-7200.0, 7200.0])
@@ -265,11 +286,11 @@ class Controller:
         self.report = self
         self.taken: list[dict[str, Any]] = []
         self.sequence = 0
-        self.fails = False
+        self.failure: Exception | None = None
 
     async def _take(self, report: dict[str, Any]) -> dict[str, Any]:
-        if self.fails:
-            raise RayActorError
+        if self.failure is not None:
+            raise self.failure
         self.taken.append(report)
         return {"sequence": self.sequence}
 
@@ -277,7 +298,11 @@ class Controller:
         return self._take(report)
 
 
-async def test_counts_and_starts_are_told_until_the_controller_has_them() -> None:
+FAILURES = [RayActorError(), DeploymentUnavailableError(DeploymentID("controller", "default"))]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+async def test_counts_and_starts_are_told_until_the_controller_has_them(failure: Exception) -> None:
     """A report that fails is made up for by the next; what is acknowledged is not sent again."""
     clock, controller, known = HandClock(), Controller(), Known()
     counter = TrafficCounter(["m"], clock)
@@ -285,9 +310,9 @@ async def test_counts_and_starts_are_told_until_the_controller_has_them() -> Non
     counter.arrived("m")
     known.starts.note(info(), waiting_since_s=99.0)
     clock.go(1)
-    controller.fails = True
+    controller.failure = failure
     await reports.send()
-    controller.fails = False
+    controller.failure = None
     await reports.send()
     (report,) = controller.taken
     assert (report["models"]["m"]["queued"], report["models"]["m"]["in_flight"]) == (1, 2)
@@ -299,6 +324,35 @@ async def test_counts_and_starts_are_told_until_the_controller_has_them() -> Non
     assert [len(r["batches"]) for r in controller.taken] == [1, 1, 0]
     assert [len(r["starts"]) for r in controller.taken] == [1, 0, 0]
     assert {r["source"] for r in controller.taken} == {counter.source}
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__)
+async def test_reporting_goes_on_after_any_failure(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Also after one that nobody has thought of, in reports and in what engines tell."""
+    monkeypatch.setattr(reports_module, "REPORT_EVERY_S", 0.001)
+    monkeypatch.setattr(reports_module, "READ_ENGINES_EVERY_S", 0.001)
+    controller, known = Controller(), Known()
+    controller.failure = failure
+    failed = asyncio.Event()
+
+    async def fails(busy: Any) -> Any:
+        if failed.is_set():
+            return [("e1", "m", PAGE)]
+        failed.set()
+        raise failure
+
+    monkeypatch.setattr(known, "read_asked_engines", fails)
+    reports = Reports(known, controller, TrafficCounter(["m"], HandClock()), dict)
+    tasks = [asyncio.create_task(reports.run()), asyncio.create_task(reports.read_engines())]
+    await failed.wait()
+    controller.failure = None
+    async with asyncio.timeout(20):
+        while not any("e1" in report["engine_counters"] for report in controller.taken):  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.001)
+    for task in tasks:
+        task.cancel()
 
 
 class Response:

@@ -17,10 +17,11 @@ OK = b"HTTP/1.1 200 OK\r\n"
 
 
 class Peer:
-    """Answers every request with the same bytes and then closes."""
+    """Answers every request with the same bytes and then closes, unless it stays."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
+        self.stays = False
         self.got = b""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,6 +29,8 @@ class Peer:
         self.got += await reader.readuntil(b"\r\n\r\n")
         writer.write(self.answer)
         await writer.drain()
+        if self.stays:
+            await reader.read()
         writer.close()
 
 
@@ -80,6 +83,22 @@ async def test_an_incomplete_body_is_an_interrupted_engine(rest: bytes) -> None:
     async with connected(OK + rest) as (transport, _):
         with pytest.raises(EngineInterrupted):
             await body(transport)
+
+
+async def test_closing_ends_those_who_read() -> None:
+    """A body that is not there breaks off; one that is whole can still be read."""
+    async with connected(OK + b"connection: close\r\ncontent-length: 3\r\n\r\nabc") as (transport, peer):
+        whole = await transport.request("POST", "/x", [], b"y")
+        peer.answer = OK + b"content-length: 10\r\n\r\n12345"
+        peer.stays = True
+        broken = (await transport.request("POST", "/x", [], b"y")).chunks()
+        assert await anext(broken) == b"12345"
+        reading = asyncio.create_task(anext(broken))
+        await asyncio.sleep(0)
+        await transport.close()
+        with pytest.raises(EngineInterrupted):
+            await reading
+        assert [chunk async for chunk in whole.chunks()] == [b"abc"]
 
 
 async def test_a_garbled_body_is_never_an_answer() -> None:

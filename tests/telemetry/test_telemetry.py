@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments import telemetry as tel
+from deployments.app import LateGateway
 from deployments.fleet import TelemetryConfig as FleetTelemetry
 from deployments.gateway.engines import ColdStart, Phase
 from deployments.gateway.observe import GatewayTelemetry
@@ -300,7 +301,6 @@ def test_all_off_shares_one_request() -> None:
     assert not telemetry.enabled
     assert telemetry.request(CHAT, "m", []) is telemetry.request(CHAT, "n", [])
     telemetry.queue("m", 1, 1)
-    telemetry.replicas("m", {"ready": 1})
 
 
 def test_sets_no_globals(telemetry: Telemetry) -> None:
@@ -580,8 +580,6 @@ def one_of_each(telemetry: Telemetry, clock: Clock) -> None:
         clock.advance(1.0)
         request.ended(200, None)
     telemetry.queue("qwen", 0, 1)
-    telemetry.replicas("qwen", {"lighting": 1})
-    telemetry.replicas("qwen", {"ready": 3})
 
 
 def test_metrics_over_otlp(telemetry: Telemetry, receiver: OtlpReceiver, clock: Clock) -> None:
@@ -606,8 +604,6 @@ def test_metrics_over_otlp(telemetry: Telemetry, receiver: OtlpReceiver, clock: 
     weights = received.point("relight.cold_start_phase", relight__cold_start__phase="weights", **qwen)
     assert (weights.count, weights.sum) == (1, 2.0)
     assert received.point("relight.retries", relight__retry__reason="engine_unreachable").value == 2
-    assert received.point("relight.replicas", relight__replica__state="lighting").value == 0
-    assert received.point("relight.replicas", relight__replica__state="ready").value == 3
     assert {point.name for point in received.points} == {metric.otel for metric in tel.METRICS}
 
 
@@ -630,8 +626,6 @@ def test_metrics_as_prometheus_text(clock: Clock) -> None:
     assert sample(telemetry, "relight_cold_start_seconds_sum", model="qwen", kind="forked") == 3.5
     assert sample(telemetry, "relight_cold_start_phase_seconds_sum", model="qwen", phase="replica") == 1.5
     assert sample(telemetry, "relight_retries_total", model="qwen", reason="engine_unreachable") == 2
-    assert sample(telemetry, "relight_replicas", model="qwen", state="lighting") == 0
-    assert sample(telemetry, "relight_replicas", model="qwen", state="ready") == 3
     who = {"service_name": "relight", "service_instance_id": "gateway-1", "relight_role": "gateway"}
     assert sample(telemetry, "target_info", **who) == 1
     names = {name for name, _ in samples(telemetry)}
@@ -687,6 +681,27 @@ def test_durations_survive_a_clock_step(receiver: OtlpReceiver) -> None:
 
 
 # -------------------------------------------------------------------------------------------- bad collectors
+
+
+async def test_a_gateway_that_stops_sends_what_is_queued(
+    telemetry: Telemetry, receiver: OtlpReceiver
+) -> None:
+    """Also of the requests that its door answers until it is closed."""
+
+    class Door:
+        async def close(self) -> None:
+            telemetry.request(CHAT, "qwen", []).ended(200, None)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "lifespan.shutdown"
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    gateway = LateGateway(lambda: app, lambda _: cast(Any, Door()), telemetry.shutdown)
+    await gateway({"type": "lifespan"}, receive, None)
+    assert [span.name for span in receiver.received.spans] == [f"POST {CHAT}"]
+    assert receiver.received.points
 
 
 def serve_requests(telemetry: Telemetry, count: int) -> float:
