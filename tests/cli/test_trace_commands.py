@@ -128,6 +128,29 @@ class TestConversion:
             ("3", "1", "3"),
         ]
 
+    @pytest.mark.parametrize("begins_s", [0, 1_760_090_640])
+    @pytest.mark.parametrize("seconds", [20, 7, 0.3])
+    def test_windows_that_are_no_part_of_a_minute_stay_where_they_are(
+        self, tmp_path: Path, begins_s: int, seconds: float
+    ) -> None:
+        """Converted again they are the same, and two of them make up a longer one."""
+        file, once = tmp_path / "m.csv", tmp_path / "once.csv"
+        times = [begins_s + round(seconds * i, 1) for i in range(400) if i % 5]
+        file.write_text("timestamp_s,model\n" + "".join(f"{time_s!r},m\n" for time_s in times))
+        says("trace", "convert", file, once, "--per-window", f"{seconds}s")
+        found = rows(once.read_text())
+        assert [float(row["minute"]) * 60 for row in found] == pytest.approx(times, abs=1e-6)
+        assert says("trace", "convert", once, "-") == once.read_text()
+        assert says("trace", "convert", once, "-", "--per-window", f"{seconds}s") == once.read_text()
+        twice = ("-", "--per-window", f"{2 * seconds}s")
+        assert says("trace", "convert", once, *twice) == says("trace", "convert", file, *twice)
+
+    def test_a_minute_of_six_digits_is_the_window_that_it_was_written_for(self, tmp_path: Path) -> None:
+        file = tmp_path / "w.csv"
+        file.write_text("minute,model,count,window_s\n0.333333,a,1,20\n0.666667,a,1,20\n1,a,1,20\n")
+        found = rows(says("trace", "convert", file, "-", "--per-window", "20s"))
+        assert [row["minute"] for row in found] == [repr(20 / 60), repr(40 / 60), "1"]
+
     def test_windows_are_not_cut(self, tmp_path: Path) -> None:
         file = tmp_path / "win10_x.csv"
         file.write_text("minute,model,count\n0,a,3\n10,a,3\n")
