@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from autoscaling.sim.report import Report
 
 MOST_MODELS = 20
-SAMPLES = 400
+STEPS_S = (60, 90, 120, 180, 240, 300, 360, 450, 600, 720, 900, 1200, 1800)
+"""Of timelines: what divides an hour, so that each step is of one hour."""
 
 
 def register(app: typer.Typer) -> None:
@@ -179,7 +180,7 @@ def compare(
             sim.check(variant)
         if report is not None:
             shape = describe(cut(sim.rows_of(base.trace), base.setup.until_s), seed, scale)
-            base = sim.sampled(base, max(60.0, (shape.ends_s - shape.begins_s) / SAMPLES))
+            base = sim.sampled(base, _step_s(shape.ends_s - shape.begins_s))
         reports = sim.compare(base, variants, processes=jobs, done=done)
     found = [(variant.label_of(each), each) for variant, each in zip(variants, reports, strict=True)]
     if report is not None and shape is not None:
@@ -195,6 +196,13 @@ def compare(
     if report is not None:
         output.say(f"Plots: {report}", style="dim")
     replaying.said(reports)
+
+
+def _step_s(lasts_s: float) -> float:
+    """So long that a timeline is as long as a line has points, and an hour at most."""
+    from autoscaling.sim.plots import MOST_STEPS
+
+    return next((float(step_s) for step_s in STEPS_S if lasts_s <= step_s * MOST_STEPS), 3600.0)
 
 
 def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float]) -> list[Variant]:

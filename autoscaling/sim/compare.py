@@ -268,7 +268,7 @@ def name_of(trace: Source | Sequence[Row]) -> str:
 
 
 def sampled(base: Base, step_s: float) -> Base:
-    """The same, with timelines in the reports."""
+    """The same, with timelines in the reports. Steps that divide an hour begin with it."""
     return replace(base, setup=replace(base.setup, sample_s=step_s))
 
 

@@ -14,6 +14,8 @@ from autoscaling.core.types import Rung
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.records import ColdStartRow
 from autoscaling.live.store import Store
+from autoscaling.sim.plots import cold_grid
+from autoscaling.sim.report import Report
 from autoscaling.sources import StoredSource
 from autoscaling.traces import Row
 from tests.cli.sim_lab import TWO_STATES, fails, report, requests, run, says
@@ -309,6 +311,20 @@ class TestCompare:
         assert list(map(without_time, one)) == list(map(without_time, two))
         lines = says("compare", file, *options).splitlines()
         assert [line.split("  ")[0] for line in lines[1:4]] == [each["label"] for each in one]
+
+    def test_its_map_of_cold_starts_knows_the_hours(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a timer at 23:00 over half a month, in a trace that begins within an hour; in a short list of steps."""
+        drawn: list[Report] = []
+        monkeypatch.setattr(
+            "autoscaling.sim.html.document", lambda found, *_: drawn.extend(each for _, each in found) or "x"
+        )
+        file = requests(tmp_path, [1017, *(86400 * day + 23 * 3600 for day in range(15))])
+        says("compare", file, "--policies", "keep-alive", "--report", tmp_path / "out.html", *TWO_STATES)
+        (hours,) = cold_grid(drawn[0], ["m"])
+        assert {hour: count for hour, count in enumerate(hours.tolist()) if count} == {0: 1, 23: 15}
+        assert len(drawn[0].timeline["m"]) < 500
 
     def test_its_page_needs_no_network(self, tmp_path: Path) -> None:
         page, name = tmp_path / "out.html", "</script><img src=http://x.example/>"
