@@ -41,7 +41,7 @@ def base_of(source: Source, given: Given) -> Base:
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
-    profile = _priced(_profile(source, given), given, prices)
+    profile = _priced(_profile(source, given, prices), given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     if fleet is not None:
         profile = _limited(profile, fleet, given)
@@ -83,13 +83,13 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
     return table
 
 
-def _profile(source: Source, given: Given) -> Profile:
+def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> Profile:
     from autoscaling.sim.profile import Profile, ProfileError, load_profile
     from autoscaling.sim.starts import measured, read_starts
     from autoscaling.sources import StoredSource
 
     try:
-        profile = Profile() if given.profile is None else load_profile(given.profile)
+        profile = Profile() if given.profile is None else load_profile(given.profile, prices["H100"])
         if given.cold_start is None:
             known = source.starts() if isinstance(source, StoredSource) and given.profile is None else {}
             return measured(profile, known) if known else profile

@@ -212,7 +212,7 @@ def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float
     for text in sweep or ():
         name, sign, values = text.partition("=")
         try:
-            sweeps[name] = [float(value) for value in values.split(",")]
+            sweeps.setdefault(name, []).extend(float(value) for value in values.split(","))
         except ValueError:
             sign = ""
         if not sign or not name:

@@ -159,8 +159,8 @@ class Profile:
         return dataclasses.replace(self, starts={Rung.TEMPLATE: Start((delay_s,))}, base=Rung.TEMPLATE)
 
 
-def load_profile(path: str | Path) -> Profile:
-    """Raises ProfileError."""
+def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gpu_h) -> Profile:
+    """The price is that of a file that names none. Raises ProfileError."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -168,9 +168,12 @@ def load_profile(path: str | Path) -> Profile:
     except ValueError as error:
         raise ProfileError(f"{path}: not JSON: {error}") from error
     try:
-        return parse_profile(data)
+        profile = parse_profile(data)
     except ProfileError as error:
         raise ProfileError(f"{path}: {error}") from None
+    if "price_per_gpu_h" in data:
+        return profile
+    return dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
 
 
 def parse_profile(data: object) -> Profile:

@@ -110,6 +110,14 @@ class TestOptions:
         assert found["scale"] == 0.25
         assert 60 < found["total"]["requests"] < 140
 
+    def test_more_than_all_are_of_windows_only(self, tmp_path: Path) -> None:
+        file = tmp_path / "windows.csv"
+        file.write_text("minute,model,count\n" + "".join(f"{i},m,10\n" for i in range(100)))
+        assert 4500 < report("simulate", file, *KEEP, "--scale", 5)["total"]["requests"] < 5500
+        file = requests(tmp_path, [0, 10])
+        said = fails("simulate", file, *KEEP, "--scale", 5)
+        assert "scale: 5 is above 1" in said and "only traces of windows can hold more" in said
+
     def test_prices(self, tmp_path: Path) -> None:
         file = requests(tmp_path, [0, 100])
 
@@ -121,6 +129,10 @@ class TestOptions:
         assert cost("--gpu", "L4", "--price", "L4=2.1") == pytest.approx(plain * 2.1 / 3.0)
         assert cost("--gpu", "MI300X", "--price", "MI300X=6") == pytest.approx(plain * 2)
         assert cost("--price", "H100=6") == pytest.approx(plain * 2)
+        profile = tmp_path / "profile.json"
+        profile.write_text("{}")
+        assert cost("--profile", str(profile)) == pytest.approx(plain)
+        assert cost("--profile", str(profile), "--price", "H100=6") == pytest.approx(plain * 2)
         assert "'MI300X' has no price" in fails("simulate", file, *KEEP, "--gpu", "MI300X")
 
     def test_a_profile_says_what_the_cluster_is(self, tmp_path: Path) -> None:
@@ -309,6 +321,9 @@ class TestCompare:
         ]
         assert [each["total"]["cold_starts"] for each in one][:2] == [3, 2]
         assert list(map(without_time, one)) == list(map(without_time, two))
+        each_by_itself = ("--sweep", "keep_alive_s=10", "--sweep", "keep_alive_s=60")
+        again = report("compare", file, *options[:2], *each_by_itself, *TWO_STATES)
+        assert list(map(without_time, again)) == list(map(without_time, one))
         lines = says("compare", file, *options).splitlines()
         assert [line.split("  ")[0] for line in lines[1:4]] == [each["label"] for each in one]
 
