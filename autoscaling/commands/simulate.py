@@ -93,11 +93,11 @@ def simulate(
             report = sim.as_given(base, settings, processes=jobs)
         else:
             report = sim.simulate(base, sim.Variant(policy or "predictive", settings), processes=jobs)
+    if str(out) != "-":
+        # Before what may fail.
+        _show(report)
     if out is not None:
         replaying.write_json(out, report.to_plain())
-        if str(out) == "-":
-            return
-    _show(report)
 
 
 def _show(report: Report) -> None:
@@ -183,19 +183,20 @@ def compare(
             base = sim.sampled(base, _step_s(shape.ends_s - shape.begins_s))
         reports = sim.compare(base, variants, processes=jobs, done=done)
     found = [(variant.label_of(each), each) for variant, each in zip(variants, reports, strict=True)]
+    shown = str(out) != "-"
+    if shown:
+        # Before what may fail.
+        replaying.figures_table("policy", [(label, each.total) for label, each in found])
+        output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
+        replaying.said(reports)
+    if out is not None:
+        replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])
     if report is not None and shape is not None:
         from autoscaling.sim.html import document
 
         replaying.write(report, document(found, shape, f"Policies on {source.name}"))
-    if out is not None:
-        replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])
-        if str(out) == "-":
-            return
-    replaying.figures_table("policy", [(label, each.total) for label, each in found])
-    output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
-    if report is not None:
-        output.say(f"Plots: {report}", style="dim")
-    replaying.said(reports)
+        if shown:
+            output.say(f"Plots: {report}", style="dim")
 
 
 def _step_s(lasts_s: float) -> float:

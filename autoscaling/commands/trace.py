@@ -181,15 +181,12 @@ def _written(path: Path) -> Iterator[TextIO]:
     if str(path) == "-":
         yield sys.stdout
         return
-    part = path.with_name(f"{path.name}.part")
     try:
-        with _opened(part, packed=path.suffix == ".gz") as file:
+        with _opened(replaying.part_of(path), packed=path.suffix == ".gz") as file:
             yield file
-        part.replace(path)
+        replaying.whole(path)
     except OSError as error:
         raise CommandError(f"{path}: can't be written: {error.strerror or error}", FAILED) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _opened(path: Path, *, packed: bool) -> TextIO:

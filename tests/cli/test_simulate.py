@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,76 @@ class TestCompare:
         assert not re.search(r"<script\b[^>]*src", text)
         for heading in ("how long users wait", "Replicas over time", "Cold starts by hour", "Idle times"):
             assert heading in outside
+
+
+KINDS = [
+    ("simulate", "--policy", "keep-alive", "--json"),
+    ("compare", "--policies", "keep-alive", "--json"),
+    ("compare", "--policies", "keep-alive", "--report"),
+    ("tune", "--policy", "keep-alive", "--parameters", "keep_alive_s", "--trials", "1", "--out"),
+]
+
+
+@pytest.mark.parametrize("arguments", KINDS, ids=[f"{each[0]} {each[-1]}" for each in KINDS])
+class TestWriting:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "out"
+        folder.mkdir()
+        (folder / "x").write_text("as it was")
+        (folder / "x").chmod(0o600)
+        return folder
+
+    def test_where_it_fails_the_table_is_shown_and_the_file_is_as_it_was(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = requests(tmp_path, range(0, 9000, 300))
+
+        def full(path: Path, text: str, encoding: str) -> None:
+            path.open("w").write(text[:10])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        result = run(arguments[0], file, *arguments[1:], folder / "x")
+        assert result.exit_code == 1
+        assert f"{folder / 'x'}: can't be written: No space left on device" in result.stderr
+        assert "in SLO" in result.stdout
+        assert [(each.name, each.read_text()) for each in folder.iterdir()] == [("x", "as it was")]
+
+    def test_what_fails_before_leaves_nothing(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, [300, 0])
+        assert "breaks the order of times" in fails(arguments[0], file, *arguments[1:], folder / "x")
+        assert [(each.name, each.read_text()) for each in folder.iterdir()] == [("x", "as it was")]
+
+    def test_where_nothing_can_be_written_is_known_before(
+        self, tmp_path: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, [300, 0])
+        assert f"{arguments[-1]}: /proc/x can't be written" in fails(
+            arguments[0], file, *arguments[1:], "/proc/x"
+        )
+
+    def test_a_link_stays_one_and_so_does_a_pipe(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, range(0, 9000, 300))
+        link = tmp_path / "link"
+        link.symlink_to(folder / "x")
+        says(arguments[0], file, *arguments[1:], link)
+        assert link.is_symlink()
+        assert (folder / "x").read_text() != "as it was"
+        assert (folder / "x").stat().st_mode & 0o777 == 0o600
+        if arguments[-1] == "--report":
+            return  # longer than a pipe holds
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+        says(arguments[0], file, *arguments[1:], pipe)
+        assert json.loads(os.read(reader, 1 << 20))
+        assert pipe.is_fifo()
+        os.close(reader)
 
 
 WRONG = [
