@@ -69,6 +69,7 @@ def base_of(source: Source, given: Given) -> Base:
 def price_table(given: Sequence[str]) -> dict[str, float]:
     """The prices that Relight knows, with those that were given as TYPE=NUMBER. Raises CommandError."""
     from autoscaling.sim.prices import GPU_PRICES_PER_H
+    from autoscaling.sim.profile import MOST
 
     table = dict(GPU_PRICES_PER_H)
     for text in given:
@@ -77,7 +78,7 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
             price = float(value)
         except ValueError:
             price = -1.0
-        if not name or not 0 <= price < float("inf"):
+        if not name or not 0 <= price <= MOST:
             raise CommandError(f"--price: {text!r} is not TYPE=NUMBER, like H100=2.5", WRONG)
         table[name] = price
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -211,13 +212,14 @@ def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float
 
     sweeps: dict[str, list[float]] = {}
     for text in sweep or ():
-        name, sign, values = text.partition("=")
+        name, sign, listed = text.partition("=")
         try:
-            sweeps.setdefault(name, []).extend(float(value) for value in values.split(","))
+            values = [float(value) for value in listed.split(",")]
         except ValueError:
-            sign = ""
-        if not sign or not name:
+            values = [math.nan]
+        if not sign or not name or not all(map(math.isfinite, values)):
             raise CommandError(f"--sweep: {text!r} is not NAME=A,B,C, like keep_alive_s=30,60,300", WRONG)
+        sweeps.setdefault(name, []).extend(values)
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise CommandError("--policies: name at least one", WRONG)

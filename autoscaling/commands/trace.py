@@ -209,7 +209,7 @@ def _write(rows: Iterable[Any], file: TextIO) -> int:
         if windows:
             # All its digits: a third of a minute that is rounded lies in the window before.
             at = _shortest(round(row.time_s, 6) / 60)
-            writer.writerow([at, row.model, row.requests, *tokens, _short(row.cv), _short(row.window_s)])
+            writer.writerow([at, row.model, row.requests, *tokens, _shortest(row.cv), _short(row.window_s)])
         else:
             writer.writerow([_short(row.time_s), row.model, *tokens])
     return count

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from autoscaling.trace_formats import MOST_IN_WINDOW
 from autoscaling.traces import Row, TraceError
 
 Floats = NDArray[np.float64]
@@ -90,6 +91,10 @@ class _Reading:
             return
         random = self._generator(row.model)
         count = row.requests
+        if count * self.scale > MOST_IN_WINDOW:
+            raise TraceError(
+                f"scale: {self.scale:g} makes more of {count:,} requests of a window than {MOST_IN_WINDOW:,}"
+            )
         if self.scale < 1.0:
             count = int(random.binomial(count, self.scale))
         elif self.scale > 1.0:

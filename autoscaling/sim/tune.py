@@ -206,7 +206,7 @@ def tune(
         learn_until_s = float(round(LEARNED * _length_s(base)))
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=base.setup.seed, constant_liar=True)
+    sampler = optuna.samplers.TPESampler(seed=base.setup.seed % 2**32, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
     default = _worth(compare(learn, [Variant(policy, kept)])[0], measure, least_slo)
     for first in range(0, trials, BATCH):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -116,6 +117,8 @@ class TestOptions:
         file.write_text("minute,model,count\n" + "".join(f"{i},m,10\n" for i in range(100)))
         assert 4500 < report("simulate", file, *KEEP, "--scale", 5)["total"]["requests"] < 5500
         file = requests(tmp_path, [0, 10])
+        said = fails("simulate", tmp_path / "windows.csv", *KEEP, "--scale", "1e300")
+        assert "scale: 1e+300 makes more of 10 requests of a window than 100,000,000" in said
         said = fails("simulate", file, *KEEP, "--scale", 5)
         assert "scale: 5 is above 1" in said and "only traces of windows can hold more" in said
 
@@ -245,6 +248,10 @@ class TestFleet:
         assert report("simulate", trace, "--fleet", fleet)["total"]["parked_gpu_s"] == 0
         fleet.write_text(FLEET + "engine_host: {park_memory_bytes: 1000000000}\n")
         assert report("simulate", trace, "--fleet", fleet)["total"]["parked_gpu_s"] > 0
+
+    def test_what_nobody_means_is_an_error_there_too(self, fleet: Path, trace: Path) -> None:
+        fleet.write_text(FLEET.replace("policy: keep-alive", "policy: keep-alive, wait_cost: 1.0e+300"))
+        assert "wait_cost of small: 1e+300 is above 1e+12" in fails("simulate", trace, "--fleet", fleet)
 
     def test_a_budget_is_shared(self, fleet: Path, tmp_path: Path) -> None:
         trace = self.written(tmp_path, "0,small\n0,big\n")
@@ -438,9 +445,13 @@ WRONG = [
         (*KEEP, "--set", "min_replicas=9", "--set", "max_replicas=2"),
         "min_replicas: 9 is above max_replicas, 2",
     ),
+    ((*KEEP, "--set", "wait_cost=1e308"), "wait_cost: 1e+308 is above 1e+12"),
+    ((*KEEP, "--set", "max_replicas=1e9"), "max_replicas: 1e+09 is above 100000"),
+    ((*KEEP, "--set", "gpus_per_replica=1e308"), "gpus_per_replica: 1e+308 is above 100000"),
     (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "best-fixed finds it"),
     ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
     ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),
+    ((*KEEP, "--price", "L4=1e308"), "--price: 'L4=1e308' is not TYPE=NUMBER"),
     ((*KEEP, "--json", "/nowhere/at/all.json"), "--json: /nowhere/at/all.json is in no folder"),
     ((*KEEP, "--from-store", "sqlite:///x.db"), "Give either a TRACE or --from-store"),
     ((*KEEP, "--map", "x"), "--map: 'x' is not NAME=MODEL"),
@@ -460,14 +471,56 @@ def test_what_is_wrong_is_one_clear_error(tmp_path: Path, arguments: tuple[str, 
         (("--policies", "kpa", "--sweep", "keep_alive_s=1,2"), "none of kpa has 'keep_alive_s'"),
         (("--policies", "kpa", "--sweep", "keep_alive_s=a"), "is not NAME=A,B,C"),
         (
+            ("--policies", "keep-alive", "--sweep", "keep_alive_s=5,nan"),
+            "'keep_alive_s=5,nan' is not NAME=A,B,C",
+        ),
+        (("--policies", "kpa", "--sweep", "max_replicas=inf"), "'max_replicas=inf' is not NAME=A,B,C"),
+        (("--policies", "kpa", "--sweep", "wait_cost=1e300"), "wait_cost: 1e+300 is above 1e+12"),
+        (
             ("--policies", "kpa", "--report", "/nowhere/at/all.html"),
             "--report: /nowhere/at/all.html is in no folder",
         ),
     ],
-    ids=["none", "unknown", "unused", "no-numbers", "folder"],
+    ids=["none", "unknown", "unused", "no-numbers", "nan", "infinite", "too-much", "folder"],
 )
 def test_so_in_a_comparison(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     assert words in fails("compare", requests(tmp_path, [0]), *arguments)
+
+
+PROFILES = [
+    ('{"deadline_s": null}', "profile.deadline_s: None is not a number from 0 to 1e+12 or Infinity"),
+    ('{"slo_s": null}', "profile.slo_s: None is not a number from 0 to 1e+12"),
+    ('{"handoff_s": Infinity}', "profile.handoff_s: inf is not a number from 0 to 1e+12"),
+    ('{"price_per_gpu_h": Infinity}', "profile.price_per_gpu_h: inf is not a number from 0 to 1e+12"),
+    ('{"start_failures": 1}', "profile.start_failures: 1 must be below 1"),
+    ('{"starts": {"template": {"delay_s": []}}}', "starts.template.delay_s: [] holds no seconds"),
+    ('{"starts": {"template": Infinity}}', "starts.template.delay_s.[0]: inf is not a number"),
+    ('{"engine": {"slowdown": [1, 0]}}', "engine.slowdown: [1, 0] must be above 0"),
+    ('{"engine": {"service_s": NaN}}', "engine.service_s: nan is not a number"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), PROFILES, ids=[words.split(":")[0] for _, words in PROFILES])
+def test_so_in_a_profile(tmp_path: Path, text: str, words: str) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(text)
+    assert f"{profile}: {words}" in fails("simulate", requests(tmp_path, [0]), *KEEP, "--profile", profile)
+
+
+def test_a_profile_may_leave_open_what_has_no_end(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"gpus": null, "parked_engines": null, "apply_s": null, "deadline_s": Infinity}')
+    found = report("simulate", requests(tmp_path, [0]), *KEEP, "--profile", profile)
+    assert found["total"]["requests"] == 1
+
+
+def test_start_times_that_are_damaged_are_one_clear_error(tmp_path: Path) -> None:
+    starts = tmp_path / "starts.csv.gz"
+    packed = bytearray(gzip.compress(b"total_s\n" + b"".join(b"%d\n" % i for i in range(900))))
+    packed[200:300] = bytes(100)
+    starts.write_bytes(packed)
+    said = fails("simulate", requests(tmp_path, [0]), *KEEP, "--cold-start", starts)
+    assert f"{starts}: can't be read: " in said
 
 
 def test_a_share_is_not_rounded_up(tmp_path: Path) -> None:

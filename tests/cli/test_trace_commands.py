@@ -110,7 +110,7 @@ class TestFormats:
     def test_what_is_written_reads_the_same(self, tmp_path: Path) -> None:
         for name, text in {
             "requests.csv": FORMATS["requests.csv"][0],
-            "w.csv": "minute,model,count\n3,a,3\n",
+            "w.csv": "minute,model,count,cv,window_s\n3,a,3,1e-9,20\n",
         }.items():
             (tmp_path / name).write_text(text)
             once = says("trace", "convert", tmp_path / name, "-")
@@ -189,6 +189,15 @@ BAD = {
     "half-a-request": ("minute,model,count\n1,a,3.5\n", "count '3.5' is not a whole number from 0"),
     "no-count": ("minute,model,count\n1,a,\n", "count '' is not a whole number from 0"),
     "negative-cv": ("minute,model,count,cv\n1,a,3,-1\n", "cv '-1' is negative"),
+    "regular-beyond-measure": (
+        "minute,model,count,cv\n1,a,3,1e-200\n",
+        "cv '1e-200' is neither 0 nor a number from 1e-09 to 1e+09",
+    ),
+    "bursty-beyond-measure": ("minute,model,count,cv\n1,a,3,1e200\n", "cv '1e200' is neither 0 nor a number"),
+    "endless-window": (
+        "minute,model,count,window_s\n1,a,3,1e300\n",
+        "window_s must be above 0 and at most 31622400, a year; it is 1e+300",
+    ),
     "no-window": ("minute,model,count,window_s\n1,a,3,0\n", "window_s must be above 0"),
     "too-many": ("minute,model,count\n1,a,1000000000000\n", "is not a whole number from 0 to 100,000,000"),
     "nameless": ("timestamp_s,model\n1,\n", "model '' is not a name of printable characters"),
