@@ -13,6 +13,8 @@ LATEST_S = 4_102_444_800.0
 """The year 2100: a larger time is in milliseconds or a mistake."""
 MOST_IN_WINDOW = 100_000_000
 """Requests of one window, all of which are in memory at once."""
+LONGEST_WINDOW_S = 366 * 86400.0
+LEAST_CV, MOST_CV = 1e-9, 1e9
 MOST_DIGITS = len(str(MOST_IN_WINDOW)) - 1
 """Of a number that is surely no more."""
 
@@ -75,8 +77,10 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
         if len(cells) != width:
             check_width(cells, width)
         lasts_s = window_s if length is None else _positive(cells[length], "window_s")
-        if lasts_s == 0:
-            raise ValueError("window_s must be above 0")
+        if not 1e-6 <= lasts_s <= LONGEST_WINDOW_S:
+            raise ValueError(
+                f"window_s must be above 0 and at most {LONGEST_WINDOW_S:.0f}, a year; it is {lasts_s:g}"
+            )
         time_s, name = minutes[cells[t]], cells[m]
         if name not in names:
             names.add(model_name(name))
@@ -88,7 +92,7 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
             0 if tokens_in is None else _plain_count(cells[tokens_in], "input_tokens"),
             0 if tokens_out is None else _plain_count(cells[tokens_out], "output_tokens"),
             0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
-            1.0 if varies is None or not cells[varies] else _positive(cells[varies], "cv"),
+            1.0 if varies is None or not cells[varies] else _cv(cells[varies]),
         )
 
     return make
@@ -211,6 +215,13 @@ def _positive(text: str, name: str) -> float:
     value = _number(text, name)
     if value < 0:
         raise ValueError(f"{name} {text!r} is negative")
+    return value
+
+
+def _cv(text: str) -> float:
+    value = _positive(text, "cv")
+    if value and not LEAST_CV <= value <= MOST_CV:
+        raise ValueError(f"cv {text!r} is neither 0 nor a number from {LEAST_CV:g} to {MOST_CV:g}")
     return value
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import typer
@@ -17,6 +18,10 @@ EXIT_CODES = (
     "Exit codes: 0 done; 1 it failed or was refused; 2 the command line, a value or a file is wrong; "
     "3 no cluster answers; 4 the token is missing or wrong."
 )
+
+
+AFTERWARDS = ExitStack()
+"""What is called when the command ends, however it ends."""
 
 
 class CommandError(Exception):
@@ -35,7 +40,8 @@ class Commands(TyperGroup):
         from deployments.errors import ConfigError
 
         try:
-            return super().invoke(ctx)
+            with AFTERWARDS:
+                return super().invoke(ctx)
         except CommandError as error:
             typer.echo(error.message, err=True)
             raise typer.Exit(error.code) from None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autoscaling.commands import options, times
-from autoscaling.commands.failures import FAILED, WRONG, CommandError
+from autoscaling.commands.failures import AFTERWARDS, FAILED, WRONG, CommandError
 
 if TYPE_CHECKING:
     from autoscaling.sim.report import Report
@@ -174,12 +177,43 @@ TABLE = {
 
 
 def writable(path: Path | None, option: str) -> None:
-    """That a file can be written there is known before hours of work. Raises CommandError."""
+    """That a file can be written there is known before hours of work, for it is begun. Raises CommandError."""
     if path is None or str(path) == "-":
         return
     if path.is_dir() or not path.parent.is_dir():
         what = "a folder" if path.is_dir() else f"in no folder: there is no {path.parent}"
         raise CommandError(f"{option}: {path} is {what}", WRONG)
+    part = part_of(path)
+    try:
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if part != path:
+            part.touch()
+            AFTERWARDS.callback(part.unlink, missing_ok=True)
+            if path.exists():
+                shutil.copymode(path, part)
+    except OSError as error:
+        raise CommandError(f"{option}: {path} can't be written: {error.strerror}", WRONG) from None
+
+
+def part_of(path: Path) -> Path:
+    """Where it is written until it is whole: beside it, but for what is no plain file, as a pipe or /dev/null."""
+    if path.exists() and not path.is_file():
+        return path
+    path = path.resolve()
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+
+
+def whole(path: Path) -> None:
+    """Its part is all of it. Raises OSError."""
+    part = part_of(path)
+    if part == path:
+        return
+    try:
+        part.replace(path.resolve())
+    except OSError:
+        # A file that is mounted by itself, as into a container, can be written but not exchanged.
+        shutil.copyfile(part, path)
 
 
 def write(path: Path, text: str) -> None:
@@ -188,7 +222,8 @@ def write(path: Path, text: str) -> None:
         typer.echo(text)
         return
     try:
-        path.write_text(text + "\n", encoding="utf-8")
+        part_of(path).write_text(text + "\n", encoding="utf-8")
+        whole(path)
     except OSError as error:
         raise CommandError(f"{path}: can't be written: {error.strerror}", FAILED) from None
 

@@ -41,7 +41,7 @@ def base_of(source: Source, given: Given) -> Base:
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
-    profile = _priced(_profile(source, given), given, prices)
+    profile = _priced(_profile(source, given, prices), given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     if fleet is not None:
         profile = _limited(profile, fleet, given)
@@ -69,6 +69,7 @@ def base_of(source: Source, given: Given) -> Base:
 def price_table(given: Sequence[str]) -> dict[str, float]:
     """The prices that Relight knows, with those that were given as TYPE=NUMBER. Raises CommandError."""
     from autoscaling.sim.prices import GPU_PRICES_PER_H
+    from autoscaling.sim.profile import MOST
 
     table = dict(GPU_PRICES_PER_H)
     for text in given:
@@ -77,19 +78,19 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
             price = float(value)
         except ValueError:
             price = -1.0
-        if not name or not 0 <= price < float("inf"):
+        if not name or not 0 <= price <= MOST:
             raise CommandError(f"--price: {text!r} is not TYPE=NUMBER, like H100=2.5", WRONG)
         table[name] = price
     return table
 
 
-def _profile(source: Source, given: Given) -> Profile:
+def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> Profile:
     from autoscaling.sim.profile import Profile, ProfileError, load_profile
     from autoscaling.sim.starts import measured, read_starts
     from autoscaling.sources import StoredSource
 
     try:
-        profile = Profile() if given.profile is None else load_profile(given.profile)
+        profile = Profile() if given.profile is None else load_profile(given.profile, prices["H100"])
         if given.cold_start is None:
             known = source.starts() if isinstance(source, StoredSource) and given.profile is None else {}
             return measured(profile, known) if known else profile

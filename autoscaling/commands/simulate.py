@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from autoscaling.sim.report import Report
 
 MOST_MODELS = 20
-SAMPLES = 400
+STEPS_S = (60, 90, 120, 180, 240, 300, 360, 450, 600, 720, 900, 1200, 1800)
+"""Of timelines: what divides an hour, so that each step is of one hour."""
 
 
 def register(app: typer.Typer) -> None:
@@ -92,11 +94,11 @@ def simulate(
             report = sim.as_given(base, settings, processes=jobs)
         else:
             report = sim.simulate(base, sim.Variant(policy or "predictive", settings), processes=jobs)
+    if str(out) != "-":
+        # Before what may fail.
+        _show(report)
     if out is not None:
         replaying.write_json(out, report.to_plain())
-        if str(out) == "-":
-            return
-    _show(report)
 
 
 def _show(report: Report) -> None:
@@ -179,22 +181,30 @@ def compare(
             sim.check(variant)
         if report is not None:
             shape = describe(cut(sim.rows_of(base.trace), base.setup.until_s), seed, scale)
-            base = sim.sampled(base, max(60.0, (shape.ends_s - shape.begins_s) / SAMPLES))
+            base = sim.sampled(base, _step_s(shape.ends_s - shape.begins_s))
         reports = sim.compare(base, variants, processes=jobs, done=done)
     found = [(variant.label_of(each), each) for variant, each in zip(variants, reports, strict=True)]
+    shown = str(out) != "-"
+    if shown:
+        # Before what may fail.
+        replaying.figures_table("policy", [(label, each.total) for label, each in found])
+        output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
+        replaying.said(reports)
+    if out is not None:
+        replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])
     if report is not None and shape is not None:
         from autoscaling.sim.html import document
 
         replaying.write(report, document(found, shape, f"Policies on {source.name}"))
-    if out is not None:
-        replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])
-        if str(out) == "-":
-            return
-    replaying.figures_table("policy", [(label, each.total) for label, each in found])
-    output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
-    if report is not None:
-        output.say(f"Plots: {report}", style="dim")
-    replaying.said(reports)
+        if shown:
+            output.say(f"Plots: {report}", style="dim")
+
+
+def _step_s(lasts_s: float) -> float:
+    """So long that a timeline is as long as a line has points, and an hour at most."""
+    from autoscaling.sim.plots import MOST_STEPS
+
+    return next((float(step_s) for step_s in STEPS_S if lasts_s <= step_s * MOST_STEPS), 3600.0)
 
 
 def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float]) -> list[Variant]:
@@ -202,13 +212,14 @@ def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float
 
     sweeps: dict[str, list[float]] = {}
     for text in sweep or ():
-        name, sign, values = text.partition("=")
+        name, sign, listed = text.partition("=")
         try:
-            sweeps[name] = [float(value) for value in values.split(",")]
+            values = [float(value) for value in listed.split(",")]
         except ValueError:
-            sign = ""
-        if not sign or not name:
+            values = [math.nan]
+        if not sign or not name or not all(map(math.isfinite, values)):
             raise CommandError(f"--sweep: {text!r} is not NAME=A,B,C, like keep_alive_s=30,60,300", WRONG)
+        sweeps.setdefault(name, []).extend(values)
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise CommandError("--policies: name at least one", WRONG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from autoscaling.commands.failures import FAILED, WRONG, CommandError
 
 trace_app = typer.Typer(help="Look at, convert and make traces of requests.", no_args_is_help=True)
 MOST_MODELS = 30
+NEARLY_S = 5e-5
+"""So much before a window's beginning is at it: a minute that was written with six digits is as far off."""
 
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; - is the standard output.")]
 
@@ -178,15 +181,12 @@ def _written(path: Path) -> Iterator[TextIO]:
     if str(path) == "-":
         yield sys.stdout
         return
-    part = path.with_name(f"{path.name}.part")
     try:
-        with _opened(part, packed=path.suffix == ".gz") as file:
+        with _opened(replaying.part_of(path), packed=path.suffix == ".gz") as file:
             yield file
-        part.replace(path)
+        replaying.whole(path)
     except OSError as error:
         raise CommandError(f"{path}: can't be written: {error.strerror or error}", FAILED) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _opened(path: Path, *, packed: bool) -> TextIO:
@@ -207,8 +207,9 @@ def _write(rows: Iterable[Any], file: TextIO) -> int:
         count += 1
         tokens = (row.input_tokens, row.output_tokens, _short(row.exec_s))
         if windows:
-            at = _short(row.time_s / 60)
-            writer.writerow([at, row.model, row.requests, *tokens, _short(row.cv), _short(row.window_s)])
+            # All its digits: a third of a minute that is rounded lies in the window before.
+            at = _shortest(round(row.time_s, 6) / 60)
+            writer.writerow([at, row.model, row.requests, *tokens, _shortest(row.cv), _short(row.window_s)])
         else:
             writer.writerow([_short(row.time_s), row.model, *tokens])
     return count
@@ -219,7 +220,11 @@ def _told(text: str) -> None:
 
 
 def _short(value: float) -> str:
-    return repr(int(value)) if value == int(value) else repr(round(value, 6))
+    return _shortest(round(value, 6))
+
+
+def _shortest(value: float) -> str:
+    return repr(int(value)) if value == int(value) else repr(value)
 
 
 def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
@@ -246,7 +251,7 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
             raise TraceError(
                 f"--per-window: windows of {row.window_s:g} s don't make up windows of {length_s:g} s"
             )
-        at_s = row.time_s // length_s * length_s
+        at_s = math.floor((row.time_s + NEARLY_S) / length_s) * length_s
         if at_s != begins_s:
             yield from closed()
             begins_s = at_s

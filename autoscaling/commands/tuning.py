@@ -92,11 +92,11 @@ def tune(
             processes=jobs,
             done=done,
         )
+    if str(write) != "-":
+        # Before what may fail.
+        _show(tuned, write)
     if write is not None:
         replaying.write_json(write, tuned.to_plain())
-        if str(write) == "-":
-            return
-    _show(tuned, write)
 
 
 def _show(tuned: Tuned, written: Path | None) -> None:

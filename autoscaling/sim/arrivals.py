@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from autoscaling.traces import Row
+from autoscaling.trace_formats import MOST_IN_WINDOW
+from autoscaling.traces import Row, TraceError
 
 Floats = NDArray[np.float64]
 ORIGIN_S = 1_767_571_200.0
@@ -44,7 +45,8 @@ def pieces(  # noqa: PLR0917 - a reading's own settings
     """Pieces in the order of time. The same rows and seed give the same requests, whoever asks.
 
     Args:
-        scale: share of the requests that come; each is kept or left out by itself. Above 1, windows hold more.
+        scale: share of the requests that come; each is kept or left out by itself. Above 1, windows hold more, and
+            single requests are an error.
         most: requests in a piece; None: all in one.
         origin_s: where second 0 is put; None: ORIGIN_S, and 0 for Unix times.
     """
@@ -75,6 +77,11 @@ class _Reading:
         self.last_s = row.time_s
         worked = self.work(row.input_tokens, row.output_tokens, row.exec_s)
         if row.window_s == 0.0:
+            if self.scale > 1.0:
+                raise TraceError(
+                    f"scale: {self.scale:g} is above 1, and the trace has single requests: above 1 only traces of "
+                    "windows can hold more"
+                )
             if self.scale < 1.0 and self._generator(row.model).random() >= self.scale:
                 return
             single = self.single.setdefault(row.model, ([], []))
@@ -84,6 +91,10 @@ class _Reading:
             return
         random = self._generator(row.model)
         count = row.requests
+        if count * self.scale > MOST_IN_WINDOW:
+            raise TraceError(
+                f"scale: {self.scale:g} makes more of {count:,} requests of a window than {MOST_IN_WINDOW:,}"
+            )
         if self.scale < 1.0:
             count = int(random.binomial(count, self.scale))
         elif self.scale > 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import multiprocessing
 import os
 import signal
@@ -100,6 +101,10 @@ def check(variant: Variant) -> None:
         raise SettingError(f"{wrong}; of every policy can be set {', '.join(SPEC_FIELDS)}")
     for name in SPEC_FIELDS:
         value = variant.settings.get(name, 1.0)
+        if not math.isfinite(value):
+            raise SettingError(f"{name}: {value:g} is not a finite number")
+        if value > MOST.get(name, math.inf):
+            raise SettingError(f"{name}: {value:g} is above {MOST[name]:g}")
         if name in _WHOLE and value != int(value):
             raise SettingError(f"{name}: {value:g} is not a whole number")
         if name == "park" and value not in (0, 1):
@@ -112,6 +117,8 @@ def check(variant: Variant) -> None:
         raise SettingError("keep_alive_s: best-fixed finds it; set it for keep-alive")
 
 
+MOST = {"wait_cost": 1e12, "max_replicas": 1e5, "gpus_per_replica": 1e5}
+"""What nobody means, and what follows from it ends in infinite sums, or never."""
 _WHOLE = ("min_replicas", "max_replicas", "priority")
 _ABOVE_ZERO = ("max_replicas", "target_ongoing_requests", "gpus_per_replica")
 
@@ -214,8 +221,12 @@ def _apart(base: Base) -> int:
 
 
 def _bounded(spec: Spec) -> Spec:
+    of = f" of {spec.model}" if spec.model else ""
+    for name, most in MOST.items():
+        value = getattr(spec, name)
+        if value > most:
+            raise SettingError(f"{name}{of}: {value:g} is above {most:g}")
     if spec.min_replicas > spec.max_replicas:
-        of = f" of {spec.model}" if spec.model else ""
         raise SettingError(
             f"min_replicas{of}: {spec.min_replicas} is above max_replicas, {spec.max_replicas}"
         )
@@ -270,7 +281,7 @@ def name_of(trace: Source | Sequence[Row]) -> str:
 
 
 def sampled(base: Base, step_s: float) -> Base:
-    """The same, with timelines in the reports."""
+    """The same, with timelines in the reports. Steps that divide an hour begin with it."""
     return replace(base, setup=replace(base.setup, sample_s=step_s))
 
 

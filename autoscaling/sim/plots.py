@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Reports = Sequence[tuple[str, Report]]
 
 MOST_MODELS = 40
+MOST_STEPS = 400
+"""Of a timeline's line."""
 MOST_LINES = 4
 """So many policies are shown at once over time; the legend shows the others."""
 
@@ -106,7 +108,7 @@ def over_time(reports: Reports) -> Figure | None:
     """Mean replicas of each policy over the requests in progress; None without timelines."""
     from plotly import graph_objects as go
 
-    drawn = [(label, report, steps_of(report)) for label, report in reports if report.timeline]
+    drawn = [(label, report, steps_of(report, MOST_STEPS)) for label, report in reports if report.timeline]
     if not drawn:
         return None
     figure = go.Figure()
@@ -159,12 +161,16 @@ class Steps:
     """Mean requests in progress."""
 
 
-def steps_of(report: Report) -> Steps:
-    """The step in which it is begun to measure is told by what came after."""
+def steps_of(report: Report, most: int | None = None) -> Steps:
+    """The step in which it is begun to measure is told by what came after.
+
+    Args:
+        most: steps, of which several are made one if there are more; None: all.
+    """
     held: dict[float, float] = {}
     load: dict[float, float] = {}
     for samples in report.timeline.values():
-        for before, after in pairwise(samples):
+        for before, after in pairwise(_thinned(samples, most)):
             begins_s, sums = _since(before, after, report.measured_from_s)
             span_s = after.now_s - begins_s
             if span_s > 0:
@@ -174,6 +180,13 @@ def steps_of(report: Report) -> Steps:
                 )
     times = sorted(held)
     return Steps(times, [held[at] for at in times], [load[at] for at in times])
+
+
+def _thinned(samples: Sequence[Any], most: int | None) -> list[Any]:
+    """The first and the last of them, and so many between that there are no more steps."""
+    if most is None or len(samples) <= most + 1:
+        return list(samples)
+    return [*samples[: -1 : math.ceil((len(samples) - 1) / most)], samples[-1]]
 
 
 class _Nothing:
@@ -230,14 +243,16 @@ def cold_starts(reports: Reports) -> Figure | None:
 
 
 def cold_grid(report: Report, models: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Cold starts that are scored: shape (models, 24). Each counts in the hour in which its step begins."""
+    """Cold starts that are scored: shape (models, 24). Each counts in the hour in which the middle of its step is."""
     grid = np.zeros((len(models), 24), np.int64)
     timeline: Mapping[str, Any] = report.timeline
     for row, model in enumerate(models):
         for before, after in pairwise(timeline.get(model, ())):
             if after.now_s >= report.measured_from_s:
                 begins_s, sums = _since(before, after, report.measured_from_s)
-                grid[row, int(begins_s // 3600) % 24] += after.cold_starts - sums.cold_starts
+                grid[row, int((begins_s + after.now_s) / 2 // 3600) % 24] += (
+                    after.cold_starts - sums.cold_starts
+                )
     return grid
 
 

@@ -24,6 +24,12 @@ KNOWN_STARTS = 32
 """How many starts of each kind the controller is taken to have seen."""
 
 
+MOST = 1e12
+"""Of any number here: what nobody means, while sums and products of it are finite."""
+ENDLESS = ("deadline_s", "queue_limit")
+"""What may be infinite."""
+
+
 class ProfileError(ValueError):
     """The message names the field, the value and what would be right."""
 
@@ -159,8 +165,8 @@ class Profile:
         return dataclasses.replace(self, starts={Rung.TEMPLATE: Start((delay_s,))}, base=Rung.TEMPLATE)
 
 
-def load_profile(path: str | Path) -> Profile:
-    """Raises ProfileError."""
+def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gpu_h) -> Profile:
+    """The price is that of a file that names none. Raises ProfileError."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -168,9 +174,12 @@ def load_profile(path: str | Path) -> Profile:
     except ValueError as error:
         raise ProfileError(f"{path}: not JSON: {error}") from error
     try:
-        return parse_profile(data)
+        profile = parse_profile(data)
     except ProfileError as error:
         raise ProfileError(f"{path}: {error}") from None
+    if "price_per_gpu_h" in data:
+        return profile
+    return dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
 
 
 def parse_profile(data: object) -> Profile:
@@ -189,7 +198,10 @@ def parse_profile(data: object) -> Profile:
         for name in ("prefill_tokens_per_s", "decode_s"):
             if engine.get(name, 1) <= 0:
                 raise ProfileError(f"engine.{name}: {engine[name]!r} must be above 0")
-        values["engine"] = Engine(slowdown=_delays(slowdown, "engine.slowdown"), **engine)
+        slowdowns = _delays(slowdown, "engine.slowdown")
+        if 0 in slowdowns:
+            raise ProfileError(f"engine.slowdown: {slowdown!r} must be above 0")
+        values["engine"] = Engine(slowdown=slowdowns, **engine)
     if "starts" in values:
         starts = values["starts"]
         if not isinstance(starts, dict) or not starts:
@@ -199,10 +211,13 @@ def parse_profile(data: object) -> Profile:
             raise ProfileError("starts.serving: nothing starts from there; it must be cold to parked")
     if "base" in values:
         values["base"] = _rung(values["base"], "base")
+    unsaid = [each.name for each in dataclasses.fields(Profile) if each.default is None]
+    made = ("engine", "starts", "base")
     _numbers(
-        {n: v for n, v in values.items() if n not in ("engine", "starts", "base") and v is not None},
-        "profile",
+        {n: v for n, v in values.items() if n not in made and (v is not None or n not in unsaid)}, "profile"
     )
+    if values.get("start_failures", 0) >= 1:
+        raise ProfileError(f"profile.start_failures: {values['start_failures']!r} must be below 1")
     profile = Profile(**values)
     below = [rung for rung in profile.starts if rung <= profile.base]
     if not below:
@@ -218,6 +233,8 @@ def _start(name: str, data: object) -> Start:
     if "delay_s" not in values:
         raise ProfileError(f"{where}.delay_s: missing; it must be seconds, or a list of them")
     delays = values["delay_s"]
+    if delays == []:
+        raise ProfileError(f"{where}.delay_s: [] holds no seconds")
     cost = values.get("cost_per_s", 0.0)
     _numbers({"cost_per_s": cost}, where)
     return Start(_delays(delays if isinstance(delays, list) else [delays], f"{where}.delay_s"), float(cost))
@@ -242,8 +259,10 @@ def _object(data: object, where: str, kind: type) -> dict[str, Any]:
 
 def _numbers(values: Mapping[str, Any], where: str) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value < 0:
-            raise ProfileError(f"{where}.{name}: {value!r} is not a number from 0")
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+        if not right or not (0 <= value <= MOST or (name in ENDLESS and value == math.inf)):
+            endless = " or Infinity" if name in ENDLESS else ""
+            raise ProfileError(f"{where}.{name}: {value!r} is not a number from 0 to {MOST:g}{endless}")
 
 
 def _rung(name: object, where: str) -> Rung:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_starts(path: str | Path) -> dict[Rung | None, list[float]]:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
     except OSError as error:
         raise ProfileError(f"{path}: can't be read: {error.strerror or error}") from None
-    except (EOFError, UnicodeDecodeError) as error:
+    except (EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: can't be read: {error}") from None
     rows = _json_rows(path, text) if text.lstrip().startswith(("{", "[")) else _csv_rows(path, text)
     found: dict[Rung | None, list[float]] = {}

@@ -240,7 +240,7 @@ def tune(
         )
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=base.setup.seed, constant_liar=True)
+    sampler = optuna.samplers.TPESampler(seed=base.setup.seed % 2**32, constant_liar=True)
     study = optuna.create_study(sampler=sampler)
     (as_it_was,) = compare(learn, [Variant(policy, kept)], processes=processes)
     best_report, best_worth = as_it_was, _worth(as_it_was, measure, least_slo)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from autoscaling.core.types import Rung
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.records import ColdStartRow
 from autoscaling.live.store import Store
+from autoscaling.sim.plots import cold_grid
+from autoscaling.sim.report import Report
 from autoscaling.sources import StoredSource
 from autoscaling.traces import Row
 from tests.cli.sim_lab import TWO_STATES, fails, report, requests, run, says
@@ -108,6 +112,16 @@ class TestOptions:
         assert found["scale"] == 0.25
         assert 60 < found["total"]["requests"] < 140
 
+    def test_more_than_all_are_of_windows_only(self, tmp_path: Path) -> None:
+        file = tmp_path / "windows.csv"
+        file.write_text("minute,model,count\n" + "".join(f"{i},m,10\n" for i in range(100)))
+        assert 4500 < report("simulate", file, *KEEP, "--scale", 5)["total"]["requests"] < 5500
+        file = requests(tmp_path, [0, 10])
+        said = fails("simulate", tmp_path / "windows.csv", *KEEP, "--scale", "1e300")
+        assert "scale: 1e+300 makes more of 10 requests of a window than 100,000,000" in said
+        said = fails("simulate", file, *KEEP, "--scale", 5)
+        assert "scale: 5 is above 1" in said and "only traces of windows can hold more" in said
+
     def test_prices(self, tmp_path: Path) -> None:
         file = requests(tmp_path, [0, 100])
 
@@ -119,6 +133,10 @@ class TestOptions:
         assert cost("--gpu", "L4", "--price", "L4=2.1") == pytest.approx(plain * 2.1 / 3.0)
         assert cost("--gpu", "MI300X", "--price", "MI300X=6") == pytest.approx(plain * 2)
         assert cost("--price", "H100=6") == pytest.approx(plain * 2)
+        profile = tmp_path / "profile.json"
+        profile.write_text("{}")
+        assert cost("--profile", str(profile)) == pytest.approx(plain)
+        assert cost("--profile", str(profile), "--price", "H100=6") == pytest.approx(plain * 2)
         assert "'MI300X' has no price" in fails("simulate", file, *KEEP, "--gpu", "MI300X")
 
     def test_a_profile_says_what_the_cluster_is(self, tmp_path: Path) -> None:
@@ -231,6 +249,10 @@ class TestFleet:
         fleet.write_text(FLEET + "engine_host: {park_memory_bytes: 1000000000}\n")
         assert report("simulate", trace, "--fleet", fleet)["total"]["parked_gpu_s"] > 0
 
+    def test_what_nobody_means_is_an_error_there_too(self, fleet: Path, trace: Path) -> None:
+        fleet.write_text(FLEET.replace("policy: keep-alive", "policy: keep-alive, wait_cost: 1.0e+300"))
+        assert "wait_cost of small: 1e+300 is above 1e+12" in fails("simulate", trace, "--fleet", fleet)
+
     def test_a_budget_is_shared(self, fleet: Path, tmp_path: Path) -> None:
         trace = self.written(tmp_path, "0,small\n0,big\n")
         free = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES)["total"]
@@ -321,8 +343,25 @@ class TestCompare:
         ]
         assert [each["total"]["cold_starts"] for each in one][:2] == [3, 2]
         assert list(map(without_time, one)) == list(map(without_time, two))
+        each_by_itself = ("--sweep", "keep_alive_s=10", "--sweep", "keep_alive_s=60")
+        again = report("compare", file, *options[:2], *each_by_itself, *TWO_STATES)
+        assert list(map(without_time, again)) == list(map(without_time, one))
         lines = says("compare", file, *options).splitlines()
         assert [line.split("  ")[0] for line in lines[1:4]] == [each["label"] for each in one]
+
+    def test_its_map_of_cold_starts_knows_the_hours(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a timer at 23:00 over half a month, in a trace that begins within an hour; in a short list of steps."""
+        drawn: list[Report] = []
+        monkeypatch.setattr(
+            "autoscaling.sim.html.document", lambda found, *_: drawn.extend(each for _, each in found) or "x"
+        )
+        file = requests(tmp_path, [1017, *(86400 * day + 23 * 3600 for day in range(15))])
+        says("compare", file, "--policies", "keep-alive", "--report", tmp_path / "out.html", *TWO_STATES)
+        (hours,) = cold_grid(drawn[0], ["m"])
+        assert {hour: count for hour, count in enumerate(hours.tolist()) if count} == {0: 1, 23: 15}
+        assert len(drawn[0].timeline["m"]) < 500
 
     def test_its_page_needs_no_network(self, tmp_path: Path) -> None:
         page, name = tmp_path / "out.html", "</script><img src=http://x.example/>"
@@ -339,6 +378,76 @@ class TestCompare:
             assert heading in outside
 
 
+KINDS = [
+    ("simulate", "--policy", "keep-alive", "--json"),
+    ("compare", "--policies", "keep-alive", "--json"),
+    ("compare", "--policies", "keep-alive", "--report"),
+    ("tune", "--policy", "keep-alive", "--parameters", "keep_alive_s", "--trials", "1", "--out"),
+]
+
+
+@pytest.mark.parametrize("arguments", KINDS, ids=[f"{each[0]} {each[-1]}" for each in KINDS])
+class TestWriting:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "out"
+        folder.mkdir()
+        (folder / "x").write_text("as it was")
+        (folder / "x").chmod(0o600)
+        return folder
+
+    def test_where_it_fails_the_table_is_shown_and_the_file_is_as_it_was(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = requests(tmp_path, range(0, 9000, 300))
+
+        def full(path: Path, text: str, encoding: str) -> None:
+            path.open("w").write(text[:10])
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_text", full)
+        result = run(arguments[0], file, *arguments[1:], folder / "x")
+        assert result.exit_code == 1
+        assert f"{folder / 'x'}: can't be written: No space left on device" in result.stderr
+        assert "in SLO" in result.stdout
+        assert [(each.name, each.read_text()) for each in folder.iterdir()] == [("x", "as it was")]
+
+    def test_what_fails_before_leaves_nothing(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, [300, 0])
+        assert "breaks the order of times" in fails(arguments[0], file, *arguments[1:], folder / "x")
+        assert [(each.name, each.read_text()) for each in folder.iterdir()] == [("x", "as it was")]
+
+    def test_where_nothing_can_be_written_is_known_before(
+        self, tmp_path: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, [300, 0])
+        assert f"{arguments[-1]}: /proc/x can't be written" in fails(
+            arguments[0], file, *arguments[1:], "/proc/x"
+        )
+
+    def test_a_link_stays_one_and_so_does_a_pipe(
+        self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
+    ) -> None:
+        file = requests(tmp_path, range(0, 9000, 300))
+        link = tmp_path / "link"
+        link.symlink_to(folder / "x")
+        says(arguments[0], file, *arguments[1:], link)
+        assert link.is_symlink()
+        assert (folder / "x").read_text() != "as it was"
+        assert (folder / "x").stat().st_mode & 0o777 == 0o600
+        if arguments[-1] == "--report":
+            return  # longer than a pipe holds
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+        says(arguments[0], file, *arguments[1:], pipe)
+        assert json.loads(os.read(reader, 1 << 20))
+        assert pipe.is_fifo()
+        os.close(reader)
+
+
 WRONG = [
     (("--policy", "nope"), "policy 'nope' is unknown; there are best-fixed, fixed"),
     ((*KEEP, "--set", "nope=3"), "nope: 3.0 is not right; expected a parameter of keep-alive"),
@@ -350,9 +459,13 @@ WRONG = [
         (*KEEP, "--set", "min_replicas=9", "--set", "max_replicas=2"),
         "min_replicas: 9 is above max_replicas, 2",
     ),
+    ((*KEEP, "--set", "wait_cost=1e308"), "wait_cost: 1e+308 is above 1e+12"),
+    ((*KEEP, "--set", "max_replicas=1e9"), "max_replicas: 1e+09 is above 100000"),
+    ((*KEEP, "--set", "gpus_per_replica=1e308"), "gpus_per_replica: 1e+308 is above 100000"),
     (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "best-fixed finds it"),
     ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
     ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),
+    ((*KEEP, "--price", "L4=1e308"), "--price: 'L4=1e308' is not TYPE=NUMBER"),
     ((*KEEP, "--json", "/nowhere/at/all.json"), "--json: /nowhere/at/all.json is in no folder"),
     ((*KEEP, "--from-store", "sqlite:///x.db"), "Give either a TRACE or --from-store"),
     ((*KEEP, "--map", "x"), "--map: 'x' is not NAME=MODEL"),
@@ -372,14 +485,56 @@ def test_what_is_wrong_is_one_clear_error(tmp_path: Path, arguments: tuple[str, 
         (("--policies", "kpa", "--sweep", "keep_alive_s=1,2"), "none of kpa has 'keep_alive_s'"),
         (("--policies", "kpa", "--sweep", "keep_alive_s=a"), "is not NAME=A,B,C"),
         (
+            ("--policies", "keep-alive", "--sweep", "keep_alive_s=5,nan"),
+            "'keep_alive_s=5,nan' is not NAME=A,B,C",
+        ),
+        (("--policies", "kpa", "--sweep", "max_replicas=inf"), "'max_replicas=inf' is not NAME=A,B,C"),
+        (("--policies", "kpa", "--sweep", "wait_cost=1e300"), "wait_cost: 1e+300 is above 1e+12"),
+        (
             ("--policies", "kpa", "--report", "/nowhere/at/all.html"),
             "--report: /nowhere/at/all.html is in no folder",
         ),
     ],
-    ids=["none", "unknown", "unused", "no-numbers", "folder"],
+    ids=["none", "unknown", "unused", "no-numbers", "nan", "infinite", "too-much", "folder"],
 )
 def test_so_in_a_comparison(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     assert words in fails("compare", requests(tmp_path, [0]), *arguments)
+
+
+PROFILES = [
+    ('{"deadline_s": null}', "profile.deadline_s: None is not a number from 0 to 1e+12 or Infinity"),
+    ('{"slo_s": null}', "profile.slo_s: None is not a number from 0 to 1e+12"),
+    ('{"handoff_s": Infinity}', "profile.handoff_s: inf is not a number from 0 to 1e+12"),
+    ('{"price_per_gpu_h": Infinity}', "profile.price_per_gpu_h: inf is not a number from 0 to 1e+12"),
+    ('{"start_failures": 1}', "profile.start_failures: 1 must be below 1"),
+    ('{"starts": {"template": {"delay_s": []}}}', "starts.template.delay_s: [] holds no seconds"),
+    ('{"starts": {"template": Infinity}}', "starts.template.delay_s.[0]: inf is not a number"),
+    ('{"engine": {"slowdown": [1, 0]}}', "engine.slowdown: [1, 0] must be above 0"),
+    ('{"engine": {"service_s": NaN}}', "engine.service_s: nan is not a number"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), PROFILES, ids=[words.split(":")[0] for _, words in PROFILES])
+def test_so_in_a_profile(tmp_path: Path, text: str, words: str) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text(text)
+    assert f"{profile}: {words}" in fails("simulate", requests(tmp_path, [0]), *KEEP, "--profile", profile)
+
+
+def test_a_profile_may_leave_open_what_has_no_end(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"gpus": null, "parked_engines": null, "apply_s": null, "deadline_s": Infinity}')
+    found = report("simulate", requests(tmp_path, [0]), *KEEP, "--profile", profile)
+    assert found["total"]["requests"] == 1
+
+
+def test_start_times_that_are_damaged_are_one_clear_error(tmp_path: Path) -> None:
+    starts = tmp_path / "starts.csv.gz"
+    packed = bytearray(gzip.compress(b"total_s\n" + b"".join(b"%d\n" % i for i in range(900))))
+    packed[200:300] = bytes(100)
+    starts.write_bytes(packed)
+    said = fails("simulate", requests(tmp_path, [0]), *KEEP, "--cold-start", starts)
+    assert f"{starts}: can't be read: " in said
 
 
 def test_a_share_is_not_rounded_up(tmp_path: Path) -> None:

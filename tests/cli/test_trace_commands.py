@@ -110,7 +110,7 @@ class TestFormats:
     def test_what_is_written_reads_the_same(self, tmp_path: Path) -> None:
         for name, text in {
             "requests.csv": FORMATS["requests.csv"][0],
-            "w.csv": "minute,model,count\n3,a,3\n",
+            "w.csv": "minute,model,count,cv,window_s\n3,a,3,1e-9,20\n",
         }.items():
             (tmp_path / name).write_text(text)
             once = says("trace", "convert", tmp_path / name, "-")
@@ -128,6 +128,29 @@ class TestConversion:
             ("3", "1", "3"),
         ]
 
+    @pytest.mark.parametrize("begins_s", [0, 1_760_090_640])
+    @pytest.mark.parametrize("seconds", [20, 7, 0.3])
+    def test_windows_that_are_no_part_of_a_minute_stay_where_they_are(
+        self, tmp_path: Path, begins_s: int, seconds: float
+    ) -> None:
+        """Converted again they are the same, and two of them make up a longer one."""
+        file, once = tmp_path / "m.csv", tmp_path / "once.csv"
+        times = [begins_s + round(seconds * i, 1) for i in range(400) if i % 5]
+        file.write_text("timestamp_s,model\n" + "".join(f"{time_s!r},m\n" for time_s in times))
+        says("trace", "convert", file, once, "--per-window", f"{seconds}s")
+        found = rows(once.read_text())
+        assert [float(row["minute"]) * 60 for row in found] == pytest.approx(times, abs=1e-6)
+        assert says("trace", "convert", once, "-") == once.read_text()
+        assert says("trace", "convert", once, "-", "--per-window", f"{seconds}s") == once.read_text()
+        twice = ("-", "--per-window", f"{2 * seconds}s")
+        assert says("trace", "convert", once, *twice) == says("trace", "convert", file, *twice)
+
+    def test_a_minute_of_six_digits_is_the_window_that_it_was_written_for(self, tmp_path: Path) -> None:
+        file = tmp_path / "w.csv"
+        file.write_text("minute,model,count,window_s\n0.333333,a,1,20\n0.666667,a,1,20\n1,a,1,20\n")
+        found = rows(says("trace", "convert", file, "-", "--per-window", "20s"))
+        assert [row["minute"] for row in found] == [repr(20 / 60), repr(40 / 60), "1"]
+
     def test_windows_are_not_cut(self, tmp_path: Path) -> None:
         file = tmp_path / "win10_x.csv"
         file.write_text("minute,model,count\n0,a,3\n10,a,3\n")
@@ -141,7 +164,7 @@ class TestConversion:
         assert "m.csv:3: '3,m,5': m at 3 s breaks the order of times" in fails(
             "trace", "convert", file, tmp_path / "x.csv"
         )
-        assert not list(tmp_path.glob("x.csv*"))
+        assert list(tmp_path.iterdir()) == [file]
         said = says("trace", "convert", file, "-", "--sort", "--until", "5s")
         assert [row["timestamp_s"] for row in rows(said)] == ["3", "5"]
 
@@ -166,6 +189,15 @@ BAD = {
     "half-a-request": ("minute,model,count\n1,a,3.5\n", "count '3.5' is not a whole number from 0"),
     "no-count": ("minute,model,count\n1,a,\n", "count '' is not a whole number from 0"),
     "negative-cv": ("minute,model,count,cv\n1,a,3,-1\n", "cv '-1' is negative"),
+    "regular-beyond-measure": (
+        "minute,model,count,cv\n1,a,3,1e-200\n",
+        "cv '1e-200' is neither 0 nor a number from 1e-09 to 1e+09",
+    ),
+    "bursty-beyond-measure": ("minute,model,count,cv\n1,a,3,1e200\n", "cv '1e200' is neither 0 nor a number"),
+    "endless-window": (
+        "minute,model,count,window_s\n1,a,3,1e300\n",
+        "window_s must be above 0 and at most 31622400, a year; it is 1e+300",
+    ),
     "no-window": ("minute,model,count,window_s\n1,a,3,0\n", "window_s must be above 0"),
     "too-many": ("minute,model,count\n1,a,1000000000000\n", "is not a whole number from 0 to 100,000,000"),
     "nameless": ("timestamp_s,model\n1,\n", "model '' is not a name of printable characters"),

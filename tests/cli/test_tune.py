@@ -72,6 +72,10 @@ def test_processes_change_nothing(trace: Path) -> None:
     assert tuned(trace, *TUNE, "--jobs", 1) == tuned(trace, *TUNE, "--jobs", 2)
 
 
+def test_any_seed_is_one(trace: Path) -> None:
+    assert tuned(trace, *TUNE, "--seed", 5_000_000_000)["evidence"]["seed"] == 5_000_000_000
+
+
 def test_where_nothing_is_to_be_had_it_says_so(tmp_path: Path) -> None:
     """Single requests, hours apart: a shorter keep-alive saves; with the best already set, nothing does."""
     file = requests(tmp_path, range(0, DAYS * 86400, 9000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from autoscaling.sim.replay import Setup
 from autoscaling.sim.report import Figures, ModelReport, Report
 from tests.sim.lab import profile, requests, spec
 
-HOUR_S = 3600.0
+HOUR_S, DAY_S = 3600.0, 86400.0
 
 
 def reported(gpu_s: float = 0.0, waited_s: float = 0.0, policy: str = "keep-alive") -> Report:
@@ -55,6 +56,32 @@ def test_timelines_tell_what_is_scored() -> None:
     assert sum(span * load for span, _, load in scored) == pytest.approx(report.total.busy_gpu_s, rel=1e-6)
     held_s = report.total.busy_gpu_s + report.total.idle_gpu_s
     assert sum(span * held for span, held, _ in scored) == pytest.approx(held_s, rel=1e-6)
+
+
+@pytest.mark.parametrize("step_s", [60.0, 900.0, HOUR_S])
+@pytest.mark.parametrize("exec_s", [5.0, 4000.0])
+def test_a_cold_start_is_of_the_hour_in_which_its_request_comes(step_s: float, exec_s: float) -> None:
+    """On the very hour it is of the one that begins, though the trace begins within one."""
+    daily = (3 * HOUR_S - 0.001, 23 * HOUR_S)
+    rows = requests([17.3, *(DAY_S * day + at_s for day in range(5) for at_s in daily)], exec_s)
+    for from_s, expected in ((0.0, {0: 1, 2: 5, 23: 5}), (DAY_S + 23 * HOUR_S - 17, {2: 3, 23: 4})):
+        base = Base(rows, Setup(profile=profile(), measure_from_s=from_s), spec=spec())
+        (report,) = compare(sampled(base, step_s), [Variant("keep-alive")], processes=1)
+        (hours,) = cold_grid(report, ["m"])
+        assert {hour: count for hour, count in enumerate(hours.tolist()) if count} == expected
+
+
+def test_a_line_of_fewer_steps_tells_the_same_in_all() -> None:
+    base = Base(requests([700 * i for i in range(200)], 20.0), Setup(profile=profile()), spec=spec())
+    (report,) = compare(sampled(base, 60.0), [Variant("keep-alive")], processes=1)
+    sums = []
+    for most in (None, 400, 7, 1):
+        steps = steps_of(report, most)
+        ends = [*steps.begins_s[1:], report.until_s]
+        assert len(ends) <= (most or math.inf)
+        spans = [end - begin for begin, end in zip(steps.begins_s, ends, strict=True)]
+        sums.append(sum(span * held for span, held in zip(spans, steps.held, strict=True)))
+    assert sums == pytest.approx([report.total.busy_gpu_s + report.total.idle_gpu_s] * 4)
 
 
 def timeline(costs: list[float]) -> tuple[Sample, ...]:
