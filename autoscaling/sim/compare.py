@@ -338,16 +338,14 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
     try:
         for done in as_completed([pool.submit(_job, job) for job in jobs]):
             yield done.result()
-        pool.shutdown()
     except BrokenProcessPool:
         raise Killed from None
     finally:
         # Whoever is interrupted does not wait for what is being replayed.
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             if child not in before:
                 child.terminate()
-                child.join()
+        pool.shutdown(cancel_futures=True)
 
 
 def _quietly() -> None:
