@@ -34,6 +34,7 @@ from autoscaling.sim.queueing import (
 from autoscaling.sim.report import ModelReport, figures
 
 PATIENCE_S = 86400.0
+HOUR_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Group:
             f, n = model.queue.f, model.queue.n
             counted = (float(f[HELD_S]), float(f[IN_FLIGHT_S]), int(n[EPISODES]), int(n[ARRIVED]))
             self.samples[name].append(Sample(now_s, *counted, _gpu_s(model), float(f[WAITED_S])))
-        self._sampled_s = now_s + (self._sample_s or math.inf)
+        self._sampled_s = _next_sample_s(now_s, self._sample_s)
 
     def _next_s(self) -> float:
         next_s = self._loop.next_s()
@@ -304,6 +305,17 @@ class Group:
         }
         made = figures(sums, queue.histogram, float(queue.f[LONGEST_S]), int(queue.n[IN_TIME]))
         return ModelReport(name, made, dict(used.starts), wait_histogram=queue.histogram.copy())
+
+
+def _next_sample_s(now_s: float, step_s: float | None) -> float:
+    """Where steps divide an hour they begin with it: a request on the very hour is of the one that begins."""
+    if step_s is None:
+        return math.inf
+    if HOUR_S % step_s:
+        return now_s + step_s
+    next_s = (math.floor(now_s / step_s) + 1) * step_s
+    just_before_s = math.nextafter(next_s, -math.inf)
+    return just_before_s if just_before_s > now_s else math.nextafter(next_s + step_s, -math.inf)
 
 
 def _gpu_s(model: VirtualModel) -> float:

@@ -28,7 +28,6 @@ EPOCH_S, SHORTEST_EPOCH_S, EPOCH_SHARE = 6 * 3600.0, 600.0, 0.25
 Live it is every half minute."""
 
 
-HOUR_S = 3600.0
 THRESHOLDS = (50_000, 20, 100)
 """Of Python's collector while something is replayed."""
 
@@ -73,20 +72,6 @@ class _Part:
     timeline: dict[str, tuple[Sample, ...]]
     failures: Mapping[str, str]
     fits: int
-
-
-class _OnTheHour(Group):
-    """Its timeline's steps, if they divide an hour, begin with it."""
-
-    def _sample(self, now_s: float) -> None:
-        super()._sample(now_s)
-        step_s = self._sample_s
-        if step_s is not None and HOUR_S % step_s == 0:
-            next_s = (math.floor(now_s / step_s) + 1) * step_s
-            # A request on the very hour is of the one that begins.
-            self._sampled_s = math.nextafter(next_s, -math.inf)
-            if self._sampled_s <= now_s:
-                self._sampled_s = math.nextafter(next_s + step_s, -math.inf)
 
 
 class Replay:
@@ -221,7 +206,7 @@ class Replay:
 
     def _group(self, specs: Mapping[str, Spec], begin_s: float) -> Group:
         foresee = any(spec.policy in FORESEES for spec in specs.values())
-        return _OnTheHour(specs, self._setup, self._forecasts if foresee else NoForecasts(), begin_s)
+        return Group(specs, self._setup, self._forecasts if foresee else NoForecasts(), begin_s)
 
     def _add(self, piece: Piece, begin_s: float) -> None:
         for name, (times, work) in piece.requests.items():
