@@ -114,7 +114,7 @@ class Tuned:
                 f"On the rest it keeps {100 * self.scored.total.slo_attainment:.1f} % of the requests to the SLO, less "
                 "than was asked for."
             )
-        if not self.keeps(self.scored_default):
+        if self.found.share < 0 and not self.keeps(self.scored_default):
             return "As it was, it does not keep to the SLO: what this one takes more is what that costs."
         if self.found.low <= 0 <= self.found.high:
             return "Chance alone may give as much: keep the parameters as they are."

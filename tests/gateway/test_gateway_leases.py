@@ -189,6 +189,13 @@ async def until(look: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def given_back(world: World, call: Any) -> None:
+    """Once Serve grants what the call asked for, its lease is released."""
+    call.answer = world.grant()
+    call.ready.set()
+    assert (await world.heard("release"))["lease"] == call.lease_id
+
+
 async def served(lease: ServeLease | EarlyLease) -> int:
     """The status of a request under this lease."""
     body = json.dumps({"model": "tiny", "prompt": "x"}).encode()
@@ -333,9 +340,7 @@ async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world:
     await lease.release()
     (call,) = world.handle.calls
     assert not call.cancelled
-    call.answer = world.grant()
-    call.ready.set()
-    assert (await world.heard("release"))["lease"] == call.lease_id
+    await given_back(world, call)
 
 
 async def test_early_leases_are_as_many_as_a_replica_takes(world: World) -> None:
@@ -369,9 +374,7 @@ async def test_one_call_of_serve_stays_open_for_early_leases_that_are_over(world
         await lease.release()
     await until(lambda: sum(call.cancelled for call in world.handle.calls) == 9)
     (call,) = (call for call in world.handle.calls if not call.cancelled)
-    call.answer = world.grant()
-    call.ready.set()
-    assert (await world.heard("release"))["lease"] == call.lease_id
+    await given_back(world, call)
 
 
 async def test_who_leaves_while_an_engine_starts_leaves_no_task(world: World) -> None:
