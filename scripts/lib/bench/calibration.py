@@ -83,17 +83,17 @@ async def cycles(  # noqa: PLR0917 - called once
     model: str,
     ask: Callable[[], Awaitable[Timing]],
     keep_alive_s: float,
-    count: int,
+    numbers: range,
     batch: int,
 ) -> list[Cycle]:
-    """One after another: a single request, then `batch` at once, in turn."""
+    """One after another: those of even number a single request, the others `batch` at once."""
     found: list[Cycle] = []
-    for i in range(count):
+    for i in numbers:
         await asyncio.sleep(SETTLE_S)
         found.append(await cycle(watch, model, ask, keep_alive_s, batch if i % 2 else 1))
         one = found[-1]
         say(
-            f"calibration {i + 1} of {count}: waited {one.wait_s:.2f} s, the start began after {one.wake_s:.2f} s,"
+            f"calibration {i + 1}: waited {one.wait_s:.2f} s, the start began after {one.wake_s:.2f} s,"
             f" answered {one.batch} in {one.answer_s:.2f} s, let go {one.overdue_s:.2f} s after the keep-alive,"
             f" which took {one.stop_s:.2f} s"
         )

@@ -1,9 +1,9 @@
 """Is the simulator right? The same minutes of traffic on a live cluster of this machine, and in the simulator.
 
 Live is all of it: the real engine behind a real cluster, asked over HTTP. What the simulator is told is measured before
-the minutes that are compared: the engine's rates by batch size (`scripts/bench profile`), and, by a model that is asked
-a few times while it is dark, what starts, answers, decisions and stops take. Of the compared minutes it gets the
-arrival times only. Policy and spec are those of the fleet.
+and after the minutes that are compared: the engine's rates by batch size (`scripts/bench profile`), and, by a model
+that is asked a few times while it is dark, what starts, answers, decisions and stops take. Of the compared minutes it
+gets the arrival times only. Policy and spec are those of the fleet.
 
 Both sides count alike. Cold starts: from zero, with somebody waiting. Waiting: from a request's coming to its being
 given to an engine. GPU-seconds: replicas that start, run or stop, live as Serve tells several times a second; a model
@@ -213,8 +213,8 @@ def text(result: Mapping[str, Any]) -> str:
         told += (
             f"\n\n{row['policy']}: {live['requests']} requests, {live['failed']} failed, {live['cold_requests']} cold"
             f" (simulated {sim['cold_requests']:g}; cold starts {low} to {high} over the seeds). An answer took"
-            f" {row['answer_s']:.2f} s (median). Calibrated before it, in seconds: start after {profile['wake_s']:.2f},"
-            f" which takes {min(starts):.2f} to {max(starts):.2f}; a decision acts after"
+            f" {row['answer_s']:.2f} s (median). Calibrated on either side, in seconds: start after"
+            f" {profile['wake_s']:.2f}, which takes {min(starts):.2f} to {max(starts):.2f}; a decision acts after"
             f" {profile['apply_s']:.2f}; a stop takes {profile['stop_s']:.2f}; an answer alone"
             f" {_median(alone):.2f}, of {batch[0]['batch']} at once {_median(batch):.2f}. Who finds a replica waits"
             f" {profile['handoff_s'] * 1e3:.1f} ms."

@@ -30,7 +30,7 @@ SAME_START_S = 0.5
 
 @dataclasses.dataclass
 class Live:
-    """What one policy did, and what was measured just before."""
+    """What one policy did, and what was measured just before and after."""
 
     cycles: list[Cycle]
     begin_s: float
@@ -77,18 +77,25 @@ async def drive(
     found: dict[str, Live] = {}
     async with Watch(running) as watch:
         input_tokens = await _lit_once(asker, watch, [CALIBRATION, *policies])
-        for policy in policies:
-            cycles = await calibration.cycles(
+
+        async def calibrate(numbers: range) -> list[Cycle]:
+            return await calibration.cycles(
                 watch,
                 CALIBRATION,
                 lambda: asker.ask(CALIBRATION),
                 options.keep_alive_s,
-                options.cycles,
+                numbers,
                 options.burst_requests,
             )
+
+        for policy in policies:
+            # On either side: a machine whose speed changes is met halfway.
+            before = await calibrate(range((options.cycles + 1) // 2))
             await watch.dark(policy)
-            found[policy] = live = Live(cycles, time.time() + 1)
+            found[policy] = live = Live(before, time.time() + 1)
             await _send(asker, policy, times, live, options.minutes * 60)
+            await watch.dark(policy)
+            live.cycles += await calibrate(range(len(before), options.cycles))
             live.samples = watch.samples[policy]
             live.gpu_s = held_s(live.samples, live.begin_s, live.begin_s + options.minutes * 60)
     return found, input_tokens
