@@ -16,6 +16,7 @@ _LOG_RATIO = math.log(RATIO)
 _LAST_S = float(EDGES_S[-1])
 _FIRST = gaps._FIRST
 _KERNELS = tuple(gaps._kernel(bandwidth) for bandwidth in BANDWIDTHS)
+_WIDEST = max(len(kernel) for kernel in _KERNELS)
 _MIDDLING = len(BANDWIDTHS) - 2
 
 
@@ -31,31 +32,48 @@ def _bin(age_s: float) -> int:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _smooth(mass: Floats, kernel: Floats, smooth: Floats) -> None:
-    """As `gaps._smooth`, into `smooth`."""
+def _smooth(mass: Floats, kernel: Floats, padded: Floats, smooth: Floats) -> None:
+    """As `gaps._smooth`, into `smooth`, by way of `padded`.
+
+    Weight by weight, so that the long loop is the inner one, over neighbours in memory; only as far as there is mass.
+    """
     reach = len(kernel) // 2
     last = len(mass) - 1
     smooth[:] = 0.0
+    first, end = 1, last
+    while first < end and mass[first] == 0.0:
+        first += 1
+    while end > first and mass[end - 1] == 0.0:
+        end -= 1
+    # Places of `padded` are those of `mass` from `low` on, less `reach`.
+    low, high = max(1, first - reach), min(last, end + reach)
+    padded[: high - low + 2 * reach] = 0.0
     before = 0.0
-    for i in range(1, last):
-        if mass[i] != 0.0:
-            before += mass[i]
-            first = max(1, i - reach)
-            near = kernel[first - i + reach :]
-            for j in range(first, min(last, i + reach + 1)):
-                smooth[j] += mass[i] * near[j - first]
+    for i in range(first, end):
+        before += mass[i]
+        padded[i - low + reach] = mass[i]
+    for k in range(len(kernel)):
+        weight = kernel[k]
+        for j in range(high - low):
+            smooth[low + j] += weight * padded[j + k]
     total = 0.0
-    for j in range(1, last):
+    for j in range(low, high):
         total += smooth[j]
     share = 1.0 + (before - total) / max(total, 1e-12)
-    for j in range(1, last):
+    for j in range(low, high):
         smooth[j] *= share
     smooth[0], smooth[last] = mass[0], mass[last]
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _best(  # noqa: PLR0917 - compiled, which takes no objects
-    exact: Floats, prior: Floats, strength: float, kernels: tuple[Floats, ...], counts: Floats, smooth: Floats
+    exact: Floats,
+    prior: Floats,
+    strength: float,
+    kernels: tuple[Floats, ...],
+    counts: Floats,
+    padded: Floats,
+    smooth: Floats,
 ) -> int:
     """As `gaps._best_bandwidth`."""
     counts[:] = exact
@@ -70,7 +88,7 @@ def _best(  # noqa: PLR0917 - compiled, which takes no objects
     best, most = 0, -math.inf
     for k in range(len(kernels)):
         kernel = kernels[k]
-        _smooth(counts, kernel, smooth)
+        _smooth(counts, kernel, padded, smooth)
         middle = kernel[len(kernel) // 2]
         score = 0.0
         for i in range(len(counts)):
@@ -109,9 +127,9 @@ def _mass(  # noqa: PLR0917 - as above
         rows[0, wide], rows[1, wide] = min(_bin(open_s), BINS), BINS + 1
         heavy[wide] = 1.0
         wide += 1
-    smooth, work = np.empty(BINS + 1), np.empty(BINS + 1)
-    kernel = kernels[_best(exact, prior, strength, kernels, work, smooth)]
-    _smooth(exact, kernel, smooth)
+    smooth, work, padded = np.empty(BINS + 1), np.empty(BINS + 1), np.empty(BINS + 1 + _WIDEST)
+    kernel = kernels[_best(exact, prior, strength, kernels, work, padded, smooth)]
+    _smooth(exact, kernel, padded, smooth)
     mass = smooth + strength * prior
     mass /= mass.sum()
     cumulative, steps = np.zeros(BINS + 2), np.empty(BINS + 2)
@@ -128,7 +146,7 @@ def _mass(  # noqa: PLR0917 - as above
         for k in range(BINS + 1):
             height += steps[k]
             work[k] = exact[k] + mass[k] * height
-        _smooth(work, kernel, smooth)
+        _smooth(work, kernel, padded, smooth)
         for k in range(BINS + 1):
             mass[k] = smooth[k] + strength * prior[k]
         mass /= mass.sum()
