@@ -18,6 +18,8 @@ from deployments.engine.protocol import EngineInfo, EngineSpec, encode, set_priv
 from deployments.errors import EngineStartFailed
 
 HOST_START_DEADLINE_S = 30.0
+# Ray's own; and the key that vLLM's engines would ask the gateway for, which has none to give.
+_NOT_INHERITED = ("RAY_", "VLLM_API_KEY")
 
 
 async def ensure_host(run_dir: Path, raylet_pid: int | None) -> None:
@@ -63,7 +65,7 @@ def _spawn_host(run_dir: Path, raylet_pid: int | None) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            env={k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)},
             cwd="/",
             check=False,
             start_new_session=True,
