@@ -883,6 +883,18 @@ async def test_mapped_weights_are_beside_the_weights_of_a_cache_at_home(
     assert entry.flat == str(tmp_path / "kept" / "mapped" / "tiny.weights")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+async def test_no_host_is_looked_for_where_another_user_could_put_theirs(run_dir: Path) -> None:
+    """/tmp/relight-1000 may have been made by anybody: whoever owns it can exchange what is in it."""
+    node_dir = run_dir / "0123456789ab"
+    node_dir.mkdir()
+    theirs = await asyncio.start_unix_server(lambda _, writer: writer.close(), node_dir / "host.sock")
+    os.chown(run_dir, 65534, 65534)
+    with pytest.raises(PermissionError, match=r"another user \(65534\).*RELIGHT_RUN_DIR"):
+        await HostConnection.open(node_dir, None)
+    theirs.close()
+
+
 def test_a_host_inherits_no_key_that_its_engines_would_ask_for(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
