@@ -49,6 +49,7 @@ ENGINE_KEYS_OWNED: Mapping[str, str] = {
     "host": "the engine listens on a unix socket that Relight makes",
     "port": "the engine listens on a unix socket that Relight makes",
     "uds": "the engine listens on a unix socket that Relight makes",
+    "api-key": "the gateway has no key for its engines; ask clients for one in front of it",
 }
 """vLLM arguments that a fleet may not set, and why."""
 
@@ -326,7 +327,9 @@ class Model(_Config):
     def _env_names(cls, env: dict[str, str]) -> dict[str, str]:
         problems: list[tuple[_Loc, str]] = []
         for key, value in env.items():
-            if not key or "=" in key or "\0" in key:
+            if key == "VLLM_API_KEY":
+                problems.append(((key,), f"a fleet may not set this: {ENGINE_KEYS_OWNED['api-key']}"))
+            elif not key or "=" in key or "\0" in key:
                 problems.append(((key,), f"{key!r} is not a name of an environment variable"))
             elif "\0" in value:
                 problems.append(((key,), f"{value!r} holds a NUL character, which no environment can carry"))

@@ -20,6 +20,8 @@ Mode = Literal["active", "shadow", "off"]
 RungName = Literal["weights", "template", "parked", "serving"]
 MAX_REPLICAS = 10_000
 MAX_PREWARM_S = 31 * 86400.0
+LATEST_S = 253370764800
+"""The year 9999, after which no calendar can show a time; one in milliseconds lies far beyond it."""
 
 
 class Value(BaseModel):
@@ -67,6 +69,8 @@ class PrewarmValue(Value):
 
     @model_validator(mode="after")
     def _ends_after_it_begins(self) -> Self:
+        check_time("start_s", self.start_s)
+        check_time("end_s", self.end_s)
         if self.end_s <= self.start_s:
             raise InvalidValue("end_s", self.end_s, f"a time after start_s ({self.start_s:.0f})")
         if self.end_s - self.start_s > MAX_PREWARM_S:
@@ -161,6 +165,12 @@ def parse(kind: type[V], value: object) -> V:
 
 def rung_of(name: str) -> Rung:
     return Rung[name.upper()]
+
+
+def check_time(field: str, time_s: float) -> None:
+    """Raises InvalidValue for a Unix time that no calendar can show."""
+    if time_s >= LATEST_S:
+        raise InvalidValue(field, time_s, "Unix time in seconds, before the year 9999")
 
 
 def _check_replicas(replicas: int, rung: str) -> None:

@@ -14,14 +14,20 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deployments.engine.protocol import EngineInfo, EngineSpec, encode, set_private
+from deployments.engine.protocol import EngineInfo, EngineSpec, check_place, encode, set_private
 from deployments.errors import EngineStartFailed
 
 HOST_START_DEADLINE_S = 30.0
+# Ray's own; and the key that vLLM's engines would ask the gateway for, which has none to give.
+_NOT_INHERITED = ("RAY_", "VLLM_API_KEY")
 
 
 async def ensure_host(run_dir: Path, raylet_pid: int | None) -> None:
-    """Start this node's engine host unless it runs. Raises TimeoutError if it does not come up."""
+    """Start this node's engine host unless it runs.
+
+    Raises TimeoutError if it does not come up, PermissionError where its folder may be exchanged by another user.
+    """
+    check_place(run_dir)
     deadline_s = time.monotonic() + HOST_START_DEADLINE_S
     started = False
     while True:
@@ -63,7 +69,7 @@ def _spawn_host(run_dir: Path, raylet_pid: int | None) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+            env={k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)},
             cwd="/",
             check=False,
             start_new_session=True,

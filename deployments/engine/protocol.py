@@ -150,6 +150,17 @@ def set_private(path: Path) -> None:
     path.chmod(0o700)
 
 
+def check_place(run_dir: Path) -> None:
+    """Raises PermissionError where another user owns the folder that a run directory is in, and could exchange it."""
+    with contextlib.suppress(FileNotFoundError):
+        owner = run_dir.parent.lstat().st_uid
+        if owner not in (0, os.getuid()):
+            raise PermissionError(
+                f"{run_dir.parent} belongs to another user ({owner}): remove it, or set RELIGHT_RUN_DIR to "
+                "another folder"
+            )
+
+
 def remove_dead_sockets(folder: Path) -> None:
     """Remove the unix sockets in `folder` on which nobody listens any more."""
     for path in folder.glob("*.sock"):
@@ -169,6 +180,7 @@ __all__ = [
     "EngineInfo",
     "EngineSpec",
     "HostConfig",
+    "check_place",
     "default_run_dir",
     "encode",
     "receive_with_fds",

@@ -69,6 +69,9 @@ class Gateway(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
+        if scope["type"] == "http" and scope["path"].endswith("/"):
+            # An engine's server would redirect to the path without it, on a host that no client can reach.
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
         if scope["type"] == "http" and (route := openai.match_route(path_of(scope))) is not None:
             await self.proxy(route, scope, receive, send)
         elif scope["type"] == "http":

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httptools
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deployments.engine.doors import DoorError, ask_for_door
 
@@ -23,6 +25,51 @@ log = logging.getLogger("ray.serve")
 KEEP_ALIVE_S = 75
 RETRY_S = 0.2
 RENEW_S = 1.0
+_UPGRADE = (b"upgrade", b"http2-settings")
+
+
+class _Http(HttpToolsProtocol):
+    """Ignores a wish to change the protocol, as RFC 9110 (7.8) lets a server: the request is read again without it.
+
+    The parser ends such a request at its head, and uvicorn takes it for one without a body. Java's own client wishes
+    for HTTP/2 in every request that it sends over plain HTTP.
+    """
+
+    def data_received(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._wished:
+                self._read_again(data[upgrade.args[0] :])
+
+    @property
+    def _wished(self) -> bool:
+        return any(name == b"upgrade" for name, _ in self.headers)
+
+    def _read_again(self, rest: bytes) -> None:
+        version = self.parser.get_http_version().encode("ascii")
+        head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
+        for name, value in self.headers:
+            if name not in _UPGRADE:
+                kept = value
+                if name == b"connection":
+                    tokens = [token.strip() for token in value.split(b",")]
+                    kept = b", ".join(token for token in tokens if token.lower() not in _UPGRADE)
+                head += [name, b": ", kept, b"\r\n"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
+        self.data_received(b"".join([*head, b"\r\n", rest]))
+
+    def on_headers_complete(self) -> None:
+        if not (self.parser.should_upgrade() and self._wished):
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not (self.parser.should_upgrade() and self._wished):
+            super().on_message_complete()
 
 
 class _Server(uvicorn.Server):
@@ -42,7 +89,7 @@ class Door:
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=_Http,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -12,6 +12,7 @@ from autoscaling.core.policies import POLICIES
 from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.live.records import PrewarmRow, UsageRow
 from autoscaling.live.store import Store
+from autoscaling.live.values import LATEST_S
 from tests.control.lab import NOW_S, ORG, SMALL, Lab
 
 
@@ -88,6 +89,8 @@ def test_a_dry_run_changes_nothing(lab: Lab) -> None:
         ({"params": {"target_utilization": 0.5}}, "params.target_utilization"),
         ({"policy": "kpa", "params": {"burst_s": 1.0}}, "params.burst_s"),
         ({"wait_cost": 1.0, "until_s": NOW_S}, "until_s"),
+        ({"wait_cost": 1.0, "until_s": (NOW_S + 9) * 1000}, "until_s"),
+        ({"wait_cost": 1.0, "for_s": 1e12}, "for_s"),
         ({"wait_cost": 1.0, "until_s": NOW_S + 9, "for_s": 9.0}, "until_s"),
         ({"for_s": 9.0}, ""),
         ({"wait_cots": 1.0}, "wait_cots"),
@@ -97,6 +100,14 @@ def test_what_can_not_be_is_refused_and_not_kept(lab: Lab, body: dict[str, objec
     status, error = lab.refused("PUT", f"policies/{SMALL}", body)
     assert (status, error["field"]) == (422, field)
     assert lab.ok("GET", "overrides", history=1)["overrides"] == []
+
+
+def test_the_latest_time_that_is_taken_can_be_told(lab: Lab) -> None:
+    """Milliseconds taken for seconds would end in the year 58,000, which no clock shows."""
+    lab.ok("PUT", f"policies/{SMALL}", {"wait_cost": 1.0, "until_s": LATEST_S - 1})
+    lab.ok("POST", "prewarms", {"model": SMALL, "start_s": LATEST_S - 9, "end_s": LATEST_S - 1})
+    text = " ".join(lab.ok("GET", f"explain/{SMALL}", timezone="Pacific/Kiritimati")["text"])
+    assert "until Fri 9999-01-01" in text
 
 
 def test_unset_takes_back_what_was_set_for_the_model_alone(lab: Lab) -> None:
@@ -146,6 +157,7 @@ def test_a_prewarm_now_and_one_to_come(lab: Lab) -> None:
         ({"model": SMALL, "replicas": 5}, "replicas"),
         ({"model": SMALL, "replicas": 0}, "replicas"),
         ({"model": SMALL, "end_s": NOW_S}, "end_s"),
+        ({"model": SMALL, "start_s": NOW_S * 1000}, "start_s"),
         ({"model": SMALL, "start_s": NOW_S - 1000, "for_s": 1000.0}, "start_s"),
         ({"model": SMALL, "end_s": NOW_S + 9, "for_s": 9.0}, "end_s"),
         ({"model": SMALL, "rung": "hot"}, "rung"),

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from deployments.engine import client as client_module
 from deployments.engine import host as host_module
 from deployments.engine import http
 from deployments.engine import models as models_module
@@ -880,6 +881,36 @@ async def test_mapped_weights_are_beside_the_weights_of_a_cache_at_home(
     await until(lambda: entry.template_state == "ready")
     assert ModelCache("~/kept").root == ModelCache().root == tmp_path / "kept"
     assert entry.flat == str(tmp_path / "kept" / "mapped" / "tiny.weights")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+async def test_no_host_is_looked_for_where_another_user_could_put_theirs(run_dir: Path) -> None:
+    """/tmp/relight-1000 may have been made by anybody: whoever owns it can exchange what is in it."""
+    node_dir = run_dir / "0123456789ab"
+    node_dir.mkdir()
+    theirs = await asyncio.start_unix_server(lambda _, writer: writer.close(), node_dir / "host.sock")
+    os.chown(run_dir, 65534, 65534)
+    with pytest.raises(PermissionError, match=r"another user \(65534\).*RELIGHT_RUN_DIR"):
+        await HostConnection.open(node_dir, None)
+    theirs.close()
+
+
+def test_a_host_inherits_no_key_that_its_engines_would_ask_for(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM reads VLLM_API_KEY, and would answer 401 to all that the gateway brings."""
+    environments: list[dict[str, str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        environments.append(options["env"])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(client_module.subprocess, "run", run)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    client_module._spawn_host(run_dir, None)
+    assert "VLLM_API_KEY" not in environments[0]
+    assert environments[0]["VLLM_LOGGING_LEVEL"] == "DEBUG"
 
 
 async def test_messages_that_are_none_are_answered(node: Node) -> None:

@@ -224,6 +224,14 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             {"engine": {"served_model_name": "x"}},
             "models[0].engine.served_model_name: a fleet may not set this",
         ),
+        (
+            {"engine": {"api_key": "secret"}},
+            "models[0].engine.api_key: a fleet may not set this: the gateway has no key",
+        ),
+        (
+            {"env": {"VLLM_API_KEY": "secret"}},
+            "models[0].env.VLLM_API_KEY: a fleet may not set this: the gateway has no key",
+        ),
         ({"engine": {"a_b": 1, "a-b": 2}}, "models[0].engine.a-b: the same argument as 'a_b'"),
         ({"engine": {"--seed": 1}}, "models[0].engine.--seed: '--seed' is not a vLLM argument name"),
         (

@@ -101,6 +101,52 @@ async def test_clients_wait_for_the_next_gateway(tmp_path: Path, keeper: DoorKee
     await second.close()
 
 
+async def echo(scope: Any, receive: Any, send: Any) -> None:
+    """An ASGI application that answers the request's method, path, body, and the names of its headers."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    names = sorted(name.decode() for name, _ in scope["headers"])
+    answer = json.dumps([scope["method"], scope["path"], body.decode(), names]).encode()
+    headers = [(b"content-length", str(len(answer)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": answer})
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+@pytest.mark.parametrize("cut", [1, 40, 1 << 20])
+async def test_a_wish_for_another_protocol_is_ignored(
+    tmp_path: Path, keeper: DoorKeeper, cut: int, framing: str
+) -> None:
+    """Java's client wishes for HTTP/2 beside a body, in however many pieces it comes; the connection stays HTTP/1.1."""
+    address = free_address()
+    door = Door(echo, address, tmp_path, drain_s=1)
+    held = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    wish = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+    length, body = b"content-length: 5\r\n", b"hello"
+    if framing == "chunks":
+        length, body = b"transfer-encoding: chunked\r\n", b"2\r\nhe\r\n3\r\nllo\r\n0\r\n\r\n"
+    realtime = b"GET /rt HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n"
+    sent = b"POST /v1 HTTP/1.1\r\nhost: x\r\n" + wish + length + b"\r\n" + body + realtime
+    for start in range(0, len(sent), cut):
+        writer.write(sent[start : start + cut])
+        await asyncio.sleep(0)
+    answers = []
+    for _ in range(2):
+        head = await reader.readuntil(b"\r\n\r\n")
+        size = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        answers.append(json.loads(await reader.readexactly(size)))
+    assert answers[0][:3] == ["POST", "/v1", "hello"]
+    assert "upgrade" not in answers[0][3] and "http2-settings" not in answers[0][3]
+    assert answers[1][:3] == ["GET", "/rt", ""]
+    writer.close()
+    await door.close()
+    held.close()
+
+
 async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: DoorKeeper) -> None:
     """A gateway that is drained answers what it has accepted, and accepts nothing more."""
     address, gate = free_address(), asyncio.Event()

@@ -33,6 +33,17 @@ async def test_every_route_that_names_a_model_passes(lab: Lab, path: str) -> Non
     assert lab.engine.seen[0].target == f"{path}?x=%20y&z"
 
 
+async def test_a_slash_at_the_end_is_no_other_path(lab: Lab) -> None:
+    """An engine would redirect to its own name for itself, which no client can resolve."""
+    lab.model.light()
+    answer = await lab.client.post(f"{CHAT}/?x=1", json={"model": "tiny", "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert lab.engine.seen[0].target == f"{CHAT}?x=1"
+    assert lab.telemetry.requests[0].route == CHAT
+    assert [m["id"] for m in (await lab.client.get("/v1/models/")).json()["data"]] == ["tiny", "org/large"]
+    assert (await lab.client.get("/health/")).text == "ok"
+
+
 async def test_an_alias_reaches_the_models_engine(lab: Lab) -> None:
     """The header names the canonical id; the body keeps the alias."""
     lab.model.light()
@@ -233,6 +244,7 @@ async def test_anthropics_route_has_anthropics_errors(lab: Lab) -> None:
         ("GET", "/nope", 404),
         ("POST", "/sleep", 404),
         ("POST", "/v1/load_lora_adapter", 404),
+        ("POST", "/v1/load_lora_adapter/", 404),
         ("POST", "/v1/%2e%2e/sleep", 404),
         ("GET", CHAT, 405),
         ("HEAD", CHAT, 405),

@@ -11,7 +11,7 @@ from autoscaling.live.api.plain import plain
 from autoscaling.live.api.request import Refusal, Request
 from autoscaling.live.invalid import InvalidValue
 from autoscaling.live.records import Override, OverrideKind
-from autoscaling.live.values import AnyValue, Value
+from autoscaling.live.values import LATEST_S, AnyValue, Value, check_time
 
 
 class Ends(Value):
@@ -27,7 +27,13 @@ def ends(request: Request, body: Ends) -> float | None:
         raise InvalidValue("until_s", body.until_s, "either until_s or for_s, not both")
     if body.until_s is not None and body.until_s <= request.now_s:
         raise InvalidValue("until_s", body.until_s, f"a time after now ({request.now_s:.0f})")
-    return request.now_s + body.for_s if body.for_s is not None else body.until_s
+    if body.for_s is not None:
+        if body.for_s >= LATEST_S - request.now_s:
+            raise InvalidValue("for_s", body.for_s, "seconds that end before the year 9999")
+        return request.now_s + body.for_s
+    if body.until_s is not None:
+        check_time("until_s", body.until_s)
+    return body.until_s
 
 
 def draft(
