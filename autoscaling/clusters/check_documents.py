@@ -98,10 +98,30 @@ def check_kuberay(document: Mapping[str, Any]) -> Iterator[Problem]:
     if not spec.get("gcsFaultToleranceOptions"):
         text = "is missing: when the head's pod goes, so does the cluster"
         yield Problem((*base, "gcsFaultToleranceOptions"), text, note=True)
+    if service:
+        yield from _serve_service(document["spec"].get("serveService"), spec)
     for index, group in enumerate(groups):
         if (group.get("rayStartParams") or {}).get("labels"):
             text = "Ray's autoscaler ignores labels here; put them under the group's `labels`"
             yield Problem((*base, "workerGroupSpecs", index, "rayStartParams", "labels"), text)
+
+
+def _serve_service(given: Mapping[str, Any] | None, cluster: Mapping[str, Any]) -> Iterator[Problem]:
+    """What KubeRay does not take over of the service by which clients come."""
+    wanted: Mapping[str, Any] = (given or {}).get("spec") or {}
+    place: Place = ("spec", "serveService", "spec")
+    if wanted.get("selector"):
+        yield Problem((*place, "selector"), "KubeRay puts its own in its place; leave it out")
+    containers = cluster["headGroupSpec"]["template"]["spec"].get("containers") or [{}]
+    names = [str(port.get("name")) for port in containers[0].get("ports") or []]
+    served = [name for name in names if name == "serve" or name.startswith("serve-")]
+    for index, port in enumerate(wanted.get("ports") or []):
+        if served and port.get("name") not in served:
+            text = (
+                f"{show(port.get('name'))} is none of {', '.join(served)}: KubeRay drops a port whose name, `serve` or "
+                "`serve-...`, no port of the head's container has"
+            )
+            yield Problem((*place, "ports", index, "name"), text)
 
 
 # --- Serve --------------------------------------------------------------------------------------------------

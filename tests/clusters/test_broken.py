@@ -252,6 +252,16 @@ KUBE: list[tuple[str, Broken, str]] = [
         "f: spec.rayClusterConfig.workerGroupSpecs[11].idleTimeoutSeconds: 60 s is shorter than the keep_alive_s",
     ),
     (
+        "a port that KubeRay drops",
+        lambda d: d["spec"]["serveService"]["spec"]["ports"][0].update(name="http"),
+        "f: spec.serveService.spec.ports[0].name: 'http' is none of serve, serve-gateway: KubeRay drops a port whose name",
+    ),
+    (
+        "a selector that KubeRay replaces",
+        lambda d: d["spec"]["serveService"]["spec"].update(selector={"ray.io/node-type": "head"}),
+        "f: spec.serveService.spec.selector: KubeRay puts its own in its place",
+    ),
+    (
         "spot alone",
         lambda d: _spec(d).update(
             workerGroupSpecs=[g for g in _spec(d)["workerGroupSpecs"] if "ondemand" not in g["groupName"]]
