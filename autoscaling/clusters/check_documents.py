@@ -6,7 +6,7 @@ Each check yields problems; a note is something to know that does not make the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from autoscaling.clusters.problems import Place, Problem
@@ -40,6 +40,19 @@ def check_ray(document: Mapping[str, Any]) -> Iterator[Problem]:
             "another name the autoscaler starts nothing"
         )
         yield Problem(("head_node_type",), text)
+
+
+def check_mounts(document: Mapping[str, Any], files: Collection[str]) -> Iterator[Problem]:
+    """What does not follow a change, of what a file for `ray up` sends into containers. `files` are those beside it."""
+    if not (document.get("docker") or {}).get("container_name"):
+        return
+    for remote, local in (document.get("file_mounts") or {}).items():
+        if str(local) in files:
+            text = (
+                f"{show(local)} is a file, and of that Docker shows a container for ever what it was when that "
+                "began, so that no later `ray up` brings another; send the folder that it is in"
+            )
+            yield Problem(("file_mounts", str(remote)), text)
 
 
 def check_cloudformation(document: Mapping[str, Any]) -> Iterator[Problem]:

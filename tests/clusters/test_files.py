@@ -18,7 +18,7 @@ from tests.clusters.conftest import CONFIGS, ROOT, problems_of
 
 FILES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 RENDERED = {
-    "aws": ["aws.yaml", "serve.yaml"],
+    "aws": ["aws.yaml", "serve/serve.yaml"],
     "gcp": ["gcp.yaml"],
     "azure": ["azure.yaml"],
     "local": ["local.yaml"],
@@ -109,6 +109,7 @@ def test_clients_on_kubernetes_reach_the_gateways_door() -> None:
     ports = {p["name"]: p["containerPort"] for p in head["ports"]}
     (port,) = document["spec"]["serveService"]["spec"]["ports"]
     assert port["name"].startswith("serve-") and ports[port["name"]] == port["targetPort"] == door
-    assert f"svc/{document['spec']['serveService']['metadata']['name']} 8080:{port['port']}\n" in (
-        ROOT / "docs/kubernetes.md"
-    ).read_text()
+    assert (
+        f"svc/{document['spec']['serveService']['metadata']['name']} 8080:{port['port']}\n"
+        in (ROOT / "docs/kubernetes.md").read_text()
+    )
