@@ -73,3 +73,14 @@ def test_ray_may_open_more_files_than_a_shell_gives(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert found == [min(65536, before[1])]
+
+
+@pytest.mark.parametrize(("said", "used"), [(None, "0"), ("1", "1")])
+def test_rays_metrics_which_nobody_reads_are_off_unless_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, used: str
+) -> None:
+    """Its agent would keep the series of every replica that ever was."""
+    monkeypatch.delenv("RAY_enable_metrics_collection", raising=False)
+    if said is not None:
+        monkeypatch.setenv("RAY_enable_metrics_collection", said)
+    assert serving.head_env(Checkout(tmp_path))["RAY_enable_metrics_collection"] == used
