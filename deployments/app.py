@@ -210,7 +210,7 @@ class GatewayDeployment:
 
         listen = self._fleet.gateway.listen
         drain_s = max(m.limits.drain_deadline_s for m in self._fleet.models)
-        return Door(gateway, listen, self._place.run_dir, drain_s) if listen else None
+        return Door(gateway, listen, self._place.run_dir, drain_s, gateway.close) if listen else None
 
     def _flush(self) -> None:
         self._telemetry.shutdown()

@@ -13,6 +13,7 @@ RelightError
 ├── EngineStartFailed            503  the engine can't start; carries the engine's own reason
 ├── EngineUnreachable            502  no engine began to answer, after every retry
 ├── EngineInterrupted            502  the engine died after its first byte
+├── GatewayClosing               503  the gateway ends, as in a redeploy, and its time to finish is over
 └── ControllerUnavailable        503  the controller, which the control API asks, does not answer
 """
 
@@ -118,6 +119,13 @@ class EngineInterrupted(RelightError):
 
     status = 502
     code = "engine_interrupted"
+
+
+class GatewayClosing(RelightError):
+    """The gateway that held the request ends before it was answered; the next one takes it."""
+
+    status = 503
+    code = "gateway_closing"
 
 
 class ControllerUnavailable(RelightError):

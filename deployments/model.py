@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from autoscaling.live.call_log import log_no_calls
 from deployments.engine import http
 from deployments.engine.client import HostConnection, acquire
 from deployments.engine.protocol import (
@@ -48,6 +49,7 @@ class ModelReplica:
     ) -> None:
         import ray
 
+        log_no_calls()
         self._init_s = time.time()
         self._process_s = _process_created_s()
         self._spec = EngineSpec.from_json(spec)

@@ -6,7 +6,7 @@ Each check yields problems; a note is something to know that does not make the f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from autoscaling.clusters.problems import Place, Problem
@@ -40,6 +40,19 @@ def check_ray(document: Mapping[str, Any]) -> Iterator[Problem]:
             "another name the autoscaler starts nothing"
         )
         yield Problem(("head_node_type",), text)
+
+
+def check_mounts(document: Mapping[str, Any], files: Collection[str]) -> Iterator[Problem]:
+    """What does not follow a change, of what a file for `ray up` sends into containers. `files` are those beside it."""
+    if not (document.get("docker") or {}).get("container_name"):
+        return
+    for remote, local in (document.get("file_mounts") or {}).items():
+        if str(local) in files:
+            text = (
+                f"{show(local)} is a file, and of that Docker shows a container for ever what it was when that "
+                "began, so that no later `ray up` brings another; send the folder that it is in"
+            )
+            yield Problem(("file_mounts", str(remote)), text)
 
 
 def check_cloudformation(document: Mapping[str, Any]) -> Iterator[Problem]:
@@ -98,10 +111,30 @@ def check_kuberay(document: Mapping[str, Any]) -> Iterator[Problem]:
     if not spec.get("gcsFaultToleranceOptions"):
         text = "is missing: when the head's pod goes, so does the cluster"
         yield Problem((*base, "gcsFaultToleranceOptions"), text, note=True)
+    if service:
+        yield from _serve_service(document["spec"].get("serveService"), spec)
     for index, group in enumerate(groups):
         if (group.get("rayStartParams") or {}).get("labels"):
             text = "Ray's autoscaler ignores labels here; put them under the group's `labels`"
             yield Problem((*base, "workerGroupSpecs", index, "rayStartParams", "labels"), text)
+
+
+def _serve_service(given: Mapping[str, Any] | None, cluster: Mapping[str, Any]) -> Iterator[Problem]:
+    """What KubeRay does not take over of the service by which clients come."""
+    wanted: Mapping[str, Any] = (given or {}).get("spec") or {}
+    place: Place = ("spec", "serveService", "spec")
+    if wanted.get("selector"):
+        yield Problem((*place, "selector"), "KubeRay puts its own in its place; leave it out")
+    containers = cluster["headGroupSpec"]["template"]["spec"].get("containers") or [{}]
+    names = [str(port.get("name")) for port in containers[0].get("ports") or []]
+    served = [name for name in names if name == "serve" or name.startswith("serve-")]
+    for index, port in enumerate(wanted.get("ports") or []):
+        if served and port.get("name") not in served:
+            text = (
+                f"{show(port.get('name'))} is none of {', '.join(served)}: KubeRay drops a port whose name, `serve` or "
+                "`serve-...`, no port of the head's container has"
+            )
+            yield Problem((*place, "ports", index, "name"), text)
 
 
 # --- Serve --------------------------------------------------------------------------------------------------

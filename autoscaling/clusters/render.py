@@ -68,7 +68,7 @@ class Wanted:
 
 
 def render(fleet: Fleet, choice: Choice, wanted: Wanted) -> dict[str, str]:
-    """File name -> text, for the choice's provider. `serve.yaml` is among them except on Kubernetes."""
+    """File name -> text, for the choice's provider. `serve/serve.yaml` is among them except on Kubernetes."""
     env = Environment(
         loader=PackageLoader("autoscaling.clusters"),
         undefined=StrictUndefined,
@@ -88,7 +88,7 @@ def render(fleet: Fleet, choice: Choice, wanted: Wanted) -> dict[str, str]:
         for name, template in _TEMPLATES[choice.provider].items()
     }
     if choice.provider != "kuberay":
-        files["serve.yaml"] = env.get_template("serve.yaml.j2").render(**context, standalone=True)
+        files["serve/serve.yaml"] = env.get_template("serve.yaml.j2").render(**context, standalone=True)
     return {name: text.strip() + "\n" for name, text in files.items()}
 
 

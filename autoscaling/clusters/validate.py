@@ -77,6 +77,7 @@ def _document(
         yield from check_documents.check_ray(document)
         cluster = view.of_ray(document)
         serve, prefix = _serve_beside(document, beside)
+        yield from check_documents.check_mounts(document, beside)
     else:
         yield from check_documents.check_kuberay(document)
         cluster = view.of_kuberay(document)
@@ -101,8 +102,9 @@ def _machines(cluster: view.Cluster, prices: Mapping[str, Any] | None) -> Machin
 def _serve_beside(document: Mapping[str, Any], beside: Mapping[str, str]) -> tuple[str | None, str]:
     """The Serve config among the files that the cluster gets, and its name."""
     for local in (document.get("file_mounts") or {}).values():
-        if (text := beside.get(str(local))) is not None:
-            return text, str(local)
+        for name in _serve_names(str(local)):
+            if (text := beside.get(name)) is not None:
+                return text, name
     return None, ""
 
 
@@ -126,6 +128,12 @@ def _serve_in(text: str, prefix: str, *, scaling: bool) -> tuple[Fleet | None, l
 
 
 def local_files(text: str, where: str) -> list[str]:
-    """The files beside a cluster file that it sends to its nodes (`./...`), for `beside`. Raises ConfigError."""
+    """Where files may be that a cluster file sends to its nodes (`./...`), for `beside`. Raises ConfigError."""
     mounts = [d.get("file_mounts") or {} for d in documents(text, where) if kind_of(d) == "ray"]
-    return [str(p) for m in mounts if isinstance(m, Mapping) for p in m.values() if str(p).startswith("./")]
+    sent = [str(p) for m in mounts if isinstance(m, Mapping) for p in m.values() if str(p).startswith("./")]
+    return [name for path in sent for name in _serve_names(path)]
+
+
+def _serve_names(sent: str) -> tuple[str, str]:
+    """What may be a Serve config of what a cluster file sends: the file itself, or the one in a folder."""
+    return sent, f"{sent.rstrip('/')}/serve.yaml"

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.codec import from_plain
+from autoscaling.live.call_log import log_no_calls
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.garbage import collect_seldom
@@ -57,6 +58,7 @@ class Controller:
         import ray
 
         collect_seldom()
+        log_no_calls()
         self._setup = from_plain(ControllerSetup, setup)
         self._clock = SystemClock()
         self._metrics = LiveMetrics(

@@ -236,12 +236,15 @@ class Host:
         engine.control.connect(engine.info.control)
 
     def _register(self, engine: Engine) -> None:
-        """Write what the next host needs to take this engine over."""
+        """Write what the next host needs to take this engine over. On a full disk it serves all the same."""
         path = self.engine_dir / f"{engine.info.engine_id}.json"
         partial = path.with_suffix(".partial")
         saved = {"info": engine.info.to_json(), "spec": engine.spec.to_json(), "path": engine.path}
-        partial.write_text(json.dumps(saved))
-        partial.rename(path)
+        try:
+            partial.write_text(json.dumps(saved))
+            partial.rename(path)
+        except OSError as error:
+            log.warning("engine %s is not written down for a next host: %s", engine.info.engine_id, error)
 
     async def _read_status(self, engine: Engine, descriptor: int) -> None:
         reader = asyncio.StreamReader()

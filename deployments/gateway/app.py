@@ -67,6 +67,10 @@ class Gateway(Starlette):
         )
         self.router.redirect_slashes = False
 
+    def close(self) -> None:
+        """Requests that are cancelled from now on are told that the gateway ends."""
+        self.proxy.closing = True
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         if scope["type"] == "http" and scope["path"].endswith("/"):

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ log = logging.getLogger("ray.serve")
 KEEP_ALIVE_S = 75
 RETRY_S = 0.2
 RENEW_S = 1.0
+LAST_WORDS_S = 2.0
+"""For what a request that was cancelled tells its client."""
 _UPGRADE = (b"upgrade", b"http2-settings")
 
 
@@ -79,9 +81,20 @@ class _Server(uvicorn.Server):
 
 
 class Door:
-    """Serves `app` on `address` (HOST:PORT). Create it on the event loop that serves."""
+    """Serves `app` on `address` (HOST:PORT). Create it on the event loop that serves.
 
-    def __init__(self, app: Any, address: str, run_dir: Path, drain_s: float) -> None:
+    `on_close` is called before anything is waited for; requests that are not done `drain_s` later are cancelled.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        address: str,
+        run_dir: Path,
+        drain_s: float,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_close = on_close
         self._address = address
         self._path = run_dir / "doors.sock"
         self._socket: socket.socket | None = None
@@ -132,11 +145,14 @@ class Door:
 
     async def close(self) -> None:
         """Accept nothing more, and wait until what is being answered is answered."""
+        self._on_close()
         self._server.should_exit = True
         self._tasks[1].cancel()
         if self._socket is None:
             self._tasks[0].cancel()
         await asyncio.wait({self._tasks[0]})
+        if cancelled := self._server.server_state.tasks:
+            await asyncio.wait(cancelled, timeout=LAST_WORDS_S)
         if self._socket is not None:
             self._socket.close()
 

@@ -21,6 +21,7 @@ from deployments.errors import (
     DeadlineExceeded,
     EngineInterrupted,
     EngineUnreachable,
+    GatewayClosing,
     InvalidRequest,
     MethodNotAllowed,
     RelightError,
@@ -256,6 +257,7 @@ class Proxy:
         self.traffic = traffic
         self._names = [name for model in fleet.models for name in (model.id, *model.aliases)]
         self._queues = {model.id: Admission(model.limits.max_queued) for model in fleet.models}
+        self.closing = False  # who is cancelled from now on has not hung up: the gateway's time is over
 
     def counts(self) -> dict[str, Admission]:
         """The queue of each model, by id."""
@@ -283,7 +285,12 @@ class Proxy:
                         RelightError(f"The gateway failed; its log tells more under {x.request_id}.")
                     )
         except asyncio.CancelledError:
-            x.status = _HUNG_UP
+            if self.closing:
+                ends = "The gateway that held this request is being replaced; send it again."
+                with contextlib.suppress(OSError):
+                    await x.fail(GatewayClosing(ends, retry_after_s=1))
+            else:
+                x.status = _HUNG_UP
             raise
         finally:
             if x.status == _HUNG_UP:

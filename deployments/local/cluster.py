@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,15 @@ from deployments.local import processes
 from deployments.local.console import Step
 from deployments.local.http import get_json
 from deployments.local.lock import exclusive
-from deployments.local.state import DEFAULT_APP, Checkout, Cluster, ClusterError, pick_port, port_is_free
+from deployments.local.state import (
+    DEFAULT_APP,
+    Checkout,
+    Cluster,
+    ClusterError,
+    bind_error,
+    pick_port,
+    port_is_free,
+)
 
 _DEFAULT_PORT = 8000
 # Logical: replicas ask Ray for CPUs so that it can place them, not because they use them.
@@ -86,11 +95,8 @@ def _start(wanted: Wanted, checkout: Checkout) -> Cluster:
     before = checkout.load()
     host = wanted.host or "127.0.0.1"
     port = wanted.port or _DEFAULT_PORT
-    if not port_is_free(host, port):
-        holder = processes.listener(port) or "a process of another user"
-        raise ClusterError(
-            f"port {port} on {host} is taken by {holder}; choose another with --port or RELIGHT_PORT"
-        )
+    if error := bind_error(host, port):
+        raise ClusterError(_not_ours(host, port, error))
     if wanted.ray_port and not port_is_free("127.0.0.1", wanted.ray_port):
         holder = processes.listener(wanted.ray_port) or "a process of another user"
         raise ClusterError(f"port {wanted.ray_port} is taken by {holder}; choose another with --ray-port")
@@ -106,6 +112,15 @@ def _start(wanted: Wanted, checkout: Checkout) -> Cluster:
     checkout.save(cluster)
     _serving().start_head(checkout, cluster)
     return cluster
+
+
+def _not_ours(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        holder = processes.listener(port) or "a process of another user"
+        return f"port {port} on {host} is taken by {holder}; choose another with --port or RELIGHT_PORT"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"port {port} is not for this user ({error.strerror}); choose one of 1024 or more with --port"
+    return f"--host: {host} is no address of this machine ({error.strerror})"
 
 
 def _refuse_other_ports(wanted: Wanted, cluster: Cluster) -> None:

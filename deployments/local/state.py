@@ -127,15 +127,20 @@ class Checkout:
         return digest.hexdigest()[:16]
 
 
-def port_is_free(host: str, port: int) -> bool:
+def bind_error(host: str, port: int) -> OSError | None:
+    """What keeps a process of this user from listening there; None where nothing does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError:
-            return False
-        return True
+        except OSError as error:
+            return error
+        return None
+
+
+def port_is_free(host: str, port: int) -> bool:
+    return bind_error(host, port) is None
 
 
 def pick_port(remembered: int | None) -> int:

@@ -181,6 +181,11 @@ AWS: list[tuple[str, Broken, str]] = [
         "f: provider.security_group.IpPermissions[0]: 0.0.0.0/0 is the whole internet; say who may come",
     ),
     (
+        "a file that stays in the container as it was",
+        lambda d: d["file_mounts"].update({"/home/ray/serve": "./serve/serve.yaml"}),
+        "f: file_mounts['/home/ray/serve']: './serve/serve.yaml' is a file, and of that Docker shows a container",
+    ),
+    (
         "nodes given up before they can be there",
         lambda d: d["docker"].update(
             head_run_options=[
@@ -250,6 +255,16 @@ KUBE: list[tuple[str, Broken, str]] = [
         "groups that leave before models do",
         lambda d: _group(d, "h100-ondemand").update(idleTimeoutSeconds=60),
         "f: spec.rayClusterConfig.workerGroupSpecs[11].idleTimeoutSeconds: 60 s is shorter than the keep_alive_s",
+    ),
+    (
+        "a port that KubeRay drops",
+        lambda d: d["spec"]["serveService"]["spec"]["ports"][0].update(name="http"),
+        "f: spec.serveService.spec.ports[0].name: 'http' is none of serve, serve-gateway: KubeRay drops a port",
+    ),
+    (
+        "a selector that KubeRay replaces",
+        lambda d: d["spec"]["serveService"]["spec"].update(selector={"ray.io/node-type": "head"}),
+        "f: spec.serveService.spec.selector: KubeRay puts its own in its place",
     ),
     (
         "spot alone",
@@ -322,7 +337,7 @@ SERVE: list[tuple[str, Broken, str]] = [
 @pytest.mark.parametrize("inside", [False, True], ids=["serve.yaml", "RayService"])
 def test_serve(broken: Broken, message: str, inside: bool) -> None:
     service = parsed("kuberay/rayservice.yaml")
-    document = yaml.safe_load(service["spec"]["serveConfigV2"]) if inside else parsed("serve.yaml")
+    document = yaml.safe_load(service["spec"]["serveConfigV2"]) if inside else parsed("serve/serve.yaml")
     broken(document)
     if inside:
         service["spec"]["serveConfigV2"] = yaml.safe_dump(document)
@@ -337,7 +352,7 @@ def test_serve(broken: Broken, message: str, inside: bool) -> None:
 def test_proxies_that_hold_gpu_nodes() -> None:
     """An error where nodes come and go, a note where only Serve's file is known."""
     message = "proxy_location: 'EveryNode' puts a proxy on every node, which holds each GPU node half a minute longer"
-    document = parsed("serve.yaml")
+    document = parsed("serve/serve.yaml")
     del document["proxy_location"]
     notes = [p.line("f") for p in problems_of(document) if p.note]
     assert errors_of(document) == [] and any(n.startswith(f"f: {message}") for n in notes), notes
@@ -347,7 +362,7 @@ def test_proxies_that_hold_gpu_nodes() -> None:
 
 
 def test_what_may_land_on_a_worker_is_noted() -> None:
-    document = parsed("serve.yaml")
+    document = parsed("serve/serve.yaml")
     del _deployment(document)["ray_actor_options"]
     del document["applications"][0]["deployments"][1]
     notes = [p.line("f") for p in problems_of(document) if p.note]

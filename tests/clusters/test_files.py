@@ -18,7 +18,7 @@ from tests.clusters.conftest import CONFIGS, ROOT, problems_of
 
 FILES = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml"))
 RENDERED = {
-    "aws": ["aws.yaml", "serve.yaml"],
+    "aws": ["aws.yaml", "serve/serve.yaml"],
     "gcp": ["gcp.yaml"],
     "azure": ["azure.yaml"],
     "local": ["local.yaml"],
@@ -96,3 +96,20 @@ def test_the_pretended_head_is_of_the_type_that_rays_provider_says() -> None:
     assert document["head_node_type"] == FAKE_HEAD_NODE_TYPE == PRETENDED_HEAD
     assert FAKE_HEAD_NODE_TYPE in document["available_node_types"]
     assert f"export RAY_NODE_TYPE_NAME={FAKE_HEAD_NODE_TYPE}\n" in text
+
+
+def test_clients_on_kubernetes_reach_the_gateways_door() -> None:
+    """KubeRay keeps those ports of a service that the head's container has by the same name, one of Serve's."""
+    import yaml
+
+    document = yaml.safe_load((CONFIGS / "kuberay/rayservice.yaml").read_text())
+    serve = yaml.safe_load(document["spec"]["serveConfigV2"])
+    door = int(serve["applications"][0]["args"]["listen"].rpartition(":")[2])
+    (head,) = document["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    ports = {p["name"]: p["containerPort"] for p in head["ports"]}
+    (port,) = document["spec"]["serveService"]["spec"]["ports"]
+    assert port["name"].startswith("serve-") and ports[port["name"]] == port["targetPort"] == door
+    assert (
+        f"svc/{document['spec']['serveService']['metadata']['name']} 8080:{port['port']}\n"
+        in (ROOT / "docs/kubernetes.md").read_text()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -274,6 +275,30 @@ async def test_an_engine_that_ends_at_once_is_a_failed_start(node: Node, weights
     with pytest.raises(EngineStartFailed, match="ended"):
         await node.lit(model)
     await until(lambda: not node.host.engines)
+
+
+@pytest.mark.parametrize("from_the", [1, 2])
+async def test_a_full_disk_keeps_no_engine_from_serving_nor_from_being_parked(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch, from_the: int
+) -> None:
+    """Whether it was full before the start or by its end; only a next host would not find the engine."""
+    written, write_text = [], Path.write_text
+
+    def full(path: Path, text: str, *rest: Any, **options: Any) -> int:
+        if path.suffix == ".partial":
+            written.append(path)
+            if len(written) >= from_the:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_text(path, text, *rest, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    model = spec(weights)
+    node.configure(model, park_memory_bytes=MIB << 10)
+    async with asyncio.timeout(20):
+        client, info = await node.lit(model)
+        assert await ask(info) == info.pid
+        await node.released(client)
+    assert [engine.info.state for engine in node.host.engines.values()] == ["parked"]
 
 
 async def test_a_start_that_takes_too_long_is_ended(node: Node, weights: Path) -> None:

@@ -164,6 +164,31 @@ async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: D
     held.close()
 
 
+async def test_what_is_not_done_in_time_may_still_say_so(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """It is cancelled, knows why, and its last words are waited for."""
+    address, closing, never = free_address(), asyncio.Event(), asyncio.Event()
+    last_words = app("too late")
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await never.wait()
+        except asyncio.CancelledError:
+            assert closing.is_set()
+            await asyncio.sleep(0)
+            await last_words(scope, receive, send)
+            raise
+
+    door = Door(application, address, tmp_path, drain_s=1, on_close=closing.set)
+    held = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    slow = asyncio.create_task(answers(address))
+    while not door._server.server_state.tasks:  # noqa: ASYNC110 - uvicorn tells nobody
+        await asyncio.sleep(0.01)
+    await door.close()
+    assert not door._server.server_state.tasks
+    assert await slow == {"name": "too late"}
+    held.close()
+
+
 async def test_a_restarted_host_is_offered_the_socket(tmp_path: Path) -> None:
     """A host that was killed gets the socket back from the gateway, and keeps it for the gateway after."""
     address = free_address()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import httpx
 import pytest
@@ -201,7 +202,7 @@ async def test_a_lease_that_comes_as_the_client_leaves_is_given_back(lab: Lab) -
     assert lab.model.leased == 0
 
 
-async def scope_call(lab: Lab, until: asyncio.Event) -> None:
+async def scope_call(lab: Lab, until: asyncio.Event, sent: list[Any] | None = None) -> None:
     """One request by ASGI itself, for what servers do to applications."""
     body = json.dumps(STREAM).encode()
     scope = {
@@ -220,6 +221,8 @@ async def scope_call(lab: Lab, until: asyncio.Event) -> None:
 
     async def send(message: object) -> None:
         until.set()
+        if sent is not None:
+            sent.append(message)
 
     await lab.gateway(scope, receive, send)
 
@@ -243,6 +246,31 @@ async def test_being_cancelled_cleans_up_and_stays_cancelled(lab: Lab, lit: bool
     assert lab.telemetry.ended() == [(499, "client_gone")]
     if lit:
         await lab.engine.until(lambda: lab.engine.aborted == 1)
+
+
+@pytest.mark.parametrize("lit", [True, False])
+async def test_who_is_cancelled_because_the_gateway_ends_is_told(lab: Lab, lit: bool) -> None:
+    """Also in the middle of a stream."""
+    begun, sent = asyncio.Event(), list[Any]()
+    if lit:
+        lab.model.light()
+        lab.engine.script.gate_after_chunks = (1, asyncio.Event())
+    task = asyncio.create_task(scope_call(lab, begun, sent))
+    if lit:
+        await begun.wait()
+    else:
+        await lab.model.until(lambda: lab.model.waiting == 1)
+    lab.gateway.close()
+    task.cancel()
+    await asyncio.wait({task})
+    assert task.cancelled()
+    await lab.quiet()
+    body = b"".join(message.get("body", b"") for message in sent)
+    assert b'"code": "gateway_closing"' in body or b'"code":"gateway_closing"' in body, body
+    assert sent[-1] == {"type": "http.response.body", "body": sent[-1]["body"], "more_body": False}
+    assert lab.telemetry.ended() == [(200 if lit else 503, "gateway_closing")]
+    if not lit:
+        assert (b"retry-after", b"1") in sent[0]["headers"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -116,3 +116,15 @@ def test_at_rest_the_controller_costs_next_to_nothing(relight: Relight) -> None:
     ended = process.cpu_times()
     used_s = ended.user + ended.system - began.user - began.system
     assert used_s < 0.8, used_s
+
+
+def test_no_call_is_logged(relight: Relight) -> None:
+    """A lease for each request and a report each second would fill the disk; what Serve says else is there."""
+    assert relight.complete("chat").status == 200
+    relight.dark("chat")
+    folder = relight.checkout.run_dir / "ray" / "session_latest" / "logs"
+    logs = [*folder.glob("worker-*.err"), *(folder / "serve").glob("replica_*.log")]
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    assert any("Finished initializing replica" in line for line in lines)
+    called = [line for line in lines if " -- CALL " in line and "default_gateway" not in line]
+    assert not called, called[:5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -127,6 +128,25 @@ def test_a_taken_http_port_is_one_error_that_names_port_and_holder(
     monkeypatch.setenv("RELIGHT_APP", "stub_app:build")
     with pytest.raises(ClusterError, match=rf"port {taken_port} .*process {os.getpid()} .*--port"):
         up(Wanted(fleet=Path("fleet.yaml"), port=taken_port), checkout)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_an_address_of_another_machine_is_not_called_a_taken_port(
+    checkout: Checkout, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELIGHT_APP", "stub_app:build")
+    with pytest.raises(ClusterError, match=rf"^--host: {re.escape(host)} is no address of this machine \("):
+        up(Wanted(fleet=Path("fleet.yaml"), host=host, port=pick_port(None)), checkout)
+
+
+def test_a_port_that_only_root_may_have_is_not_called_taken(
+    checkout: Checkout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RELIGHT_APP", "stub_app:build")
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(local, "bind_error", lambda *_: denied)
+    with pytest.raises(ClusterError, match=r"^port 80 is not for this user .*1024 or more with --port$"):
+        up(Wanted(fleet=Path("fleet.yaml"), port=80), checkout)
 
 
 def test_a_taken_ray_port_is_refused_too(
