@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from autoscaling.commands.client import checked_address
 from deployments.local import __main__ as command
 from deployments.local import cluster as local
 from deployments.local.cluster import Wanted, down, up
@@ -92,6 +93,12 @@ def test_a_remembered_port_is_kept_while_it_is_free(taken_port: int) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_the_endpoint_of_every_address_is_loopback(host: str) -> None:
     assert replace(CLUSTER, host=host).endpoint == "http://127.0.0.1:8000"
+
+
+def test_an_address_of_ipv6_is_one_that_clients_take() -> None:
+    cluster = replace(CLUSTER, host="::1")
+    assert cluster.endpoint == "http://[::1]:8000"
+    assert checked_address(cluster.endpoint) == cluster.endpoint
 
 
 def test_models_in_packages_are_prepared_where_the_fleet_keeps_weights(tmp_path: Path) -> None:
