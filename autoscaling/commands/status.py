@@ -146,7 +146,17 @@ def render(answer: Mapping[str, Any]) -> RenderableType:
     nodes = len(answer.get("nodes") or [])
     gateways = answer.get("gateways", "?")
     foot = Text(f"{nodes} {_plural('node', nodes)}, {gateways} {_plural('gateway', gateways)}", style="dim")
-    return Group(table, foot)
+    ailing = [Text(f"controller: {text}", style="yellow") for text in _ailing(answer.get("controller") or {})]
+    return Group(table, foot, *ailing)
+
+
+def _ailing(health: Mapping[str, Any]) -> list[str]:
+    """What the controller says is wrong with it; nothing while all is well."""
+    if health.get("ok", True):
+        return []
+    parts = {part: (health.get(part) or {}).get("error") for part in ("store", "forecaster")}
+    said = {**parts, **(health.get("errors") or {})}
+    return [f"{what}: {why}" for what, why in said.items() if why] or ["it is not well; --json tells more"]
 
 
 def _plural(word: str, count: object) -> str:

@@ -92,6 +92,24 @@ def test_the_table_shows_every_model(gateway: Gateway) -> None:
     assert "1 node, 2 gateways" in result.output
 
 
+def test_what_ails_the_controller_is_below_the_table(gateway: Gateway) -> None:
+    """Models serve without it, so that the table alone looks well."""
+    health = {
+        "ok": False,
+        "store": {"ok": False, "error": "disk I/O error"},
+        "forecaster": {"ok": True, "error": None},
+        "errors": {"warm smollm2": "there is no [template]"},
+    }
+    gateway.body = json.dumps({**ANSWER, "controller": health})
+    said = run("--address", gateway.address).output.splitlines()
+    assert [line.rstrip() for line in said[-2:]] == [
+        "controller: store: disk I/O error",
+        "controller: warm smollm2: there is no [template]",
+    ]
+    gateway.body = json.dumps({**ANSWER, "controller": {**health, "ok": True}})
+    assert "controller" not in run("--address", gateway.address).output
+
+
 def test_json_is_what_the_gateway_said(gateway: Gateway) -> None:
     assert json.loads(run("--json", "--address", gateway.address).output) == ANSWER
 
