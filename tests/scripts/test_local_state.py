@@ -175,12 +175,22 @@ def test_down_where_nothing_was_ever_up(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("port", ["0", "70000", "http"])
-def test_a_bad_port_is_an_error_of_the_command_line(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        *(("--port", port, "1 to 65535") for port in ("0", "70000", "http", "-1", "٣")),
+        ("--num-cpus", "many", "1 or more"),
+        *(("--timeout", seconds, "seconds above 0") for seconds in ("soon", "-1", "nan")),
+    ],
+)
+def test_a_bad_value_is_an_error_of_the_command_line(
+    option: str, value: str, right: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        command.main(["up", "--port", port])
+        command.parser().parse_args(["up", f"{option}={value}"])
     assert exit_info.value.code == 2
-    assert "--port" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument {option}: {value!r} is not" in said and right in said
 
 
 def test_a_bad_relight_port_is_named(
@@ -188,7 +198,7 @@ def test_a_bad_relight_port_is_named(
 ) -> None:
     monkeypatch.setenv("RELIGHT_PORT", "http")
     assert command.main(["up"]) == 1
-    assert capsys.readouterr().err == "scripts/up: RELIGHT_PORT=http is not a port\n"
+    assert capsys.readouterr().err == "scripts/up: RELIGHT_PORT: 'http' is not a port (1 to 65535)\n"
 
 
 def test_the_second_of_two_waits_and_says_for_whom(tmp_path: Path) -> None:
