@@ -75,7 +75,7 @@ def fleet_validate(
     file: Annotated[Path, typer.Argument(help="The fleet file.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Check a fleet file and print what it says, with every default filled in."""
+    """Check a fleet file and list its models; with --json all that it says, every default filled in."""
     from deployments.fleet import load_fleet
 
     fleet = load_fleet(file)
