@@ -96,3 +96,12 @@ def test_the_pretended_head_is_of_the_type_that_rays_provider_says() -> None:
     assert document["head_node_type"] == FAKE_HEAD_NODE_TYPE == PRETENDED_HEAD
     assert FAKE_HEAD_NODE_TYPE in document["available_node_types"]
     assert f"export RAY_NODE_TYPE_NAME={FAKE_HEAD_NODE_TYPE}\n" in text
+
+
+def test_a_pretended_cluster_is_started_from_the_files_beside_it(fleet: Fleet) -> None:
+    """Rendered from one's own fleet, its commands must not start the example's."""
+    files = render(fleet, choose(fleet, "fake", load_machines("fake")), Wanted("relight cluster render"))
+    said = [line for line in files["fake-gpu.yaml"].splitlines() if line.startswith("#   ")]
+    assert sum(line.endswith("--autoscaling-config=fake-gpu.yaml") for line in said) == 1
+    assert "#   serve deploy serve.yaml" in said and "serve.yaml" in files
+    assert not any("cluster-configs/" in line for line in said)
