@@ -75,7 +75,7 @@ def fleet_validate(
     file: Annotated[Path, typer.Argument(help="The fleet file.", show_default=False)],
     as_json: JsonOption = False,
 ) -> None:
-    """Check a fleet file and print what it says, with every default filled in."""
+    """Check a fleet file and list its models; with --json all that it says, every default filled in."""
     from deployments.fleet import load_fleet
 
     fleet = load_fleet(file)
@@ -94,9 +94,10 @@ def fleet_schema() -> None:
 
 
 def _print_fleet(fleet: Fleet, title: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from autoscaling.commands.output import console
 
     table = Table(title=Text(title), title_justify="left")
     for column in ("model", "aliases", "source", "gpus", "replicas", "keep alive"):
@@ -113,7 +114,7 @@ def _print_fleet(fleet: Fleet, title: str) -> None:
         )
         # Text, because a name in square brackets would be read as markup.
         table.add_row(*(Text(cell) for cell in cells))
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

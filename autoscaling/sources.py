@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 import math
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from autoscaling.ports import Clock
@@ -146,6 +148,7 @@ class StoredSource:
     """All traffic that a store knows, as windows: of a second in its last hour, longer ones before.
 
     As it is when this is made: what comes meanwhile would be another trace to the next policy that is replayed on it.
+    A SQLite file is read in a copy, since a store repairs, prunes and completes what it opens.
     """
 
     url: str
@@ -153,6 +156,7 @@ class StoredSource:
     bad: int = 0
     models: tuple[str, ...] = field(default=(), init=False)
     _known: list[Traffic] = field(default_factory=list, init=False)
+    _starts: dict[Rung | None, list[float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Raises TraceError for a store that is not there or knows no traffic; ConfigError for what is no URL."""
@@ -160,9 +164,12 @@ class StoredSource:
         with self._opened() as store:
             self.models = tuple(store.models_with_traffic())
             self._known = [store.traffic(name, now_s) for name in self.models]
-            error = store.health()["error"]
-        if error is not None:
-            raise TraceError(f"{self.name}: can't be read: {error}")
+            health = store.health()
+            error = health["error"] or next(iter(health["notices"]), None)
+            if error is not None:
+                raise TraceError(f"{self.name}: can't be read: {error}")
+            for row in store.cold_starts(None, 0.0, MOST_STARTS):
+                self._starts.setdefault(row.rung, []).append(row.total_s)
         if not self.models:
             raise TraceError(f"{self.name}: it holds no traffic")
 
@@ -180,25 +187,30 @@ class StoredSource:
     @contextmanager
     def _opened(self) -> Iterator[Store]:
         from autoscaling.live.store import Store
+        from autoscaling.live.store.database import copied, parse_url
 
-        kind, _, path = self.url.partition(":///")
-        # SQLite would make a new one.
-        if kind.startswith("sqlite") and not Path(path.partition("?")[0]).is_file():
-            raise TraceError(f"{self.url}: there is no such file")
-        store = Store.open(self.url, clock=self.clock)
-        try:
+        _, path = parse_url(self.url)
+        with ExitStack() as stack:
+            url = self.url
+            if path is not None:
+                # SQLite would make a new one.
+                if not path.is_file():
+                    raise TraceError(f"{self.name}: there is no such file")
+                copy = Path(stack.enter_context(TemporaryDirectory(prefix="relight-"))) / "store.db"
+                try:
+                    whole = copied(path, copy)
+                except (sqlite3.Error, OSError) as error:
+                    raise TraceError(f"{self.name}: can't be read: {error}") from None
+                if not whole:
+                    raise TraceError(f"{self.name}: it is no store of Relight's")
+                url = f"sqlite:///{copy}"
+            store = Store.open(url, clock=self.clock)
+            stack.callback(store.close)
             yield store
-        finally:
-            store.close()
 
     def starts(self) -> dict[Rung | None, list[float]]:
         """Rung -> seconds of the newest starts that were measured from there."""
-        with self._opened() as store:
-            rows = store.cold_starts(None, 0.0, MOST_STARTS)
-        found: dict[Rung | None, list[float]] = {}
-        for row in rows:
-            found.setdefault(row.rung, []).append(row.total_s)
-        return found
+        return self._starts
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""

@@ -63,9 +63,8 @@ def engine_spec(
 ) -> EngineSpec:
     """What the engine host needs of a model of the fleet."""
     environment = {**(env or {}), **model.env}
-    if not model.resources.gpus and "kv_cache_memory_bytes" not in {
-        k.replace("-", "_") for k in model.engine
-    }:
+    # Also with GPUs, since those of a pretended node are none; vLLM for CUDA does not read it.
+    if "kv_cache_memory_bytes" not in {k.replace("-", "_") for k in model.engine}:
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", DEFAULT_CPU_KV_CACHE_GIB)
     return EngineSpec(
         model=model.id,

@@ -343,7 +343,7 @@ IN_FLIGHT = Metric(
 )  # fmt: skip
 COLD_STARTS = Metric(
     "relight_cold_starts_total", "relight.cold_starts", "counter", "{cold_start}",
-    "Engine starts that a request of this gateway waited for, by rung of warmth.", _KIND,
+    "Engine starts that a request of this gateway waited for, by kind.", _KIND,
 )  # fmt: skip
 COLD_START = Metric(
     "relight_cold_start_seconds", "relight.cold_start", "histogram", "s",

@@ -96,6 +96,10 @@ def load_machines(provider: Provider, prices: Mapping[str, Any] | None = None, w
         if not isinstance(shape, Mapping):
             raise ConfigError(f"{where}: {provider}.shapes.{name}: {shape!r} is not a mapping")
         shapes.setdefault(str(name), {}).update(shape)
+    if over and base.get("source"):
+        # What the file leaves out costs what it cost, and in the region that it was looked up in.
+        rest = f"{base['source']} in {base['region']}"
+        base = {**base, "source": f"{where}, and for what it leaves out {rest}"}
     merged = {**base, **over, "shapes": {name: {**shape, "name": name} for name, shape in shapes.items()}}
     try:
         return Machines.model_validate(merged)

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from autoscaling.commands.failures import FAILED, UNAUTHORISED, UNREACHABLE, WRONG, CommandError
 
@@ -30,6 +30,21 @@ def default_address() -> str:
     return f"http://127.0.0.1:{os.environ.get('RELIGHT_PORT') or 8000}"
 
 
+def checked_address(text: str) -> str:
+    """The address without a slash at its end. Raises CommandError for what is none."""
+    base = text.rstrip("/")
+    if not base.startswith(("http://", "https://")):
+        raise CommandError(f"{text!r} is not an address; it begins with http:// or https://", WRONG)
+    try:
+        parts = urlsplit(base)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named or any(letter.isspace() or not letter.isprintable() for letter in base):
+        raise CommandError(f"{text!r} is not an address; one is like http://127.0.0.1:8000", WRONG)
+    return base
+
+
 def who() -> str:
     """Who is kept with a change: RELIGHT_WHO, else user@host."""
     if named := os.environ.get("RELIGHT_WHO"):
@@ -46,10 +61,8 @@ class Client:
     """Raises CommandError with the exit code that fits, for whatever is not a good answer."""
 
     def __init__(self, address: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        self.base = (address or default_address()).rstrip("/")
+        self.base = checked_address(address or default_address())
         self._timeout_s = timeout_s
-        if not self.base.startswith(("http://", "https://")):
-            raise CommandError(f"{self.base} is not an address; it begins with http:// or https://", WRONG)
 
     def get(self, path: str, **query: object) -> dict[str, Any]:
         return self.call("GET", path, query)

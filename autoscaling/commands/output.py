@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from autoscaling.commands import times
 from autoscaling.live.api.words import count, duration, gpu_s, moment
@@ -12,20 +13,28 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+UNBOUNDED = 10_000
+
+
 def console() -> Console:
+    """The standard output. Where it is no terminal and COLUMNS says nothing, no line is broken: programs read lines."""
     from rich.console import Console
 
-    return Console(soft_wrap=False, highlight=False)
+    shown = Console(soft_wrap=False, highlight=False)
+    if not shown.is_terminal and not os.environ.get("COLUMNS"):
+        shown.width = UNBOUNDED
+    return shown
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> None:
-    """`numbers` are the columns that are right-aligned."""
+    """`numbers` are the columns that are right-aligned. An id stays in one piece, to be copied."""
     from rich.table import Table
     from rich.text import Text
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        shown.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if column in numbers else "left"
+        shown.add_column(column, justify=justify, overflow="fold", no_wrap=column == "id")
     for row in rows:
         # Text, not str: a name may hold square brackets, which rich would read as markup.
         shown.add_row(*(Text("-" if cell is None else str(cell)) for cell in row))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autoscaling.commands.client import default_address
+from autoscaling.commands.client import checked_address, default_address
 from autoscaling.commands.failures import UNREACHABLE
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def status(
     ] = None,
 ) -> None:
     """Show what every model is doing: dark, lighting, parked, ready, draining or failed."""
-    from rich.console import Console
+    from autoscaling.commands.output import console
 
-    base = (address or default_address()).rstrip("/")
+    base = checked_address(address or default_address())
     try:
         if watch:
             _watch(base, as_json)
@@ -59,25 +59,26 @@ def status(
             if as_json:
                 typer.echo(json.dumps(answer, indent=2))
             else:
-                Console().print(render(answer))
+                console().print(render(answer))
     except Unreachable as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(UNREACHABLE) from None
 
 
 def fetch(base: str, timeout_s: float = 5.0) -> dict[str, Any]:
+    import http.client
     import urllib.error
 
     from deployments.local.http import get_json
 
-    if not base.startswith(("http://", "https://")):
-        raise Unreachable(f"{base} is not an address; it begins with http:// or https://")
     try:
         answer = get_json(base + _PATH, timeout_s=timeout_s)
     except urllib.error.HTTPError as error:
         raise Unreachable(f"{base} answers, but not as Relight does: HTTP {error.code} for {_PATH}") from None
     except OSError:
         raise Unreachable(f"Nothing answers at {base}; scripts/up starts it.") from None
+    except http.client.HTTPException:
+        raise Unreachable(f"{base} answers, but not as Relight does: no HTTP") from None
     except ValueError:
         raise Unreachable(f"{base} answers, but not as Relight does: no JSON at {_PATH}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get("models"), list):
@@ -95,8 +96,7 @@ def _watch(base: str, as_json: bool) -> None:
         if as_json:
             while True:  # one line each, for programs that read as it comes
                 typer.echo(json.dumps(answer))
-                time.sleep(1)
-                answer = fetch(base)
+                answer = _next(base)
         with Live(render(answer), auto_refresh=False, screen=False) as live:
             while True:
                 time.sleep(1)
@@ -106,6 +106,19 @@ def _watch(base: str, as_json: bool) -> None:
                     live.update(Text(str(error), style="red"), refresh=True)
     except KeyboardInterrupt:
         pass
+
+
+def _next(base: str) -> dict[str, Any]:
+    """The next good answer. What is wrong meanwhile is said once, on the standard error."""
+    said = ""
+    while True:
+        time.sleep(1)
+        try:
+            return fetch(base)
+        except Unreachable as error:
+            if str(error) != said:
+                said = str(error)
+                typer.echo(said, err=True)
 
 
 def render(answer: Mapping[str, Any]) -> RenderableType:
@@ -133,7 +146,17 @@ def render(answer: Mapping[str, Any]) -> RenderableType:
     nodes = len(answer.get("nodes") or [])
     gateways = answer.get("gateways", "?")
     foot = Text(f"{nodes} {_plural('node', nodes)}, {gateways} {_plural('gateway', gateways)}", style="dim")
-    return Group(table, foot)
+    ailing = [Text(f"controller: {text}", style="yellow") for text in _ailing(answer.get("controller") or {})]
+    return Group(table, foot, *ailing)
+
+
+def _ailing(health: Mapping[str, Any]) -> list[str]:
+    """What the controller says is wrong with it; nothing while all is well."""
+    if health.get("ok", True):
+        return []
+    parts = {part: (health.get(part) or {}).get("error") for part in ("store", "forecaster")}
+    said = {**parts, **(health.get("errors") or {})}
+    return [f"{what}: {why}" for what, why in said.items() if why] or ["it is not well; --json tells more"]
 
 
 def _plural(word: str, count: object) -> str:

@@ -106,9 +106,14 @@ def parse_since(text: str, now: datetime) -> float:
 def _from_iso(iso: str, text: str, now: datetime) -> float:
     try:
         then = datetime.fromisoformat(iso)
+        return then.timestamp() if then.tzinfo is not None else _at(then, now.tzinfo or UTC, text)
+    except OverflowError:
+        # The first or the last day that there is, on a clock on which it is another in UTC.
+        raise TimeError(f"{text!r} is beyond what clocks show; write a time {TIMES}") from None
+    except TimeError:
+        raise
     except ValueError as error:
         raise TimeError(f"{text!r} is not a time ({error}); write one {TIMES}") from None
-    return then.timestamp() if then.tzinfo is not None else _at(then, now.tzinfo or UTC, text)
 
 
 def _clock(word: str) -> time | None:

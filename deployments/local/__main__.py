@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,17 +13,25 @@ from deployments.local.state import Checkout, ClusterError
 
 
 def _port(text: str) -> int:
-    port = int(text)
-    if not 1 <= port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
-    return port
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (1 to 65535)")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of CPUs")
-    return number
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of CPUs (1 or more)")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--ray-port", type=_port, help="Ray's port (default: a free one, the same every time)")
     verb.add_argument("--num-cpus", type=_positive, help="logical CPUs (default: the cores, at least 8)")
     verb.add_argument(
-        "--timeout", type=float, default=600.0, metavar="S", help="how long to wait (default: 600)"
+        "--timeout", type=_seconds, default=600.0, metavar="S", help="how long to wait (default: 600)"
     )
     verbs.add_parser("down", prog="scripts/down", description="Ends what scripts/up started, nothing else.")
     return top
@@ -65,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         if port is None and (named := os.environ.get("RELIGHT_PORT")):
             try:
                 port = _port(named)
-            except (ValueError, argparse.ArgumentTypeError):
-                raise ClusterError(f"RELIGHT_PORT={named} is not a port") from None
+            except argparse.ArgumentTypeError as error:
+                raise ClusterError(f"RELIGHT_PORT: {error}") from None
         up(
             Wanted(
                 fleet=fleet,

@@ -49,12 +49,12 @@ class Cluster:
     @property
     def listen(self) -> str:
         """HOST:PORT that HTTP listens on."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return _host_port(self.host, self.port)
 
     @property
     def endpoint(self) -> str:
         host = "127.0.0.1" if self.host in {"0.0.0.0", "::", ""} else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{_host_port(host, self.port)}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ class Checkout:
                     f"{path.relative_to(self.root)} {status.st_size} {status.st_mtime_ns}\n".encode()
                 )
         return digest.hexdigest()[:16]
+
+
+def _host_port(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bind_error(host: str, port: int) -> OSError | None:

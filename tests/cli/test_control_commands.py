@@ -291,3 +291,30 @@ def test_what_is_taken_back_is_told_as_json(
 def test_names_in_brackets_are_no_markup(cluster: Cluster) -> None:
     cluster.says("policy", "set", SMALL, "--wait-cost", "2", RELIGHT_WHO="[red]x[/red]")
     assert "[red]x[/red]" in cluster.says("overrides")
+
+
+def test_ids_stay_in_one_piece_on_a_narrow_terminal(cluster: Cluster) -> None:
+    """Who copies one from a list can use it."""
+    made = cluster.json("prewarm", ORG, "--at", "tomorrow 09:00")["prewarm"]
+    added = cluster.json("schedule", "add", SMALL, "--cron", "0 9 * * *", "--for", "1h")["schedule"]
+    for arguments, found in (
+        (("overrides",), made),
+        (("prewarm", "list"), made),
+        (("schedule", "list"), added),
+        (("schedule", "next"), added),
+    ):
+        assert found["id"] in cluster.says(*arguments, COLUMNS="80")
+
+
+def test_no_line_is_broken_for_who_reads_lines(cluster: Cluster) -> None:
+    """Without a terminal there is no width."""
+    cluster.environ["COLUMNS"] = ""
+    made = cluster.json("prewarm", ORG, "--at", "tomorrow 09:00")["prewarm"]
+    _, row = cluster.says("overrides").splitlines()
+    assert row.split()[:2] == [made["id"], "prewarm"] and "ann@lab" in row and "in force" in row
+    said = cluster.says("policy", "list").splitlines()
+    # Each policy has its summary, its parameters and its source in a line of their own.
+    for name in POLICIES:
+        assert len([line for line in said if line.startswith((f"{name} ", f"{name}:"))]) == 2
+    assert len([line for line in said if line.startswith("  from: ")]) == len(POLICIES)
+    assert max(map(len, said)) > 80

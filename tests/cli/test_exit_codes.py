@@ -111,6 +111,8 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("mode", "turbo"), "'active'"),
         (("undo", "none"), "There is no override"),
         (("mode", "--address", "localhost:8000"), "begins with http://"),
+        (("mode", "--address", "http://127.0.0.1:abc"), "'http://127.0.0.1:abc' is not an address"),
+        (("mode", "--address", "http://a b"), "is not an address"),
     ],
 )
 def test_a_wrong_value_is_2_and_says_what_would_be_right(

@@ -6,6 +6,8 @@ import gzip
 import json
 import os
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,41 @@ def test_a_store_that_is_not_there(tmp_path: Path) -> None:
     missing = tmp_path / "no.db"
     assert "there is no such file" in fails("simulate", "--from-store", f"sqlite:///{missing}", *KEEP)
     assert not missing.exists()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("text", ["Not a database, and somebody's all the same.\n", ""])
+def test_what_is_no_store_is_left_as_it_is(tmp_path: Path, text: str) -> None:
+    """A store moves a damaged file away and begins a new one in its place; who only reads must not."""
+    file = tmp_path / "diary.txt"
+    file.write_text(text)
+    said = fails("trace", "describe", "--from-store", f"sqlite:///{file}")
+    assert ("can't be read: file is not a database" if text else "is no store") in said
+    assert contents(tmp_path) == {"diary.txt": text.encode()}
+
+
+def test_a_database_of_another_program_gets_no_tables(tmp_path: Path) -> None:
+    file = tmp_path / "notes.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    before = contents(tmp_path)
+    assert "is no store" in fails("simulate", "--from-store", f"sqlite:///{file}", *KEEP)
+    assert contents(tmp_path) == before
+
+
+def test_a_store_is_read_where_it_may_not_be_written(tmp_path: Path) -> None:
+    """A controller's, by another user, and nothing of it is changed."""
+    folder = tmp_path / "data"
+    clock, url = SystemClock(), f"sqlite:///{folder / 'relight.db'}"
+    store = Store.open(url, clock=clock)
+    store.add_traffic([second("a", clock.now_s() - at) for at in (1800, 300)])
+    store.close()
+    before = contents(folder)
+    assert says("trace", "convert", url, "-").count(",a,") == 2
+    assert contents(folder) == before
 
 
 class TestCompare:

@@ -63,6 +63,14 @@ def test_whatever_is_written_is_a_duration_or_one_error(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "zone"), [("0001-01-01", "Europe/Berlin"), ("9999-12-31T23:59", "America/New_York")]
+)
+def test_the_ends_of_the_calendar_are_no_times(text: str, zone: str) -> None:
+    with pytest.raises(TimeError, match="beyond what clocks show"):
+        parse_time(text, NOW.astimezone(ZoneInfo(zone)))
+
+
+@pytest.mark.parametrize(
     ("text", "then"),
     [
         ("now", "2026-11-24T14:30"),

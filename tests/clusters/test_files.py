@@ -113,3 +113,12 @@ def test_clients_on_kubernetes_reach_the_gateways_door() -> None:
         f"svc/{document['spec']['serveService']['metadata']['name']} 8080:{port['port']}\n"
         in (ROOT / "docs/kubernetes.md").read_text()
     )
+
+
+def test_a_pretended_cluster_is_started_from_the_files_beside_it(fleet: Fleet) -> None:
+    """Rendered from one's own fleet, its commands must not start the example's."""
+    files = render(fleet, choose(fleet, "fake", load_machines("fake")), Wanted("relight cluster render"))
+    said = [line for line in files["fake-gpu.yaml"].splitlines() if line.startswith("#   ")]
+    assert sum(line.endswith("--autoscaling-config=fake-gpu.yaml") for line in said) == 1
+    assert "#   serve deploy serve/serve.yaml" in said and "serve/serve.yaml" in files
+    assert not any("cluster-configs/" in line for line in said)

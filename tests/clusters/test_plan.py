@@ -196,6 +196,19 @@ def test_wrong_prices(prices: dict[str, Any], message: str) -> None:
     assert message in raised.value.message
 
 
+def test_what_a_price_file_leaves_out_is_said_to_be_of_the_catalogues_region() -> None:
+    """Another region's name over a list of this one's prices would be a wrong price for each of them."""
+    catalogue = load_machines("aws")
+    some = {"aws": {"region": "eu-central-1", "shapes": {"g6.xlarge": {"usd_per_hour": 1.006}}}}
+    found = load_machines("aws", some, "mine.yaml")
+    assert found.region == "eu-central-1"
+    assert found.source == f"mine.yaml, and for what it leaves out {catalogue.source} in us-east-1"
+    assert load_machines("aws", {"gcp": {}}, "mine.yaml") == catalogue
+    assert (
+        load_machines("aws", {"aws": {**some["aws"], "source": "our contract"}}, "f").source == "our contract"
+    )
+
+
 def test_render_does_not_write_over_what_one_has_changed(tmp_path: Path) -> None:
     arguments = ["cluster", "render", "--provider", "aws", "--fleet", str(CONFIGS / "fleet.yaml")]
     assert CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)]).exit_code == 0

@@ -8,7 +8,7 @@ import pytest
 from ray import cloudpickle
 from ray.serve._private.version import DeploymentVersion
 
-from deployments.app import build_from_fleet, only_node_that_fits
+from deployments.app import build_from_fleet, engine_spec, only_node_that_fits
 from deployments.fleet import parse_fleet
 
 RAYS_LIMIT = 100 * 1024
@@ -99,3 +99,18 @@ def test_models_without_gpus_leave_accelerators_to_others() -> None:
     assert (embed["num_cpus"], embed["num_gpus"]) == (1, 0)
     assert chat["label_selector"] == {"ray.io/accelerator-type": "in(L4,H100)"}
     assert "fallback_strategy" not in chat
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_an_engine_does_not_take_the_memory_of_the_machine(gpus: int) -> None:
+    """Also where the GPUs are pretended: vLLM for CPUs would take 92 % of it, or fail where less is free."""
+
+    def cache(**more: Any) -> str | None:
+        (model,) = parse_fleet(
+            {"models": [{"id": "m", "source": "o/n", "resources": {"gpus": gpus}, **more}]}
+        ).models
+        return dict(engine_spec(model).env).get("VLLM_CPU_KVCACHE_SPACE")
+
+    assert cache() == "1"
+    assert cache(env={"VLLM_CPU_KVCACHE_SPACE": "8"}) == "8"
+    assert cache(engine={"kv_cache_memory_bytes": 2**30}) is None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from autoscaling.commands.client import checked_address
 from deployments.local import __main__ as command
 from deployments.local import cluster as local
 from deployments.local.cluster import Wanted, down, up
@@ -93,6 +94,12 @@ def test_a_remembered_port_is_kept_while_it_is_free(taken_port: int) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_the_endpoint_of_every_address_is_loopback(host: str) -> None:
     assert replace(CLUSTER, host=host).endpoint == "http://127.0.0.1:8000"
+
+
+def test_an_address_of_ipv6_is_one_that_clients_take() -> None:
+    cluster = replace(CLUSTER, host="::1")
+    assert cluster.endpoint == "http://[::1]:8000"
+    assert checked_address(cluster.endpoint) == cluster.endpoint
 
 
 def test_models_in_packages_are_prepared_where_the_fleet_keeps_weights(tmp_path: Path) -> None:
@@ -188,12 +195,22 @@ def test_down_where_nothing_was_ever_up(tmp_path: Path, capsys: pytest.CaptureFi
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("port", ["0", "70000", "http"])
-def test_a_bad_port_is_an_error_of_the_command_line(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "right"),
+    [
+        *(("--port", port, "1 to 65535") for port in ("0", "70000", "http", "-1", "٣")),
+        ("--num-cpus", "many", "1 or more"),
+        *(("--timeout", seconds, "seconds above 0") for seconds in ("soon", "-1", "nan")),
+    ],
+)
+def test_a_bad_value_is_an_error_of_the_command_line(
+    option: str, value: str, right: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exit_info:
-        command.main(["up", "--port", port])
+        command.parser().parse_args(["up", f"{option}={value}"])
     assert exit_info.value.code == 2
-    assert "--port" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"argument {option}: {value!r} is not" in said and right in said
 
 
 def test_a_bad_relight_port_is_named(
@@ -201,7 +218,7 @@ def test_a_bad_relight_port_is_named(
 ) -> None:
     monkeypatch.setenv("RELIGHT_PORT", "http")
     assert command.main(["up"]) == 1
-    assert capsys.readouterr().err == "scripts/up: RELIGHT_PORT=http is not a port\n"
+    assert capsys.readouterr().err == "scripts/up: RELIGHT_PORT: 'http' is not a port (1 to 65535)\n"
 
 
 def test_the_second_of_two_waits_and_says_for_whom(tmp_path: Path) -> None:

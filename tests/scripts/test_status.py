@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from autoscaling.commands import status
+from autoscaling.commands.failures import Commands
 from deployments.local.state import Checkout
 
 ANSWER: dict[str, Any] = {
@@ -75,7 +76,7 @@ def gateway() -> Iterator[Gateway]:
 
 
 def run(*arguments: str) -> Any:
-    app = typer.Typer()
+    app = typer.Typer(cls=Commands)
     app.callback()(lambda: None)
     status.register(app)
     return CliRunner().invoke(app, ["status", *arguments], env={"COLUMNS": "160"})
@@ -89,6 +90,24 @@ def test_the_table_shows_every_model(gateway: Gateway) -> None:
     assert "nothing" not in result.output
     assert "someone asked" in result.output
     assert "1 node, 2 gateways" in result.output
+
+
+def test_what_ails_the_controller_is_below_the_table(gateway: Gateway) -> None:
+    """Models serve without it, so that the table alone looks well."""
+    health = {
+        "ok": False,
+        "store": {"ok": False, "error": "disk I/O error"},
+        "forecaster": {"ok": True, "error": None},
+        "errors": {"warm smollm2": "there is no [template]"},
+    }
+    gateway.body = json.dumps({**ANSWER, "controller": health})
+    said = run("--address", gateway.address).output.splitlines()
+    assert [line.rstrip() for line in said[-2:]] == [
+        "controller: store: disk I/O error",
+        "controller: warm smollm2: there is no [template]",
+    ]
+    gateway.body = json.dumps({**ANSWER, "controller": {**health, "ok": True}})
+    assert "controller" not in run("--address", gateway.address).output
 
 
 def test_json_is_what_the_gateway_said(gateway: Gateway) -> None:
@@ -118,10 +137,49 @@ def test_something_else_on_the_port_is_told_apart(gateway: Gateway, code: int, b
     assert "answers, but not as Relight does" in result.output
 
 
-def test_an_address_without_a_scheme_is_explained() -> None:
-    result = run("--address", "localhost:8000")
+@pytest.mark.parametrize(
+    "address", ["localhost:8000", "http://", "http://127.0.0.1:abc", "http://a b", "http://[a"]
+)
+def test_what_is_no_address_is_a_wrong_value(address: str) -> None:
+    result = run("--address", address)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is not an address" in result.stderr and "http://" in result.stderr
+
+
+def test_what_speaks_no_http_is_told_apart() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1)
+                connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = run("--address", f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
     assert result.exit_code == 3
-    assert "http://" in result.output
+    assert "answers, but not as Relight does" in result.stderr
+
+
+def test_a_watch_for_programs_goes_on_after_a_restart(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway that restarts ends no watch; what is wrong is said once, and not among the JSON."""
+    codes = iter([503, 503, 200])
+
+    def second_later(_: float) -> None:
+        code = next(codes, None)
+        if code is None:
+            raise KeyboardInterrupt
+        gateway.code = code
+
+    monkeypatch.setattr(status.time, "sleep", second_later)
+    result = run("--watch", "--json", "--address", gateway.address)
+    assert result.exit_code == 0
+    assert [json.loads(line) for line in result.stdout.splitlines()] == [ANSWER, ANSWER]
+    assert result.stderr.count("HTTP 503") == 1
 
 
 def test_the_default_address_is_the_port_that_one_chose(

@@ -221,6 +221,18 @@ def test_a_backup_that_is_put_in_the_files_place_is_used(path: Path, lite: Store
         assert totals(store, "m", NOON) == [9, 9, 9, 9]
 
 
+def test_what_can_not_be_used_in_the_files_place_is_told_once(path: Path, lite: Store) -> None:
+    """It is met again at each attempt, for as long as it is there."""
+    lite.add_traffic([second("m", NOON - 2)])
+    lite.flush()
+    for name in ("relight.db", "relight.db-wal", "relight.db-shm"):
+        path.with_name(name).unlink(missing_ok=True)
+    path.mkdir()
+    assert not any(lite.flush(0) for _ in range(5))
+    assert [notice.count("replaced") for notice in lite.health()["notices"]] == [1]
+    path.rmdir()
+
+
 def test_a_locked_file_is_waited_out(path: Path, lite: Store, clock: FakeClock) -> None:
     lite.add_traffic([second("m", NOON - 2)])
     with closing(sqlite3.connect(path, isolation_level=None)) as other:

@@ -227,6 +227,33 @@ def test_history_is_coarser_where_only_that_reaches_back(store: Store, clock: Fa
     assert sum(row["arrivals"] for row in rows) == 2
 
 
+@pytest.mark.parametrize("back_s", [3600, DAY, 30 * DAY])
+def test_history_of_a_new_installation_is_as_fine_as_it_was_asked_for(
+    store: Store, clock: FakeClock, back_s: float
+) -> None:
+    """The hour in which it began reaches no further back than its minutes."""
+    store.add_traffic([second("m", NOON - 1200), second("m", NOON - 60)])
+    for step_s in (60, 300, 900):
+        rows = store.history("m", NOON - back_s, NOON, step_s)
+        assert {row["step_s"] for row in rows} == {step_s}
+        assert sum(row["arrivals"] for row in rows) == 2
+
+
+def test_history_of_a_new_installation_after_its_seconds_are_gone(store: Store, clock: FakeClock) -> None:
+    store.add_traffic([second("m", NOON - 4000), second("m", NOON - 60)])
+    rows = store.history("m", NOON - 3500, NOON, 5)
+    assert {row["step_s"] for row in rows} == {5.0}
+    rows = store.history("m", NOON - DAY, NOON, 5)
+    assert ({row["step_s"] for row in rows}, sum(row["arrivals"] for row in rows)) == ({60.0}, 2)
+
+
+def test_since_when_a_model_is_known(store: Store, clock: FakeClock) -> None:
+    assert store.known_since_s("m") is None
+    store.add_traffic([second("m", NOON - 1234)])
+    store.flush()
+    assert store.known_since_s("m") == NOON - 1234
+
+
 def test_history_of_a_time_whose_short_buckets_are_gone(store: Store, clock: FakeClock) -> None:
     """A past day is told in what is still kept of it, and ends where it was asked to."""
     store.add_traffic([second("m", NOON - 8 * DAY), second("m", NOON - 7 * DAY), second("m", NOON - 60)])

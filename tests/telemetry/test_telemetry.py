@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -832,3 +834,12 @@ tracing.instrument_manual("llm_request", 1, context=context, kind=tracing.SpanKi
         root = receiver.received.span(f"POST {CHAT}")
         assert (engine.trace_id, engine.parent_id) == (TRACE_ID, root.span_id)
         assert engine.resource["service.name"] == "relight-engine"
+
+
+def test_the_readme_has_every_metric_with_its_labels() -> None:
+    listed = {}
+    for line in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("| `relight_"):
+            names, labels = (re.findall("`([a-z_]+)`", cell) for cell in line.split("|")[1:3])
+            listed |= dict.fromkeys(names, labels)
+    assert listed == {metric.prometheus: [label for label, _ in metric.labels] for metric in tel.METRICS}

@@ -95,7 +95,7 @@ def accounts(request: Request) -> dict[str, Any]:
     for name in names:
         rows = [row for row in usage if row.model == name]
         first_s = max(start_s, min((day_start_s(row.day) for row in rows), default=end_s))
-        first_s = max(first_s, _known_since_s(request, name))
+        first_s = max(first_s, store.known_since_s(name) or 0.0)
         gpus = specs[name].gpus_per_replica if name in specs else 1.0
         own_prewarms = [row for row in prewarms if row.model == name]
         models.append(
@@ -119,12 +119,6 @@ def accounts(request: Request) -> dict[str, Any]:
             "prewarms": prewarm_total(prewarms),
         },
     }
-
-
-def _known_since_s(request: Request, model: str) -> float:
-    """Since when the model's traffic is known; 0 if nothing is."""
-    levels = request.view.store.traffic(model, request.now_s).levels
-    return min((level.start_s for level in levels if level.start_s < level.end_s), default=0.0)
 
 
 def usage_total(rows: Iterable[UsageRow]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -224,15 +224,36 @@ def _is_folder(path: Path) -> bool:
     return False
 
 
+def copied(path: Path, to: Path) -> bool:
+    """Copies a SQLite file as it is now, without changing it. False, and nothing is copied, if it holds no store.
+
+    Raises sqlite3.Error if it is damaged or can't be read, NewerSchema if it is newer.
+    """
+    _look_at(path)
+    with closing(_reading(path)) as connection, closing(sqlite3.connect(to)) as copy:
+        if not _holds_store(connection):
+            return False
+        connection.backup(copy)
+    return True
+
+
+def _reading(path: Path) -> sqlite3.Connection:
+    # Without a write-ahead log the file is all there is, and SQLite needn't make one to read it.
+    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True, timeout=LOCK_WAIT_S)
+
+
+def _holds_store(connection: sqlite3.Connection) -> bool:
+    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (meta.name,)).fetchone()
+    return found is not None
+
+
 def _look_at(path: Path) -> None:
     """Reads a SQLite file without changing it: sqlite3.DatabaseError if it is damaged, NewerSchema if it is newer."""
     if not path.exists() or path.stat().st_size == 0:
         return
-    # Without a write-ahead log the file is all there is, and SQLite needn't make one to read it.
-    alone = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
-    connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro{alone}", uri=True, timeout=LOCK_WAIT_S)
-    try:
-        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (meta.name,)).fetchone():
+    with closing(_reading(path)) as connection:
+        if _holds_store(connection):
             row = connection.execute(f"SELECT value FROM {meta.name} WHERE key = 'schema_version'").fetchone()
             _refuse_newer(row[0] if row else None, str(path))
         if path.stat().st_size <= CHECKED_BYTES:
@@ -241,8 +262,6 @@ def _look_at(path: Path) -> None:
                 error = sqlite3.DatabaseError(re.sub(r"\s+", " ", found))
                 error.sqlite_errorcode = min(_DAMAGED)
                 raise error
-    finally:
-        connection.close()
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

@@ -54,7 +54,8 @@ def _level(series: Sequence[Series], since_s: float, now_s: float, step_s: float
     """The longest bucket that the step can be made of; a longer one where only that reaches back far enough."""
     fitting = [level_s for level_s in STEPS if level_s <= step_s] or [STEPS[0]]
     fitting.sort(key=lambda level_s: (step_s % level_s != 0, -level_s))
-    known = {level_s: min(one.window(level_s, now_s)[0] * level_s for one in series) for level_s in STEPS}
+    # Not from when the first bucket begins: an hour's would reach back further than a minute's of the same traffic.
+    known = {level_s: min(one.known_s(level_s, now_s) for one in series) for level_s in STEPS}
     wanted = max(since_s, min(known.values()))
     for level_s in (*fitting, *STEPS):
         # A level's first bucket may begin a little later than the span that was asked for.

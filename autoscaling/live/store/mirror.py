@@ -127,6 +127,12 @@ class Series:
         first = max(int(since // step_s), end - int(KEPT_S[step_s] // step_s))
         return min(first, end), end
 
+    def known_s(self, step_s: int, now_s: float) -> float:
+        """Since when all is known of a level: its first bucket, and of that no more than since it is watched."""
+        start, end = self.window(step_s, now_s)
+        since_s = self.since.get(step_s if self.loaded else 1, 0.0)
+        return min(max(start * step_s, since_s), end * step_s)
+
     def arrays(self, step_s: int) -> LevelArrays:
         if step_s in self.levels:
             return self.levels[step_s]

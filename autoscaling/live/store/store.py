@@ -190,6 +190,13 @@ class Store:
             series.fold(self._clock.now_s())
             return series.traffic(model, now_s)
 
+    def known_since_s(self, model: str) -> float | None:
+        """Since when anything is known of a model's traffic, in Unix seconds; None if nothing is."""
+        self._load(model)
+        with self._memory.lock:
+            series = self._memory.mirror.models.get(model)
+            return min(series.since.values(), default=None) if series is not None else None
+
     def models_with_traffic(self) -> list[str]:
         """Models of which anything is known, sorted."""
         with self._memory.lock:

@@ -231,9 +231,12 @@ class Writer:
         self._restore(self._snapshot)
 
     def _note(self, said: str) -> None:
-        logger.error(said)
         with self._memory.lock:
+            # It is found again at each attempt, for as long as a file that can't be used is in its place.
+            if said in self._memory.notices[-1:]:
+                return
             self._memory.notices.append(said)
+        logger.error(said)
 
     def _restore(self, snapshot: Snapshot) -> None:
         self.database.prepare()
