@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
-from autoscaling.core.policies.following import TARGET
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import TARGET, per_replica
 from autoscaling.core.series import alike, ceil
 from autoscaling.core.survival import curve_of
-from autoscaling.core.types import Reason
+from autoscaling.core.types import Observation, Reason, Spec
 
 BIN_S = 60.0
 BINS = 240
@@ -39,6 +38,9 @@ class HybridHistogram:
     source = "Shahrad et al., Serverless in the Wild, USENIX ATC 2020, section 4.2"
     params = (TARGET, HEAD, TAIL, MARGIN, CV, OUTSIDE, SAMPLES, FORECAST_MARGIN)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec)
+
     def propose(self, context: Context) -> Proposal:
         seen, state = context.seen, context.state
         now_s = seen.now_s
@@ -55,7 +57,7 @@ class HybridHistogram:
             cell = min(BINS, int((came_s - idle_from_s) / BIN_S))
             histogram = (*histogram[:cell], histogram[cell] + 1, *histogram[cell + 1 :])
         if seen.idle_since_s is None:
-            unit = context.param(TARGET, target(context.spec))
+            unit = per_replica(context.spec)
             need = ceil(seen.load / unit)
             numbers = {"load": float(seen.load), "need_replicas": float(need)}
             return Proposal(

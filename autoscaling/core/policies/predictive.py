@@ -10,9 +10,9 @@ from typing import NamedTuple
 from autoscaling.core.demand import expected, service_s
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
 from autoscaling.core.policies.idle import BURST, KEEP_ALIVE_BOUND, Idle, idle
-from autoscaling.core.seen import Seen, charge
+from autoscaling.core.seen import Seen, charge, per_replica
 from autoscaling.core.series import Series, alike, ceil, peak, peak_until_s, push_peak
-from autoscaling.core.types import Demand, Reason, Rung
+from autoscaling.core.types import Demand, Observation, Reason, Rung, Spec
 
 STABLE = Param(
     "stable_s",
@@ -82,6 +82,9 @@ class Predictive:
         "stabilization window as in Kubernetes' HPA, panic as in Knative's KPA"
     )
     params = (STABLE, PANIC, HEADROOM, QUANTILE, BURST, KEEP_ALIVE_BOUND)
+
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec, observation)
 
     def propose(self, context: Context) -> Proposal:
         seen = context.seen

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
-from autoscaling.core.policies.following import TARGET
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import TARGET, per_replica
 from autoscaling.core.series import mean, mean_until_s, push_step
+from autoscaling.core.types import Observation, Spec
 
 UP_FACTOR = Param("upscaling_factor", 1, 0.001, 1000, "ratio", "Share of the missing replicas that is added.")
 DOWN_FACTOR = Param(
@@ -40,11 +40,14 @@ class RayDefault:
     source = "Ray 2.60, serve/autoscaling_policy.py and serve/config.py (AutoscalingConfig)"
     params = (TARGET, UP_FACTOR, DOWN_FACTOR, UP_DELAY, DOWN_DELAY, ZERO_DELAY, LOOK_BACK)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return math.inf
+
     def propose(self, context: Context) -> Proposal:
         seen, memory = context.seen, context.state.values
         now_s, current, before = seen.now_s, seen.ready, context.before
         back_s = context.param(LOOK_BACK)
-        unit = context.param(TARGET, target(context.spec))
+        unit = per_replica(context.spec)
         up, down = context.param(UP_FACTOR), context.param(DOWN_FACTOR)
         series = push_step(context.state.series, now_s, float(seen.load), back_s)
         load = mean(series, now_s, back_s)
