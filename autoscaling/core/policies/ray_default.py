@@ -46,6 +46,7 @@ class RayDefault:
     def propose(self, context: Context) -> Proposal:
         seen, memory = context.seen, context.state.values
         now_s, current, before = seen.now_s, seen.ready, context.before
+        low, high = context.spec.min_replicas, context.spec.max_replicas
         back_s = context.param(LOOK_BACK)
         unit = per_replica(context.spec)
         up, down = context.param(UP_FACTOR), context.param(DOWN_FACTOR)
@@ -74,25 +75,29 @@ class RayDefault:
         )
         wanted = self._scaled(load / unit, current, up, down)
         numbers["wanted_replicas"] = float(wanted)
-        replicas = before
+        # Serve's target, from which its delays count, is within the bounds.
+        replicas, bounded = (min(high, max(low, number)) for number in (before, wanted))
         values: dict[str, float] = {}
-        sign = (wanted > before) - (wanted < before)
+        sign = (bounded > replicas) - (bounded < replicas)
         if sign:
             since_s = memory["since_s"] if memory.get("direction") == sign else now_s
-            last = before == 1
+            last = replicas == 1
             delay_s = context.param(UP_DELAY)
             if sign < 0:
                 delay_s = context.param(DOWN_DELAY)
                 if last:
                     delay_s = context.param(ZERO_DELAY, delay_s)
             if now_s >= since_s + delay_s:
-                replicas = wanted if sign > 0 or last else max(1, wanted)
+                replicas = bounded if sign > 0 or last else max(1, bounded)
                 since_s = now_s
                 if replicas == 1:
                     delay_s = context.param(ZERO_DELAY, delay_s)
-            if replicas != wanted:
+            if replicas != bounded:
                 values = {"direction": float(sign), "since_s": since_s}
                 until_s = min(until_s, since_s + delay_s)
+        if (wanted > high and replicas == high) or (wanted < low and replicas == low):
+            # What the bound takes away is said by whoever applies it.
+            replicas = wanted
         rung, reason = (seen.rung, carried(context, replicas, wanted)) if replicas else rest(context)
         return Proposal(replicas, rung, reason, until_s, numbers, values, series)
 
