@@ -239,6 +239,10 @@ class Scaling(_Config):
             target, bound = self.target_ongoing_requests, self.max_ongoing_requests
             text = f"{target:g} is not at most max_ongoing_requests ({bound})"
             problems.append((("target_ongoing_requests",), text))
+        fixed = self.params.get("replicas", 0) if self.policy == "fixed" else 0
+        if fixed > self.max_replicas:
+            text = f"{fixed:g} is not at most max_replicas ({self.max_replicas})"
+            problems.append((("params", "replicas"), text))
         for index, schedule in enumerate(self.schedules):
             if schedule.replicas > self.max_replicas:
                 text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
@@ -519,6 +523,27 @@ class Fleet(_Config):
                 if name in owner:
                     problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
                 owner.setdefault(name, path_of(here))
+        if problems:
+            raise _Problems(*problems)
+        return self
+
+    @model_validator(mode="after")
+    def _models_fit_the_budget(self) -> Self:
+        budget = self.controller.gpu_budget
+        if budget is None:
+            return self
+        problems: list[tuple[_Loc, str]] = [
+            (
+                ("models", index, "resources", "gpus"),
+                f"{model.resources.gpus} is not at most controller.gpu_budget ({budget:g})",
+            )
+            for index, model in enumerate(self.models)
+            if model.resources.gpus > budget
+        ]
+        least = sum(model.resources.gpus * model.scaling.min_replicas for model in self.models)
+        if least > budget and not problems:
+            text = f"{budget:g} is not at least {least}, the GPUs of all min_replicas"
+            problems.append((("controller", "gpu_budget"), text))
         if problems:
             raise _Problems(*problems)
         return self

@@ -87,6 +87,8 @@ def test_a_dry_run_changes_nothing(lab: Lab) -> None:
         ({"min_replicas": 5}, "min_replicas"),
         ({"params": {"target_utilization": 0.5}}, "params.target_utilization"),
         ({"policy": "kpa", "params": {"burst_s": 1.0}}, "params.burst_s"),
+        ({"policy": "fixed", "params": {"replicas": 50.0}}, "params.replicas"),
+        ({"policy": "fixed", "params": {"replicas": 3.0}, "max_replicas": 2}, "params.replicas"),
         ({"wait_cost": 1.0, "until_s": NOW_S}, "until_s"),
         ({"wait_cost": 1.0, "until_s": NOW_S + 9, "for_s": 9.0}, "until_s"),
         ({"for_s": 9.0}, ""),
@@ -97,6 +99,14 @@ def test_what_can_not_be_is_refused_and_not_kept(lab: Lab, body: dict[str, objec
     status, error = lab.refused("PUT", f"policies/{SMALL}", body)
     assert (status, error["field"]) == (422, field)
     assert lab.ok("GET", "overrides", history=1)["overrides"] == []
+
+
+def test_a_bound_below_what_a_model_is_fixed_at_is_refused(lab: Lab) -> None:
+    fixed = {"policy": "fixed", "params": {"replicas": 3.0}, "max_replicas": 3}
+    lab.ok("PUT", f"policies/{SMALL}", fixed)
+    status, error = lab.refused("PUT", f"policies/{SMALL}", {"max_replicas": 2})
+    assert (status, error["field"]) == (422, "max_replicas")
+    assert "3 replicas" in error["expected"]
 
 
 def test_unset_takes_back_what_was_set_for_the_model_alone(lab: Lab) -> None:
