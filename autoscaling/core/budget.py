@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autoscaling.core.seen import devices, known, per_replica
-from autoscaling.core.series import ceil
+from autoscaling.core.series import need_of
 from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
 
 ASKED_FOR = frozenset({Reason.SCHEDULE, Reason.MANUAL, Reason.MIN_REPLICAS, Reason.FIXED})
@@ -141,7 +141,7 @@ def _asked(spec: Spec, decision: Decision) -> int:
 def _needed(spec: Spec, observation: Observation, replicas: int) -> int:
     """Replicas of those decided that the requests of this moment need."""
     counts = [count for count in (observation.queued, observation.in_flight) if known(count)]
-    return min(replicas, ceil(math.fsum(counts) / per_replica(spec, observation)))  # type: ignore[arg-type]
+    return min(replicas, need_of(int(math.fsum(counts)), per_replica(spec, observation)))  # type: ignore[arg-type]
 
 
 __all__ = ["Budget", "clamp"]

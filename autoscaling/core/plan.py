@@ -12,7 +12,7 @@ from autoscaling.core.decide import decide
 from autoscaling.core.policies import POLICIES
 from autoscaling.core.policies.reactive import DELAY
 from autoscaling.core.seen import known
-from autoscaling.core.series import ceil, push_peak
+from autoscaling.core.series import need_of, push_peak
 from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, State
 
 VERSION = 1
@@ -157,7 +157,7 @@ def needed(spec: Spec, observation: Observation, load: int) -> int:
     One is enough where the policy answers to no single moment: its delays and averages would count for nothing.
     """
     policy = POLICIES.get(spec.policy, POLICIES[_FOLLOWER])
-    return max(min(load, 1), ceil(load / policy.at_once(spec, observation)))
+    return need_of(load, policy.at_once(spec, observation))
 
 
 def _clamped(spec: Spec, entry: Entry, replicas: int) -> tuple[int, tuple[Reason, ...]]:

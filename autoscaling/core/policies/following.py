@@ -6,7 +6,7 @@ import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest, setting
 from autoscaling.core.seen import target
-from autoscaling.core.series import alike, ceil, peak, peak_until_s, push_peak
+from autoscaling.core.series import alike, need_of, peak, peak_until_s, push_peak
 from autoscaling.core.types import Spec
 
 TARGET = Param(
@@ -30,7 +30,7 @@ def follow(context: Context, *, delay_s: float, idle_s: float) -> Proposal:
     seen = context.seen
     now_s = seen.now_s
     unit = per_replica(context.spec)
-    need = ceil(seen.load / unit)
+    need = need_of(seen.load, unit)
     held = context.state.series or ((now_s, float(context.before)),)
     series = push_peak(held, now_s, need, delay_s)
     replicas = int(peak(series))
