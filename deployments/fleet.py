@@ -225,7 +225,7 @@ class Scaling(_Config):
     """The time between two tokens that a replica should keep to: where more requests in progress were measured to break
     it, scaling aims at fewer than `target_ongoing_requests`. null measures nothing."""
     keep_alive_s: float = Field(default=60, ge=0)
-    """How long an idle model stays lit: under `keep-alive` always, under other policies while there is no forecast."""
+    """How long an idle model stays lit: always under `keep-alive` and `reactive`, else where there is no plan."""
     park: bool = True
     """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
 
