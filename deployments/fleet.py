@@ -226,7 +226,7 @@ class Scaling(_Config):
     """The time between two tokens that a replica should keep to: where more requests in progress were measured to break
     it, scaling aims at fewer than `target_ongoing_requests`. null measures nothing."""
     keep_alive_s: float = Field(default=60, ge=0)
-    """How long an idle model stays lit: under `keep-alive` always, under other policies while there is no forecast."""
+    """How long an idle model stays lit: always under `keep-alive` and `reactive`, else where there is no plan."""
     park: bool = True
     """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
 
@@ -240,6 +240,10 @@ class Scaling(_Config):
             target, bound = self.target_ongoing_requests, self.max_ongoing_requests
             text = f"{target:g} is not at most max_ongoing_requests ({bound})"
             problems.append((("target_ongoing_requests",), text))
+        fixed = self.params.get("replicas", 0) if self.policy == "fixed" else 0
+        if fixed > self.max_replicas:
+            text = f"{fixed:g} is not at most max_replicas ({self.max_replicas})"
+            problems.append((("params", "replicas"), text))
         for index, schedule in enumerate(self.schedules):
             if schedule.replicas > self.max_replicas:
                 text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
@@ -522,6 +526,27 @@ class Fleet(_Config):
                 if name in owner:
                     problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
                 owner.setdefault(name, path_of(here))
+        if problems:
+            raise _Problems(*problems)
+        return self
+
+    @model_validator(mode="after")
+    def _models_fit_the_budget(self) -> Self:
+        budget = self.controller.gpu_budget
+        if budget is None:
+            return self
+        problems: list[tuple[_Loc, str]] = [
+            (
+                ("models", index, "resources", "gpus"),
+                f"{model.resources.gpus} is not at most controller.gpu_budget ({budget:g})",
+            )
+            for index, model in enumerate(self.models)
+            if model.resources.gpus > budget
+        ]
+        least = sum(model.resources.gpus * model.scaling.min_replicas for model in self.models)
+        if least > budget and not problems:
+            text = f"{budget:g} is not at least {least}, the GPUs of all min_replicas"
+            problems.append((("controller", "gpu_budget"), text))
         if problems:
             raise _Problems(*problems)
         return self

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autoscaling.core.seen import devices, known, per_replica
-from autoscaling.core.series import ceil
-from autoscaling.core.types import Decision, Observation, Reason, Spec
+from autoscaling.core.series import need_of
+from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
+
+ASKED_FOR = frozenset({Reason.SCHEDULE, Reason.MANUAL, Reason.MIN_REPLICAS, Reason.FIXED})
+"""Reasons by which people hold replicas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,9 @@ def clamp(
     they have none: a request is never turned away because its model is dark).
 
     GPUs go first to what cannot be moved (replicas that are held because something is unknown), then to replicas that
-    requests need now, then to those that are kept or prewarmed. Within each: higher priority first, then what is there
-    before what would be started, then every model's first replica before any model's second, then by name.
+    requests need now, then to those that people asked for (minimums, schedules, manual prewarms), then to those that
+    are kept or lit for what may come. Within each: higher priority first, then what is there before what would be
+    started, then every model's first replica before any model's second, then by name.
     """
     result = dict(decisions)
     if budget.gpu_s_per_day is not None and spent_gpu_s >= budget.gpu_s_per_day:
@@ -83,18 +87,22 @@ def _fit(
             wanted += each * decision.replicas
     if wanted <= left + 1e-9:
         return left - wanted
-    units: list[tuple[bool, int, bool, int, str]] = []
+    units: list[tuple[bool, bool, int, bool, int, str]] = []
     for model, decision in decisions.items():
         if not decision.replicas or model not in specs:
             continue
         observation = observations.get(model)
         present = 0 if observation is None else _present(observation)
         needed = 0 if observation is None else _needed(specs[model], observation, decision.replicas)
+        asked = _asked(specs[model], decision)
         priority = specs[model].priority
-        units += [(i >= needed, -priority, i >= present, i, model) for i in range(decision.replicas)]
+        units += [
+            (i >= needed, i >= max(needed, asked), -priority, i >= present, i, model)
+            for i in range(decision.replicas)
+        ]
     granted: dict[str, int] = {}
     short: set[str] = set()
-    for _, _, _, _, model in sorted(units):
+    for *_, model in sorted(units):
         each = devices(specs[model])
         # A model's later replicas come after its earlier ones in each order, so that one refusal ends its turn.
         if each == 0 or (model not in short and each <= left + 1e-9):
@@ -121,10 +129,19 @@ def _present(observation: Observation) -> int:
     return int(math.fsum(counts))  # type: ignore[arg-type]
 
 
+def _asked(spec: Spec, decision: Decision) -> int:
+    """Replicas of those decided that people asked for."""
+    if decision.reason in ASKED_FOR:
+        return decision.replicas or 0
+    now_s = decision.made_s
+    windows = (w for w in spec.windows if w.rung is Rung.SERVING and w.start_s <= now_s < w.end_s)
+    return max([spec.min_replicas, *(window.replicas for window in windows)])
+
+
 def _needed(spec: Spec, observation: Observation, replicas: int) -> int:
     """Replicas of those decided that the requests of this moment need."""
     counts = [count for count in (observation.queued, observation.in_flight) if known(count)]
-    return min(replicas, ceil(math.fsum(counts) / per_replica(spec, observation)))  # type: ignore[arg-type]
+    return min(replicas, need_of(int(math.fsum(counts)), per_replica(spec, observation)))  # type: ignore[arg-type]
 
 
 __all__ = ["Budget", "clamp"]

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 
 from autoscaling.core.codec import CodecError, from_plain, parse, to_plain
 from autoscaling.core.decide import decide
+from autoscaling.core.policies import POLICIES
 from autoscaling.core.policies.reactive import DELAY
-from autoscaling.core.seen import known, per_replica
-from autoscaling.core.series import ceil, push_peak
+from autoscaling.core.seen import known
+from autoscaling.core.series import need_of, push_peak
 from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, State
 
 VERSION = 1
@@ -101,10 +102,10 @@ def follow(
 ) -> tuple[State, Decision]:
     """What Serve's policy does at each of its calls.
 
-    On a plan: its replicas, more at once where the requests in progress need more, never less. What demand raised
-    stays for HOLD_S, until the plan knows of it. Without one, or where it has no opinion: the reactive policy, whose
-    idle time counts from when the plan last wanted a replica, so that a controller that is restarted finds its
-    replicas.
+    On a plan: its replicas, more at once where the requests in progress need more by the policy's own measure (see
+    `needed`), never less. What demand raised stays for HOLD_S, until the plan knows of it. Without one, or where it has
+    no opinion: the reactive policy, whose idle time counts from when the plan last wanted a replica, so that a
+    controller that is restarted finds its replicas.
     `entry` is None where the plan is missing or has expired (`Plan.entry`); `spec` is then used, else the entry's.
     """
     if observation.now_s != now_s:
@@ -120,7 +121,7 @@ def follow(
     numbers: dict[str, float] = {"planned_replicas": float(planned)}
     if known(observation.queued) and known(observation.in_flight):
         load = int(observation.queued) + int(observation.in_flight)  # type: ignore[arg-type]
-        need = ceil(load / per_replica(spec, observation))
+        need = needed(spec, observation, load)
         numbers |= {"load": float(load), "need_replicas": float(need)}
         raised, raised_until_s = memory.get("raised", 0.0), memory.get("raised_until_s", now_s)
         if not now_s < raised_until_s <= now_s + HOLD_S:
@@ -150,6 +151,15 @@ def follow(
     return State(_FOLLOWER, values, series), decision
 
 
+def needed(spec: Spec, observation: Observation, load: int) -> int:
+    """Replicas that so many requests in progress ask for before the policy has decided anew.
+
+    One is enough where the policy answers to no single moment: its delays and averages would count for nothing.
+    """
+    policy = POLICIES.get(spec.policy, POLICIES[_FOLLOWER])
+    return need_of(load, policy.at_once(spec, observation))
+
+
 def _clamped(spec: Spec, entry: Entry, replicas: int) -> tuple[int, tuple[Reason, ...]]:
     clamps: list[Reason] = []
     if replicas < spec.min_replicas:
@@ -164,4 +174,15 @@ def _clamped(spec: Spec, entry: Entry, replicas: int) -> tuple[int, tuple[Reason
     return replicas, tuple(clamps)
 
 
-__all__ = ["HOLD_S", "VERSION", "BrokenPlan", "Entry", "Plan", "follow", "from_json", "make_plan", "to_json"]
+__all__ = [
+    "HOLD_S",
+    "VERSION",
+    "BrokenPlan",
+    "Entry",
+    "Plan",
+    "follow",
+    "from_json",
+    "make_plan",
+    "needed",
+    "to_json",
+]

@@ -73,6 +73,11 @@ def ceil(value: float) -> int:
     return math.ceil(value - 1e-6)
 
 
+def need_of(load: int, unit: float) -> int:
+    """Units of that size for so many: one at least for any, however large it is."""
+    return max(min(load, 1), ceil(load / unit))
+
+
 @lru_cache(maxsize=4096)
 def alike(load: int, *units: float) -> tuple[int, int]:
     """The least (1 if not more) and the most that need as many units of each size as `load`, which is not 0."""
@@ -119,6 +124,7 @@ __all__ = [
     "ceil",
     "mean",
     "mean_until_s",
+    "need_of",
     "peak",
     "peak_until_s",
     "push_peak",

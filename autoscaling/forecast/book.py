@@ -12,7 +12,7 @@ from autoscaling.core.types import Forecast
 from autoscaling.forecast.arrivals import MIN_SILENCE_S
 from autoscaling.forecast.fit import FittedModel, Seen
 from autoscaling.forecast.gap_record import MOST, Silence, silence_from
-from autoscaling.forecast.history import THETAS_S, Recent, arrived
+from autoscaling.forecast.history import THETAS_S, Recent, arrived, by_now
 
 STALE_SHARE = 0.1
 """A forecast is worked out anew when the silence has become longer by this share."""
@@ -99,6 +99,8 @@ class Book:
             page = self._pages.get(model)
             if page is None or page.fitted is None or page.recent is None:
                 return None
+            # For good, or each request would seem to have just come for as long as the clock was set back.
+            page.recent = by_now(page.recent, now_s)
             shown, recent = page.shown, page.recent
             if shown is not None and page.shown_for is recent:
                 aged_s = now_s - shown.made_s

@@ -206,6 +206,8 @@ class Recent:
         return tuple(rate * exp(-gone_s / tau) for rate, tau in zip(self.rates, TAUS_S, strict=True))
 
 
+SKEW_S = 10.0
+"""By so much the clocks of several machines may differ."""
 TAUS_S: tuple[float, ...] = (60.0, 300.0, 1200.0, 4800.0, 19200.0)
 """Time constants of the recent rate. A model learns which of them tells most about what comes."""
 
@@ -237,6 +239,13 @@ def arrived(recent: Recent | None, time_s: float, count: float) -> Recent | None
         ),
         time_s,
     )
+
+
+def by_now(recent: Recent, now_s: float) -> Recent:
+    """`recent` where the clock was set back since: what lies ahead came now, and is longer ago at each look."""
+    if recent.last_s <= now_s + SKEW_S:
+        return recent
+    return Recent(now_s, tuple(min(onset, now_s) for onset in recent.onsets_s), recent.rates, now_s)
 
 
 def recent_of(events: Events, now_s: float) -> Recent | None:

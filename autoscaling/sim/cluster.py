@@ -8,8 +8,9 @@ import zlib
 
 import numpy as np
 
-from autoscaling.core.plan import Entry, follow
-from autoscaling.core.seen import charge, devices, per_replica
+from autoscaling.core.plan import Entry, follow, needed
+from autoscaling.core.policies import POLICIES
+from autoscaling.core.seen import charge, devices
 from autoscaling.core.types import Capacity, Decision, Observation, Rung, Spec, State
 from autoscaling.loop import Stands
 from autoscaling.sim.pool import Pool
@@ -65,7 +66,7 @@ class VirtualModel:
         self._follower = State()
         concurrency = profile.engine.concurrency
         self._capacity = Capacity(float(concurrency)) if concurrency < spec.target_ongoing_requests else None
-        self._per_replica = per_replica(spec, Observation(0.0, capacity=self._capacity))
+        self._at_once = POLICIES[spec.policy].at_once(spec, Observation(0.0, capacity=self._capacity))
 
     # Time
 
@@ -116,8 +117,10 @@ class VirtualModel:
             or "raised" in self._follower.values
         ):
             return NO_TICKS
-        # Above that Serve's policy may raise what was decided.
-        stands = stands._replace(most=min(stands.most, math.floor(replicas * self._per_replica)))
+        if replicas == 0 or self._at_once < math.inf:
+            # Above that Serve's policy may raise what was decided.
+            most = math.floor(replicas * self._at_once) if replicas else 0
+            stands = stands._replace(most=min(stands.most, most))
         return (
             queue.ride(now_s, before_s, tick_s, stands)
             if self.load == 0 or stands.least <= self.load <= stands.most
@@ -219,7 +222,7 @@ class VirtualModel:
         assert decision.replicas is not None
         load = (observation.queued or 0) + (observation.in_flight or 0)
         raised = "raised" in self._follower.values
-        if not raised and load <= decision.replicas * per_replica(spec, observation):
+        if not raised and needed(spec, observation, load) <= decision.replicas:
             return decision.replicas
         entry = Entry(
             decision.replicas, decision.rung, decision.reason, decision.until_s, spec, self._ceiling

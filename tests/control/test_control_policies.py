@@ -88,6 +88,8 @@ def test_a_dry_run_changes_nothing(lab: Lab) -> None:
         ({"min_replicas": 5}, "min_replicas"),
         ({"params": {"target_utilization": 0.5}}, "params.target_utilization"),
         ({"policy": "kpa", "params": {"burst_s": 1.0}}, "params.burst_s"),
+        ({"policy": "fixed", "params": {"replicas": 50.0}}, "params.replicas"),
+        ({"policy": "fixed", "params": {"replicas": 3.0}, "max_replicas": 2}, "params.replicas"),
         ({"wait_cost": 1.0, "until_s": NOW_S}, "until_s"),
         ({"wait_cost": 1.0, "until_s": (NOW_S + 9) * 1000}, "until_s"),
         ({"wait_cost": 1.0, "for_s": 1e12}, "for_s"),
@@ -108,6 +110,14 @@ def test_the_latest_time_that_is_taken_can_be_told(lab: Lab) -> None:
     lab.ok("POST", "prewarms", {"model": SMALL, "start_s": LATEST_S - 9, "end_s": LATEST_S - 1})
     text = " ".join(lab.ok("GET", f"explain/{SMALL}", timezone="Pacific/Kiritimati")["text"])
     assert "until Fri 9999-01-01" in text
+
+
+def test_a_bound_below_what_a_model_is_fixed_at_is_refused(lab: Lab) -> None:
+    fixed = {"policy": "fixed", "params": {"replicas": 3.0}, "max_replicas": 3}
+    lab.ok("PUT", f"policies/{SMALL}", fixed)
+    status, error = lab.refused("PUT", f"policies/{SMALL}", {"max_replicas": 2})
+    assert (status, error["field"]) == (422, "max_replicas")
+    assert "3 replicas" in error["expected"]
 
 
 def test_unset_takes_back_what_was_set_for_the_model_alone(lab: Lab) -> None:

@@ -97,6 +97,13 @@ def test_more_requests_than_planned_for_are_served_at_once(place: Place) -> None
     assert place.ask(requests=100.0) == 4
 
 
+def test_a_fixed_number_of_replicas_is_fixed() -> None:
+    """However many requests come: `fixed` is always as many."""
+    place = Place(spec(policy="fixed", params={"replicas": 2.0}, max_replicas=8, target_ongoing_requests=2.0))
+    place.publish(2)
+    assert place.ask(requests=100.0) == 2
+
+
 def test_an_expired_plan_is_not_followed(place: Place) -> None:
     """The load decides then; the idle time begins when the plan last wanted a replica."""
     place.publish(1, for_s=10)

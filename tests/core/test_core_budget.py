@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoscaling.core.budget import Budget, clamp
-from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
+from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec, Window
 from tests.core.lab import T0, lit, seen, spec
 
 Fleet = tuple[dict[str, Spec], dict[str, Observation], dict[str, Decision]]
@@ -45,6 +46,26 @@ def test_what_requests_need_comes_before_what_is_prewarmed() -> None:
     assert result["a"].clamps == (Reason.GPU_BUDGET,)
     assert result["a"].numbers["wanted_replicas"] == 2
     assert result["b"].clamps == ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        (spec(), Reason.MANUAL),
+        (spec(min_replicas=1), Reason.MIN_REPLICAS),
+        (spec(windows=(Window(T0 - 5, T0 + 60, 1),)), Reason.KEEP_ALIVE),
+    ],
+)
+def test_what_people_asked_for_comes_before_what_is_kept_for_who_may_come(
+    asked: Spec, reason: Reason
+) -> None:
+    """Whoever was lit first, and whatever the priority."""
+    specs, observations, decisions = fleet(("a", spec(priority=1), lit(), 1), ("b", asked, seen(), 1))
+    decisions["a"] = replace(decisions["a"], reason=Reason.KEEP_ALIVE)
+    decisions["b"] = replace(decisions["b"], reason=reason)
+    assert counts(clamp(Budget(gpus=1), specs, observations, decisions)) == {"a": 0, "b": 1}
+    observations["a"] = lit(in_flight=1)
+    assert counts(clamp(Budget(gpus=1), specs, observations, decisions)) == {"a": 1, "b": 0}
 
 
 def test_higher_priority_comes_first() -> None:

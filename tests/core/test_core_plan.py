@@ -109,6 +109,31 @@ def test_the_plan_is_the_floor_and_demand_goes_above_it(
     assert (decision.replicas, decision.reason) == expected
 
 
+@pytest.mark.parametrize(
+    ("policy", "params", "expected"),
+    [
+        ("predictive", {}, 7),
+        ("reactive", {}, 7),
+        ("reactive", {"target": 35.0}, 2),
+        ("keep-alive", {"target": 35.0}, 2),
+        ("scheduled", {"target": 5.0}, 8),
+        ("hybrid-histogram", {"target": 20.0}, 4),
+        # They have delays and averages of their own, or none at all.
+        ("fixed", {"replicas": 1.0}, 1),
+        ("kpa", {}, 1),
+        ("ray-default", {}, 1),
+    ],
+)
+def test_demand_goes_above_the_plan_as_the_models_own_policy_has_it(
+    policy: str, params: dict[str, float], expected: int
+) -> None:
+    asked = spec(policy, params=params)
+    _, decision = follow(asked, State(), serve(lit(in_flight=70)), entry(1, spec=asked), T0)
+    assert decision.replicas == expected
+    _, woken = follow(asked, State(), serve(seen(queued=1)), entry(0, spec=asked), T0)
+    assert (woken.replicas, woken.reason) == (1, Reason.WAKE)
+
+
 def test_what_demand_raised_is_held_until_the_plan_can_know() -> None:
     state = State()
     state, up = follow(spec(), state, serve(lit(in_flight=30)), entry(1), T0)

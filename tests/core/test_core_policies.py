@@ -381,6 +381,24 @@ def test_ray_default_forgets_a_delay_that_demand_interrupts() -> None:
 # all
 
 
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_load_that_swings_is_no_reason_to_start_and_end_replicas(policy: str) -> None:
+    """Between one replica's load and two's, from second to second."""
+    params = {"replicas": 2.0} if policy == "fixed" else {"idle_s": 60.0} if policy == "scheduled" else {}
+    cluster = Cluster(spec(policy, params=params), ready=2, target=2)
+    counts = [decision.replicas for decision in cluster.run(120, lambda at: 7 if at % 2 else 13)]
+    assert set(counts) <= {2, 3}
+    assert counts == sorted(counts) or policy == "kpa"
+
+
+@pytest.mark.parametrize("policy", ["predictive", "reactive", "keep-alive", "scheduled", "hybrid-histogram"])
+def test_one_replica_serves_however_many_it_is_to_carry(policy: str) -> None:
+    """Who wants a single one, whatever comes, sets a target beyond reach."""
+    asked = spec(policy, target_ongoing_requests=1e6)
+    _, decision = decide(asked, State(), lit(in_flight=1), None)
+    assert decision.replicas == 1
+
+
 def test_every_policy_says_where_it_is_from_and_what_it_takes() -> None:
     assert next(iter(POLICIES)) == "predictive"
     for name, policy in POLICIES.items():

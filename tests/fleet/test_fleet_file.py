@@ -189,6 +189,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             {"scaling": {"target_ongoing_requests": 300}},
             "models[0].scaling.target_ongoing_requests: 300 is not at most",
         ),
+        (
+            {"scaling": {"policy": "fixed", "params": {"replicas": 3}, "max_replicas": 2}},
+            "models[0].scaling.params.replicas: 3 is not at most max_replicas (2)",
+        ),
         ({"scaling": {"park": "yes"}}, "models[0].scaling.park: 'yes' is not true or false"),
         ({"scaling": {"keep_alive_s": True}}, "models[0].scaling.keep_alive_s: true is not a number"),
         (
@@ -607,6 +611,35 @@ def test_a_late_tick_is_no_jump_of_the_clock() -> None:
         {"models": models, "controller": {"tick_s": 20, "plan_expires_s": 40}}
     ).controller
     assert 3 * controller.tick_s <= JUMP_S
+
+
+@pytest.mark.parametrize(
+    ("models", "text"),
+    [
+        ([{"gpus": 1}, {"gpus": 4}], "models[1].resources.gpus: 4 is not at most controller.gpu_budget (2)"),
+        (
+            [{"gpus": 1, "min_replicas": 1}, {"gpus": 2, "min_replicas": 1}],
+            "controller.gpu_budget: 2 is not at least 3, the GPUs of all min_replicas",
+        ),
+    ],
+)
+def test_a_budget_in_which_models_can_never_be_lit_is_refused(
+    models: list[dict[str, int]], text: str
+) -> None:
+    """Their requests would wait until the deadline, all of them."""
+    made = [
+        {
+            "id": f"m{index}",
+            "source": "org/name",
+            "resources": {"gpus": model["gpus"]},
+            "scaling": {"min_replicas": model.get("min_replicas", 0)},
+        }
+        for index, model in enumerate(models)
+    ]
+    with pytest.raises(ConfigError) as refused:
+        parse_fleet({"models": made, "controller": {"gpu_budget": 2}})
+    assert text in refused.value.message
+    assert parse_fleet({"models": made, "controller": {"gpu_budget": 5}}).controller.gpu_budget == 5
 
 
 @pytest.mark.parametrize(

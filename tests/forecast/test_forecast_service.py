@@ -198,6 +198,24 @@ def test_a_forecast_is_worked_out_anew_only_when_it_has_moved() -> None:
     assert back is not None and back.made_s == NOW_S - 100
 
 
+def test_after_a_clock_was_set_back_silence_grows_with_each_look() -> None:
+    """What came lies ahead of it for an hour: it came when that was first seen."""
+    book = Book()
+    book.install("a", fitted(poisson(1 / 60, 1), START_S + DAY_S))
+    book.arrived("a", START_S + DAY_S + 5, 1)
+    set_s = START_S + DAY_S - 3600
+
+    def waits_s(now_s: float) -> float:
+        found = book.forecast("a", now_s)
+        assert found is not None and found.next_arrival is not None
+        return float(np.interp(-0.5, -np.asarray(found.next_arrival.survival), found.next_arrival.times_s))
+
+    at_once, later = waits_s(set_s), waits_s(set_s + 1800)
+    assert later > 3 * at_once
+    book.arrived("a", set_s + 1810, 1)
+    assert waits_s(set_s + 1811) < 2 * at_once
+
+
 def test_how_much_comes_holds_for_ten_seconds_whatever_came() -> None:
     """When the next request comes is another question with each that came."""
     book = Book()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from autoscaling.core.seen import Seen
 from autoscaling.core.series import Series
-from autoscaling.core.types import Forecast, Reason, Rung, Spec, State
+from autoscaling.core.types import Forecast, Observation, Reason, Rung, Spec, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,14 @@ class Param:
     doc: str
 
 
+def setting(spec: Spec, param: Param, default: float = 0.0) -> float:
+    """As the user set it, else its default, else `default`. What is out of its bounds is taken as the bound."""
+    value = spec.params.get(param.name)
+    if value is None or not math.isfinite(value):
+        value = default if param.default is None else param.default
+    return min(param.high, max(param.low, value))
+
+
 @dataclass(slots=True)
 class Context:
     """What a policy proposes from. Nothing in it is unknown."""
@@ -38,11 +46,8 @@ class Context:
     """Replicas that windows and min_replicas ask for anyway."""
 
     def param(self, param: Param, default: float = 0.0) -> float:
-        """As the user set it, else its default, else `default`. What is out of its bounds is taken as the bound."""
-        value = self.spec.params.get(param.name)
-        if value is None or not math.isfinite(value):
-            value = default if param.default is None else param.default
-        return min(param.high, max(param.low, value))
+        """See `setting`."""
+        return setting(self.spec, param, default)
 
     @property
     def before(self) -> int:
@@ -83,6 +88,10 @@ class Policy(Protocol):
     @property
     def params(self) -> tuple[Param, ...]: ...
     def propose(self, context: Context) -> Proposal: ...
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        """Requests in progress for each replica, by which they alone raise its decision until the next one; infinite
+        where it never answers to those of a moment."""
+        ...
 
 
 def rest(context: Context) -> tuple[Rung, Reason]:
@@ -113,4 +122,4 @@ def carried(context: Context, replicas: int, need: int) -> Reason:
     return Reason.KEEP_ALIVE if replicas <= 1 else Reason.SCALE_DOWN_DELAY
 
 
-__all__ = ["Context", "Param", "Policy", "Proposal", "carried", "rest"]
+__all__ = ["Context", "Param", "Policy", "Proposal", "carried", "rest", "setting"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
-from autoscaling.core.types import Reason
+from autoscaling.core.types import Observation, Reason, Spec
 
 REPLICAS = Param("replicas", 1, 0, 10000, "replicas", "How many, whatever comes.")
 
@@ -14,6 +14,9 @@ class Fixed:
     name = "fixed"
     source = "A dedicated deployment (kubernetes.io/docs/concepts/workloads/controllers/deployment)"
     params = (REPLICAS,)
+
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return math.inf
 
     def propose(self, context: Context) -> Proposal:
         replicas = round(context.param(REPLICAS))

@@ -6,11 +6,10 @@ import math
 from collections.abc import Sequence
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
-from autoscaling.core.policies.following import TARGET
-from autoscaling.core.seen import target
-from autoscaling.core.series import alike, ceil
+from autoscaling.core.policies.following import TARGET, per_replica
+from autoscaling.core.series import alike, need_of, peak, peak_until_s, push_peak
 from autoscaling.core.survival import curve_of
-from autoscaling.core.types import Reason
+from autoscaling.core.types import Observation, Reason, Spec
 
 BIN_S = 60.0
 BINS = 240
@@ -32,12 +31,16 @@ class HybridHistogram:
 
     The paper forecasts with ARIMA what is out of the histogram's bounds; here it is the median of the forecast's next
     arrival. Without either: kept for the histogram's whole range, as in the paper. The start begins its own measured
-    time before the prewarm window ends, which the paper leaves out.
+    time before the prewarm window ends, which the paper leaves out. Nor has it several replicas: of those one goes
+    when fewer have sufficed for a minute.
     """
 
     name = "hybrid-histogram"
     source = "Shahrad et al., Serverless in the Wild, USENIX ATC 2020, section 4.2"
     params = (TARGET, HEAD, TAIL, MARGIN, CV, OUTSIDE, SAMPLES, FORECAST_MARGIN)
+
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec)
 
     def propose(self, context: Context) -> Proposal:
         seen, state = context.seen, context.state
@@ -54,18 +57,22 @@ class HybridHistogram:
         ):
             cell = min(BINS, int((came_s - idle_from_s) / BIN_S))
             histogram = (*histogram[:cell], histogram[cell] + 1, *histogram[cell + 1 :])
+        unit = per_replica(context.spec)
+        need = need_of(seen.load, unit)
+        held = state.series or ((now_s, float(context.before)),)
+        series = push_peak(held, now_s, max(1, need), BIN_S)
+        replicas, falls_s = int(peak(series)), peak_until_s(series, BIN_S)
         if seen.idle_since_s is None:
-            unit = context.param(TARGET, target(context.spec))
-            need = ceil(seen.load / unit)
             numbers = {"load": float(seen.load), "need_replicas": float(need)}
             return Proposal(
-                need,
+                replicas,
                 seen.rung,
-                carried(context, need, need),
-                math.inf,
+                carried(context, replicas, need),
+                falls_s,
                 numbers,
                 values,
-                histogram=histogram,
+                series,
+                histogram,
                 loads=alike(seen.load, unit),
             )
         since_s = seen.idle_since_s
@@ -89,6 +96,9 @@ class HybridHistogram:
                     values["begun_for_s"] = since_s
                 reason = Reason.KEEP_ALIVE if kept or now_s >= from_s else Reason.PREWARM
                 until_s = from_s if from_s > now_s else to_s
+                if kept and replicas > 1:
+                    reason, until_s = Reason.SCALE_DOWN_DELAY, min(until_s, falls_s)
+                    return Proposal(replicas, seen.rung, reason, until_s, numbers, values, series, histogram)
                 return Proposal(1, seen.rung, reason, until_s, numbers, values, (), histogram)
             begin_s = to_s
         rung, reason = rest(context)

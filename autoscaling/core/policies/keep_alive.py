@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoscaling.core.policies.base import Context, Proposal
-from autoscaling.core.policies.following import IDLE, TARGET, follow
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import IDLE, TARGET, follow, per_replica
+from autoscaling.core.types import Observation, Spec
 
 
 class KeepAlive:
@@ -15,11 +15,12 @@ class KeepAlive:
     )
     params = (TARGET, IDLE)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec)
+
     def propose(self, context: Context) -> Proposal:
         idle_s = context.param(IDLE, context.spec.keep_alive_s)
-        return follow(
-            context, target=context.param(TARGET, target(context.spec)), delay_s=idle_s, idle_s=idle_s
-        )
+        return follow(context, delay_s=idle_s, idle_s=idle_s)
 
 
 __all__ = ["KeepAlive"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
-from autoscaling.core.policies.following import TARGET
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import TARGET, per_replica
 from autoscaling.core.series import ceil, mean, mean_until_s, push_step
-from autoscaling.core.types import Reason
+from autoscaling.core.types import Observation, Reason, Spec
 
 STABLE = Param("stable_window_s", 60, 6, 3600, "s", "The window whose mean decides.")
 PANIC = Param("panic_window_share", 0.1, 0.01, 1, "share", "The panic window, as a share of the stable one.")
@@ -38,12 +37,15 @@ class Kpa:
     )
     params = (TARGET, STABLE, PANIC, THRESHOLD, UTILIZATION, UP, DOWN, GRACE)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return math.inf
+
     def propose(self, context: Context) -> Proposal:
         seen, memory = context.seen, context.state.values
         now_s = seen.now_s
         stable_s = context.param(STABLE)
         panic_s = stable_s * context.param(PANIC)
-        unit = context.param(TARGET, target(context.spec)) * context.param(UTILIZATION)
+        unit = per_replica(context.spec) * context.param(UTILIZATION)
         series = push_step(context.state.series, now_s, float(seen.load), stable_s)
         stable, panic = mean(series, now_s, stable_s), mean(series, now_s, panic_s)
         ready = max(1, seen.ready)

@@ -10,9 +10,9 @@ from typing import NamedTuple
 from autoscaling.core.demand import expected, service_s
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
 from autoscaling.core.policies.idle import BURST, KEEP_ALIVE_BOUND, Idle, idle
-from autoscaling.core.seen import Seen, charge
-from autoscaling.core.series import Series, alike, ceil, peak, peak_until_s, push_peak
-from autoscaling.core.types import Demand, Reason, Rung
+from autoscaling.core.seen import Seen, charge, per_replica
+from autoscaling.core.series import Series, alike, ceil, need_of, peak, peak_until_s, push_peak
+from autoscaling.core.types import Demand, Observation, Reason, Rung, Spec
 
 STABLE = Param(
     "stable_s",
@@ -82,6 +82,9 @@ class Predictive:
         "stabilization window as in Kubernetes' HPA, panic as in Knative's KPA"
     )
     params = (STABLE, PANIC, HEADROOM, QUANTILE, BURST, KEEP_ALIVE_BOUND)
+
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec, observation)
 
     def propose(self, context: Context) -> Proposal:
         seen = context.seen
@@ -234,11 +237,12 @@ def _foreseen(context: Context, demand: Demand) -> _Foreseen | None:
 def _needs(load: int, seen: Seen, foreseen: _Foreseen | None, fuller: float) -> _Replicas:
     """What so many requests in progress need; `fuller`: how many a replica holds with room for more."""
     full = seen.per_replica
-    need = ceil(load / full)
+    need = need_of(load, full)
     if foreseen is None:
-        return _Replicas(need, ceil(load / fuller), 0, 0)
+        return _Replicas(need, need_of(load, fuller), 0, 0)
     more = surge(load, foreseen.here)
-    need = min(need, ceil(remaining(load, seen, more * foreseen.middle, foreseen.held_s) / full))
+    left = remaining(load, seen, more * foreseen.middle, foreseen.held_s)
+    need = min(need, max(1, ceil(left / full)))
     return _Replicas(need, need, ceil(more * foreseen.then / full), ceil(more * foreseen.soon / full))
 
 

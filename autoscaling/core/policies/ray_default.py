@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, carried, rest
-from autoscaling.core.policies.following import TARGET
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import TARGET, per_replica
 from autoscaling.core.series import mean, mean_until_s, push_step
+from autoscaling.core.types import Observation, Spec
 
 UP_FACTOR = Param("upscaling_factor", 1, 0.001, 1000, "ratio", "Share of the missing replicas that is added.")
 DOWN_FACTOR = Param(
@@ -40,11 +40,15 @@ class RayDefault:
     source = "Ray 2.60, serve/autoscaling_policy.py and serve/config.py (AutoscalingConfig)"
     params = (TARGET, UP_FACTOR, DOWN_FACTOR, UP_DELAY, DOWN_DELAY, ZERO_DELAY, LOOK_BACK)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return math.inf
+
     def propose(self, context: Context) -> Proposal:
         seen, memory = context.seen, context.state.values
         now_s, current, before = seen.now_s, seen.ready, context.before
+        low, high = context.spec.min_replicas, context.spec.max_replicas
         back_s = context.param(LOOK_BACK)
-        unit = context.param(TARGET, target(context.spec))
+        unit = per_replica(context.spec)
         up, down = context.param(UP_FACTOR), context.param(DOWN_FACTOR)
         series = push_step(context.state.series, now_s, float(seen.load), back_s)
         load = mean(series, now_s, back_s)
@@ -71,25 +75,29 @@ class RayDefault:
         )
         wanted = self._scaled(load / unit, current, up, down)
         numbers["wanted_replicas"] = float(wanted)
-        replicas = before
+        # Serve's target, from which its delays count, is within the bounds.
+        replicas, bounded = (min(high, max(low, number)) for number in (before, wanted))
         values: dict[str, float] = {}
-        sign = (wanted > before) - (wanted < before)
+        sign = (bounded > replicas) - (bounded < replicas)
         if sign:
             since_s = memory["since_s"] if memory.get("direction") == sign else now_s
-            last = before == 1
+            last = replicas == 1
             delay_s = context.param(UP_DELAY)
             if sign < 0:
                 delay_s = context.param(DOWN_DELAY)
                 if last:
                     delay_s = context.param(ZERO_DELAY, delay_s)
             if now_s >= since_s + delay_s:
-                replicas = wanted if sign > 0 or last else max(1, wanted)
+                replicas = bounded if sign > 0 or last else max(1, bounded)
                 since_s = now_s
                 if replicas == 1:
                     delay_s = context.param(ZERO_DELAY, delay_s)
-            if replicas != wanted:
+            if replicas != bounded:
                 values = {"direction": float(sign), "since_s": since_s}
                 until_s = min(until_s, since_s + delay_s)
+        if (wanted > high and replicas == high) or (wanted < low and replicas == low):
+            # What the bound takes away is said by whoever applies it.
+            replicas = wanted
         rung, reason = (seen.rung, carried(context, replicas, wanted)) if replicas else rest(context)
         return Proposal(replicas, rung, reason, until_s, numbers, values, series)
 

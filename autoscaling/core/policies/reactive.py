@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoscaling.core.policies.base import Context, Param, Proposal
-from autoscaling.core.policies.following import IDLE, TARGET, follow
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import IDLE, TARGET, follow, per_replica
+from autoscaling.core.types import Observation, Spec
 
 DELAY = Param(
     "downscale_delay_s", 30, 0, 86400, "s", "How long fewer replicas must have sufficed before any goes."
@@ -19,10 +19,12 @@ class Reactive:
     )
     params = (TARGET, DELAY, IDLE)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec)
+
     def propose(self, context: Context) -> Proposal:
         return follow(
             context,
-            target=context.param(TARGET, target(context.spec)),
             delay_s=context.param(DELAY),
             idle_s=context.param(IDLE, context.spec.keep_alive_s),
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from autoscaling.core.policies.base import Context, Param, Proposal
-from autoscaling.core.policies.following import TARGET, follow
-from autoscaling.core.seen import target
+from autoscaling.core.policies.following import TARGET, follow, per_replica
+from autoscaling.core.types import Observation, Spec
 
 IDLE = Param(
     "idle_s", 0, 0, 30 * 86400, "s", "How long a replica outlives its last request outside the windows."
@@ -21,11 +21,12 @@ class Scheduled:
     )
     params = (TARGET, IDLE)
 
+    def at_once(self, spec: Spec, observation: Observation) -> float:
+        return per_replica(spec)
+
     def propose(self, context: Context) -> Proposal:
         idle_s = context.param(IDLE)
-        return follow(
-            context, target=context.param(TARGET, target(context.spec)), delay_s=idle_s, idle_s=idle_s
-        )
+        return follow(context, delay_s=idle_s, idle_s=idle_s)
 
 
 __all__ = ["Scheduled"]

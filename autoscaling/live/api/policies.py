@@ -86,7 +86,15 @@ def checked(spec: Spec, value: PolicyValue) -> Spec:
         raise InvalidValue(field, given, bound)
     if value.params:
         catalog.check(value.policy or spec.policy, value.params)
-    return merged(spec, value)
+    after = merged(spec, value)
+    replicas = after.params.get("replicas", 0) if after.policy == "fixed" else 0
+    if replicas > after.max_replicas:
+        if value.max_replicas is not None and not (value.params and "replicas" in value.params):
+            bound = f"at least the {replicas:g} replicas that {spec.model} is fixed at"
+            raise InvalidValue("max_replicas", value.max_replicas, bound)
+        bound = f"at most max_replicas ({after.max_replicas} for {spec.model})"
+        raise InvalidValue("params.replicas", replicas, bound)
+    return after
 
 
 def mode(request: Request) -> dict[str, Any]:

@@ -206,8 +206,9 @@ def _max_replicas(facts: Facts) -> str:
 
 def _gpu_budget(facts: Facts) -> str:
     return (
-        "The GPUs that all models together may hold are taken: models of higher priority, and those that requests wait "
-        f"for, come first.{_wanted(facts)}"
+        "The GPUs that all models together may hold are taken: first come models that have requests, then those that "
+        "somebody asked for (a minimum, a schedule, a prewarm), within each those of higher priority, then those that "
+        f"are there already.{_wanted(facts)}"
     )
 
 
