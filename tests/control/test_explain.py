@@ -162,6 +162,19 @@ def test_a_model_that_is_dark_bounded_or_not_acted_on(lab: Lab) -> None:
     assert any("mode is shadow: it only records this" in line for line in text)
 
 
+def test_what_people_said_is_told_with_how_to_take_it_back(lab: Lab) -> None:
+    lab.idle()
+    made = lab.ok("POST", "prewarms", {"model": SMALL, "start_s": NOW_S + 3600, "end_s": NOW_S + 7200})
+    text = lab.ok("GET", f"explain/{SMALL}", timezone="Europe/Berlin")["text"]
+    assert text[-1] == (
+        "Prewarm made by ann@lab at 07:00:00 until 09:00:00: replicas 1, rung serving from 08:00:00 to 09:00:00 "
+        f"(`relight undo {made['prewarm']['id']}` takes it back)."
+    )
+    lab.ok("PUT", "mode", {"mode": "off"})
+    text = lab.ok("GET", f"explain/{SMALL}")["text"]
+    assert any("mode is off: the replicas follow the requests" in line for line in text)
+
+
 def test_a_model_that_was_never_seen(lab: Lab) -> None:
     text = lab.ok("GET", f"explain/{SMALL}")["text"]
     assert text == [

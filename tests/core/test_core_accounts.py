@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from autoscaling.core.accounts import Account, Booking, Prewarm, book, day_of, unmet
-from autoscaling.core.types import Decision, Observation, Reason, Rung
-from tests.core.lab import T0, lit, seen, spec
+from autoscaling.core.types import Decision, Observation, Reason, Rung, RungProfile
+from tests.core.lab import RUNGS, T0, lit, seen, spec
 
 NOON = math.floor(T0 / 86400) * 86400 + 43200.0
 
@@ -55,6 +55,20 @@ def test_replicas_are_charged_from_their_start_and_rungs_while_they_are_held() -
     ledger.book(lit(NOON + 15, replicas=2))
     ledger.book(lit(NOON + 25, replicas=2))
     assert ledger.gpu_s == pytest.approx({"parked": 10 * 0.02, "serving": 5 * 1 + 10 * 2})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rungs", "each"),
+    [(2.0, (), 2.0), (0.0, (), 1.0), (2.0, (RUNGS[1], replace(RUNGS[3], cost_per_s=2.5)), 2.5)],
+)
+def test_a_replica_is_charged_as_the_gpus_that_it_holds(
+    gpus: float, rungs: tuple[RungProfile, ...], each: float
+) -> None:
+    """Or as it was measured; one without GPUs as one."""
+    asked = spec(gpus_per_replica=gpus)
+    account, _ = book(Account(), asked, lit(NOON, replicas=3, rungs=rungs), None)
+    _, booking = book(account, asked, lit(NOON + 10, replicas=3, rungs=rungs), None)
+    assert booking.gpu_s == pytest.approx(3 * each * 10)
 
 
 def test_a_day_ends_at_midnight() -> None:
@@ -120,6 +134,21 @@ def test_a_prewarm_that_is_met_half_way_spares_what_it_was_ahead() -> None:
     assert ledger.prewarm.hit_s == NOON + 3
     assert ledger.prewarm.spared_wait_s == pytest.approx(3.0)
     assert ledger.cold_starts == 0
+
+
+def test_a_request_that_comes_before_a_prewarm_is_seen_to_start_makes_it_no_cold_start() -> None:
+    ledger = Ledger()
+    ledger.book(seen(NOON), decided(NOON, 1, Reason.PREWARM))
+    ledger.book(seen(NOON + 1, starting=1, target=1, queued=1, arrivals=1), decided(NOON + 1, 1, Reason.WAKE))
+    assert (ledger.requests, ledger.cold_requests, ledger.cold_starts) == (1, 1, 0)
+
+
+def test_a_prewarm_is_charged_for_its_own_replicas_alone() -> None:
+    ledger = Ledger()
+    ledger.book(lit(NOON, in_flight=5), decided(NOON, 2, Reason.FORECAST_DEMAND))
+    for after_s in (1, 3):
+        ledger.book(lit(NOON + after_s, replicas=4, in_flight=5))
+    assert ledger.prewarm.cost_gpu_s == pytest.approx(2.0)
 
 
 def test_a_prewarm_that_is_given_up() -> None:

@@ -128,6 +128,31 @@ def test_what_is_held_keeps_what_it_has() -> None:
     assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": None, "b": 1}
 
 
+def test_what_holds_no_gpu_stays_where_others_hold_more_than_all_of_them() -> None:
+    """As after the budget was lowered: what is held counts as what Serve was told to have."""
+    specs, observations, decisions = fleet(
+        ("held", spec(), replace(lit(replicas=1), target=3), None),
+        ("free", spec(gpus_per_replica=0), lit(in_flight=5), 1),
+        ("lit", spec(), lit(in_flight=5), 1),
+    )
+    result = clamp(Budget(gpus=2), specs, observations, decisions)
+    assert counts(result) == {"held": None, "free": 1, "lit": 0}
+    assert result["lit"].ceiling == 0
+    assert counts(clamp(Budget(gpus=4), specs, observations, decisions))["lit"] == 1
+
+
+def test_a_second_replica_that_is_there_comes_before_one_that_would_be_started() -> None:
+    specs, observations, decisions = fleet(("a", spec(), lit(), 2), ("b", spec(), lit(replicas=2), 2))
+    assert counts(clamp(Budget(gpus=3), specs, observations, decisions)) == {"a": 1, "b": 2}
+
+
+def test_of_two_budgets_the_tighter_bounds_what_requests_may_raise() -> None:
+    specs, observations, decisions = fleet(("m", spec(), lit(replicas=2, in_flight=40), 4))
+    for gpus, ceiling in ((1, 1), (8, 2)):
+        budget = Budget(gpus=gpus, gpu_s_per_day=1000)
+        assert clamp(budget, specs, observations, decisions, 1000.0)["m"].ceiling == ceiling
+
+
 def test_a_spent_day_ends_what_nobody_uses() -> None:
     specs, observations, decisions = fleet(
         ("idle", spec(), lit(), 1),

@@ -179,6 +179,15 @@ def test_without_a_plan_it_is_reactive() -> None:
     assert decision.replicas == 0
 
 
+def test_without_a_plan_parameters_of_another_policy_mean_nothing() -> None:
+    """`scheduled` keeps nothing by its own `idle_s` of 0; reactively an idle replica stays for keep_alive_s."""
+    asked = spec("scheduled", params={"idle_s": 0.0, "target": 1.0})
+    state, decision = follow(asked, State(), serve(lit(in_flight=5)), None, T0)
+    assert decision.replicas == 1
+    _, decision = follow(asked, state, serve(lit(T0 + 40)), None, T0 + 40)
+    assert decision.replicas == 1
+
+
 def test_without_an_opinion_it_is_reactive() -> None:
     _, decision = follow(spec(), State(), serve(lit(in_flight=21)), entry(None), T0)
     assert (decision.replicas, decision.reason) == (3, Reason.DEMAND)

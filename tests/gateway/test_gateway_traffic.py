@@ -84,6 +84,16 @@ def test_what_goes_on_is_counted_without_an_event() -> None:
     assert counter.activity("m")["last_busy_s"] == START_S + 3
 
 
+def test_what_only_waits_is_counted_and_busy_too() -> None:
+    """A request that is held for a dark model, before anything answers it."""
+    clock = HandClock()
+    counter = TrafficCounter(["m"], clock)
+    counter.queue("m", 1, 0)
+    clock.go(2)
+    assert counter.activity("m")["last_busy_s"] == START_S + 2
+    assert [(r[1], r[5], r[6]) for r in rows_of(counter)] == [(START_S + n, 0.0, 1.0) for n in range(2)]
+
+
 def test_batches_are_sent_again_until_they_are_acknowledged() -> None:
     """The same number means the same rows; what came later has a later number."""
     clock = HandClock()
