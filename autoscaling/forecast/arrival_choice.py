@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
+from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from autoscaling.forecast.arrivals import ArrivalFitted, Poisson, Renewal, idle, silent_from
 from autoscaling.forecast.base import Forecaster, NotApplicable
@@ -39,7 +40,9 @@ PSEUDO_MODELS = 20.0
 LEARNING_RATE = 0.1
 """Of a posterior among forecasters none of which is quite right, beside the regression (generalized Bayes: Grünwald and
 van Ommen 2017, Bayesian Analysis 12). The regression goes by the model's own silences too, so that what others seem to
-be better by in a few of them is mostly chance."""
+be better by in a few of them is mostly chance. What can't be chance counts whole: see `_sure`."""
+SURE, FEWEST = 0.99, 2.5
+"""One-sided, and from how many silences on: two may agree by chance."""
 LOOK_BACK = 48
 FOLDS = 4
 SCORE_HALF_LIFE = 16.0
@@ -188,6 +191,7 @@ def choose(
     weight = 0.5 ** (np.arange(len(silences))[::-1] / SCORE_HALF_LIFE)
     totals: dict[str, float] = {}
     rolled: dict[str, Floats] = {}
+    sure: dict[str, float] = {}
     for forecaster in forecasters if len(silences) >= 3 else ():
         try:
             results, spread = _rolling(forecaster, history, prior, silences, bands=bands)
@@ -203,7 +207,10 @@ def choose(
             continue
         if rolled:
             # Where it did not apply yet, the default one would have been taken.
-            results = np.where(asked[:, None], results, rolled[forecasters[0].name])
+            default = rolled[forecasters[0].name]
+            better = results[asked, 0] - default[asked, 0]
+            sure[forecaster.name] = _sure(better, weight[-len(results) :][asked])
+            results = np.where(asked[:, None], results, default)
         rolled[forecaster.name] = results
         totals[forecaster.name] = float((results[:, 0] * weight[-len(results) :]).sum())
         scores[forecaster.name] = ArrivalScore(
@@ -212,7 +219,7 @@ def choose(
             coverage=float(spread[asked, 0].mean()) if bands else np.nan,
             width_s=float(np.median(spread[asked, 1])) if bands else np.nan,
         )
-    posterior = _posterior(totals, prior, max((len(results) for results in rolled.values()), default=0))
+    posterior = _posterior(totals, sure, prior, max((len(results) for results in rolled.values()), default=0))
     order = sorted(posterior, key=lambda name: -posterior[name])
     by_name = {forecaster.name: forecaster for forecaster in forecasters}
     for name in [*order, *(forecaster.name for forecaster in forecasters)]:
@@ -229,14 +236,31 @@ def choose(
     raise RuntimeError(f"no forecaster of the next arrival could be fitted: {failures}")
 
 
-def _posterior(totals: Mapping[str, float], prior: Prior, silences: int) -> dict[str, float]:
+def _sure(better: Floats, weight: Floats) -> float:
+    """What a forecaster is better by in sum, as far as that can't be chance: the lower bound of Student's interval.
+
+    The differences are taken to be independent of each other, as by Diebold and Mariano 1995 (JBES 13).
+    """
+    known = weight.sum()
+    effective = known**2 / (weight**2).sum()
+    if effective < FEWEST:
+        return 0.0
+    mean = (weight * better).sum() / known
+    variance = (weight * (better - mean) ** 2).sum() / known * effective / (effective - 1.0)
+    return max(0.0, float(known * (mean - stdtrit(effective - 1.0, SURE) * np.sqrt(variance / effective))))
+
+
+def _posterior(
+    totals: Mapping[str, float], sure: Mapping[str, float], prior: Prior, silences: int
+) -> dict[str, float]:
     """Of each forecaster, from the summed log-likelihoods that it gave to so many silences, and LEARNING_RATE."""
     if not totals:
         return {}
     weights = np.log([_weight(prior, name) for name in totals])
     bounded = np.maximum(weights - weights.max(), -min(MARGIN, EARLY_MARGIN * silences))
     rate = LEARNING_RATE if prior.hazard.knows else 1.0
-    logs = rate * np.asarray(list(totals.values())) + bounded
+    whole = np.asarray([sure.get(name, 0.0) for name in totals])
+    logs = rate * np.asarray(list(totals.values())) + (1.0 - rate) * whole + bounded
     odds = np.exp(logs - logs.max())
     return dict(zip(totals, (odds / odds.sum()).tolist(), strict=True))
 

@@ -297,11 +297,23 @@ def test_beside_the_regression_others_must_be_better_by_more_than_chance() -> No
     """A few nats over a few silences are chance; a rhythm that is always right is not. With none, a few nats count."""
     knows = replace(NO_FLEET, hazard=Regression(NOTHING.coefficients, ROUNDS, LEAST_SILENCES))
 
-    def best(prior: Prior, totals: dict[str, float]) -> str:
-        odds = arrival_choice._posterior(totals, prior, 6)
+    def best(prior: Prior, totals: dict[str, float], **sure: float) -> str:
+        odds = arrival_choice._posterior(totals, sure, prior, 6)
         return max(odds, key=lambda name: odds[name])
 
     assert best(knows, {"fleet": 0.0, "renewal": 10.0}) == "fleet"
     assert best(knows, {"fleet": 0.0, "timer": 100.0}) == "timer"
+    assert best(knows, {"fleet": 0.0, "timer": 10.0}, timer=8.0) == "timer"
     assert best(NO_FLEET, {"renewal": 0.0, "timer": 10.0}) == "timer"
     assert "poisson" not in {each.name for each in arrival_choice.forecasters_for(knows)}
+
+
+def test_what_can_not_be_chance_counts_whole() -> None:
+    even = np.ones(30)
+    assert arrival_choice._sure(np.asarray([5.0, 5.2, 4.9, 5.1]), even[:4]) == pytest.approx(20, rel=0.1)
+    assert arrival_choice._sure(np.asarray([5.0, 5.0]), even[:2]) == 0
+    assert arrival_choice._sure(np.asarray([20.0, 0.1, -0.2, 0.0]), even[:4]) == 0
+    noise = np.random.default_rng(0).normal(0.3, 2.0, 30)
+    assert arrival_choice._sure(noise, even) == 0
+    # What is forgotten is no evidence.
+    assert arrival_choice._sure(np.full(4, 5.0), np.asarray([1e-9, 1e-9, 1.0, 1.0])) == 0

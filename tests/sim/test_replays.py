@@ -16,7 +16,7 @@ from autoscaling.sim.arrivals import pieces
 from autoscaling.sim.cluster import VirtualModel
 from autoscaling.sim.compare import Base, Variant, compare
 from autoscaling.sim.events import ARRIVED
-from autoscaling.sim.profile import Engine, Start
+from autoscaling.sim.profile import Engine, Profile, Start
 from autoscaling.sim.replay import Replay, Setup, replay
 from autoscaling.sim.report import Report
 from autoscaling.traces import Row
@@ -299,3 +299,23 @@ def test_a_request_that_nothing_will_answer_ends_the_replay_and_is_told() -> Non
     report = lab.run(lab.requests([10.0, 20.0]), lab.profile(deadline_s=600.0), max_replicas=0)
     assert report.total.rejected == 2
     assert not report.notes
+
+
+def test_a_daily_job_is_awaited_from_its_second_week_on() -> None:
+    """To the second, beside other models that come by chance: it is lit before it comes, and dark for the rest."""
+    random, day_s = np.random.default_rng(1), 86400.0
+    rows = [Row(day_s * day + 32400 + random.uniform(0, 5), "daily", exec_s=2.0) for day in range(17)]
+    for number in range(1, 5):
+        gaps_s = number * random.exponential(3600.0, 1000) * np.where(random.random(1000) < 0.7, 1, 0.02)
+        rows += [Row(float(at), f"other-{number}", exec_s=2.0) for at in gaps_s.cumsum() if at < 17 * day_s]
+    rows.sort(key=lambda row: row.time_s)
+    profile = Profile(engine=Engine(concurrency=1)).two_states(30.0)
+    report = replay(
+        rows,
+        lambda model: lab.spec(model, policy="predictive", wait_cost=10.0),
+        Setup(profile, measure_from_s=7 * day_s),
+    )
+    figures = next(each.figures for each in report.models if each.model == "daily")
+    assert figures.requests == 10
+    assert figures.cold_starts <= 4
+    assert figures.gpu_s < 10 * 120
