@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from autoscaling.live.controller import Controller
 from autoscaling.live.labels import ACCELERATOR
 from autoscaling.live.setup import ControllerSetup, ModelSetup
 from deployments.engine.protocol import EngineSpec, default_run_dir
-from deployments.fleet import Fleet, Model, load_fleet, parse_fleet
+from deployments.fleet import Fleet, Model, deployment_name, load_fleet, parse_fleet
 from deployments.model import ModelReplica
 from deployments.scaling import scaling_spec
 
@@ -51,11 +50,6 @@ class _Place:
     node_id: str
     raylet_pid: int
     run_dir: Path
-
-
-def deployment_name(model_id: str) -> str:
-    """The Serve deployment of a model: its id, in the characters that Serve allows."""
-    return "model-" + re.sub(r"[^A-Za-z0-9_.-]+", "--", model_id)
 
 
 def engine_spec(

@@ -506,6 +506,11 @@ class ControllerConfig(_Config):
         return self
 
 
+def deployment_name(model_id: str) -> str:
+    """The Serve deployment of a model: its id, in the characters that Serve allows."""
+    return "model-" + re.sub(r"[^A-Za-z0-9_.-]+", "--", model_id)
+
+
 class Fleet(_Config):
     """The whole file."""
 
@@ -526,6 +531,12 @@ class Fleet(_Config):
                 if name in owner:
                     problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
                 owner.setdefault(name, path_of(here))
+        deployed: dict[str, str] = {}
+        for index, model in enumerate(self.models):
+            other = deployed.setdefault(deployment_name(model.id), model.id)
+            if other != model.id:
+                text = f"{model.id!r} is too like {other!r}: to Serve both are {deployment_name(model.id)!r}"
+                problems.append((("models", index, "id"), text))
         if problems:
             raise _Problems(*problems)
         return self

@@ -12,6 +12,7 @@ from typing import Any
 from autoscaling.clusters.problems import Place, Problem
 from autoscaling.clusters.render import OWNER, PROJECT, RAY_VERSION
 from deployments.config_text import show
+from deployments.fleet import deployment_name
 
 ON_HEAD = "node:__internal_head__"
 """The resource that Ray gives to the head alone."""
@@ -159,9 +160,8 @@ def _relight(application: Mapping[str, Any], here: Place) -> Iterator[Problem]:
     given = {d.get("name"): (i, d) for i, d in enumerate(application.get("deployments") or [])}
     known = {"gateway", "controller"}
     if isinstance(fleet := (application.get("args") or {}).get("fleet"), Mapping):
-        # As deployments.app names them.
         ids = [str(m.get("id")) for m in fleet.get("models", []) if isinstance(m, Mapping)]
-        names = {*known, *("model-" + re.sub(r"[^A-Za-z0-9_.-]+", "--", i) for i in ids)}
+        names = {*known, *map(deployment_name, ids)}
         for name, (index, _) in given.items():
             if name not in names:
                 text = f"{show(name)} is none of this application's: {', '.join(sorted(names))}"

@@ -613,6 +613,13 @@ def test_a_late_tick_is_no_jump_of_the_clock() -> None:
     assert 3 * controller.tick_s <= JUMP_S
 
 
+def test_ids_that_serve_can_not_tell_apart_are_refused() -> None:
+    """One deployment would be both models."""
+    with pytest.raises(ConfigError) as refused:
+        parse_fleet({"models": [{"id": "org/a", "source": "o/a"}, {"id": "org--a", "source": "o/b"}]})
+    assert "models[1].id: 'org--a' is too like 'org/a'" in refused.value.message
+
+
 @pytest.mark.parametrize(
     ("models", "text"),
     [
