@@ -50,6 +50,8 @@ ENGINE_KEYS_OWNED: Mapping[str, str] = {
     "port": "the engine listens on a unix socket that Relight makes",
     "uds": "the engine listens on a unix socket that Relight makes",
     "api-key": "the gateway has no key for its engines; ask clients for one in front of it",
+    "ssl-keyfile": "the gateway reaches its engines through local sockets; end TLS in front of it",
+    "ssl-certfile": "the gateway reaches its engines through local sockets; end TLS in front of it",
 }
 """vLLM arguments that a fleet may not set, and why."""
 

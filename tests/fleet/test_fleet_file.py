@@ -233,6 +233,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             "models[0].engine.api_key: a fleet may not set this: the gateway has no key",
         ),
         (
+            {"engine": {"ssl_keyfile": "/etc/key.pem"}},
+            "models[0].engine.ssl_keyfile: a fleet may not set this: the gateway reaches its engines through local",
+        ),
+        (
             {"env": {"VLLM_API_KEY": "secret"}},
             "models[0].env.VLLM_API_KEY: a fleet may not set this: the gateway has no key",
         ),
