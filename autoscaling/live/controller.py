@@ -160,7 +160,8 @@ class Controller:
     async def report(self, gateway: str, report: dict[str, Any]) -> dict[str, Any]:
         """One gateway's view, replacing its last.
 
-        Returns {"sequence": up to where its counts are kept here, "node_waits": model -> which node it waits for}.
+        Returns {"sequence": up to where its counts are kept here, "node_waits": model -> which node it waits for,
+        "no_room": model -> why it may have no replica now}.
         """
         for model, seen in report["models"].items():
             start = seen["last_cold_start"]
@@ -169,9 +170,9 @@ class Controller:
         planner = self._planner
         if planner is None or not self._decides:
             self._metrics.take_report(gateway, report, ())
-            return {"sequence": 0, "node_waits": {}}
+            return {"sequence": 0, "node_waits": {}, "no_room": {}}
         sequence = await asyncio.to_thread(planner.take_report, gateway, report)
-        return {"sequence": sequence, "node_waits": planner.node_waits()}
+        return {"sequence": sequence, "node_waits": planner.node_waits(), "no_room": planner.no_room()}
 
     async def snapshot(self) -> dict[str, Any]:
         """The fleet as `relight status --json` prints it."""
@@ -193,7 +194,8 @@ class Controller:
             list(self._metrics.reports().values()),
             {name: view.states for name, view in deployments.items()},
             self._last_starts,
-            self._planner.node_waits() if self._planner is not None else {},
+            node_waits=self._planner.node_waits() if self._planner is not None else {},
+            no_room=self._planner.no_room() if self._planner is not None else {},
         )
         return {**status, "controller": self._health()}
 

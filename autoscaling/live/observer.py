@@ -11,11 +11,14 @@ def fleet_status(
     reports: Sequence[Mapping[str, Any]],
     replicas: Mapping[str, Mapping[str, int]],
     last_starts: Mapping[str, Mapping[str, Any]],
+    *,
     node_waits: Mapping[str, str] | None = None,
+    no_room: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The fleet as `relight status --json` prints it. `replicas` is deployment -> replica state -> count.
 
-    `node_waits` is model -> which node it waits for, of those that wait for one.
+    `node_waits` is model -> which node it waits for, of those that wait for one. `no_room` is model -> why it may have
+    no replica, which is told of those that have requests.
     """
     nodes: dict[str, dict[str, Any]] = {}
     for report in reports:
@@ -30,6 +33,8 @@ def fleet_status(
         seen = [r["models"][model["id"]] for r in reports if model["id"] in r["models"]]
         states = dict(replicas.get(model["deployment"], {}))
         failures = [s["failure"] for s in seen if s["failure"]]
+        queued = sum(s["queued"] for s in seen)
+        waits = (node_waits or {}).get(model["id"]) or ((no_room or {}).get(model["id"]) if queued else None)
         rows.append(
             {
                 "id": model["id"],
@@ -37,10 +42,10 @@ def fleet_status(
                 "state": model_state(engines, states, seen),
                 "replicas": states.get("RUNNING", 0),
                 "replicas_by_state": states,
-                "queued": sum(s["queued"] for s in seen),
+                "queued": queued,
                 "in_flight": sum(s["in_flight"] for s in seen),
                 "last_cold_start": last_starts.get(model["id"]),
-                "reason": failures[0] if failures else (node_waits or {}).get(model["id"]),
+                "reason": failures[0] if failures else waits,
             }
         )
     return {

@@ -593,6 +593,14 @@ class Planner:
         """Model -> which node it waits for, of those that wait for one."""
         return self._waits.texts()
 
+    def no_room(self) -> Mapping[str, str]:
+        """Model -> why it may have no replica now, of those that the plan leaves none: gateways hold their requests."""
+        plan, budget = self._publisher.plan, self._setup.gpu_budget
+        if budget is None or plan is None or self._clock.now_s() >= plan.expires_s:
+            return {}
+        why = f"waits for GPUs: others hold those of controller.gpu_budget ({budget:g})"
+        return {model: why for model, entry in plan.entries.items() if entry.ceiling == 0}
+
     def let_nodes_go(self) -> None:
         """Ask for no nodes ahead any more. Raises what Ray raises."""
         self._nodes.ask(self._clock.monotonic_s(), [])

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import psutil
 from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, RequestCancelledError
 
 from deployments.engine.client import HostConnection
 from deployments.engine.protocol import EngineInfo, EngineSpec, remove_dead_sockets, set_private
@@ -155,6 +155,7 @@ class ServeEngines:
         self._opening: dict[str, asyncio.Task[asyncio.StreamWriter]] = {}  # lease channels, by replica
         self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
         self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
+        self._asking: dict[str, set[Any]] = {model: set() for model in specs}  # Serve's unanswered calls
         self._failures: dict[str, str] = {}
         self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
         self._asked: set[str] = set()  # engines that were asked since their metrics were last read
@@ -302,10 +303,15 @@ class ServeEngines:
     async def _granted(self, model: str, arrived_s: float) -> ServeLease:
         """Serve's lease. Waits through replicas that die meanwhile; the caller holds the deadline."""
         while True:
+            # What waits at Serve's handle has a replica started, whatever the plan says of the model's budget.
+            await self.reports.room(model)
             lease_id = secrets.token_hex(8)
             generator = self._handles[model].lease.remote(lease_id)
+            self._asking[model].add(generator)
             try:
                 grant = await anext(generator)
+            except RequestCancelledError:
+                continue  # withdrawn
             except DeploymentUnavailableError as error:
                 raise EngineStartFailed(f"Serve has given {model} up: {error}") from error
             except (RayActorError, StopAsyncIteration) as error:
@@ -316,9 +322,12 @@ class ServeEngines:
                 generator.cancel()
                 raise
             except RayError as error:
-                log.warning("lease of %s: %s", model, error)
+                if not generator.cancelled():
+                    log.warning("lease of %s: %s", model, error)
                 await asyncio.sleep(RETRY_S)
                 continue
+            finally:
+                self._asking[model].discard(generator)
             if "failed" in grant:
                 self._spawn(_drain(generator))
                 self._failures[model] = grant["failed"]
@@ -330,6 +339,11 @@ class ServeEngines:
             # Its replica is still looking whether the engine lives: asking it again would only spend an attempt.
             await lease.release()
             await asyncio.sleep(RETRY_S)
+
+    def withdraw(self, model: str) -> None:
+        """See `Known`. Those who ask wait here for room instead."""
+        for generator in [*self._asking[model]]:
+            generator.cancel()
 
     async def _lease(
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
@@ -497,6 +511,8 @@ class ServeEngines:
         detail = None
         if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
             phase = "node"
+        elif phase == "schedule" and (detail := self.reports.no_room.get(model)):
+            phase = "gpu_budget"
         return Progress(phase, time.time() - since_s, self.starts.estimate_s(model), detail)
 
     def _seen_ready(self, model: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -19,7 +21,11 @@ from deployments.gateway.traffic import TrafficCounter
 log = logging.getLogger("ray.serve")
 
 REPORT_EVERY_S = 1.0
+REPORT_SOONEST_S = 0.1
+"""Between two reports, however many requests want to know anew whether their models may be lit."""
 REPORT_AT_LEAST_EVERY_S = 5.0
+NO_ROOM_FOR_S = 10.0
+"""Without a controller that says so again, a model has room after so long: as long as a plan holds."""
 READ_ENGINES_EVERY_S = 5.0
 SEND_TIMEOUT_S = 5.0
 
@@ -34,6 +40,8 @@ class Known(Protocol):
     def view(self) -> dict[str, Any]: ...
     def model_view(self, model: str) -> dict[str, Any]: ...
     async def read_asked_engines(self, busy: Container[str]) -> list[tuple[str, str, str]]: ...
+    def withdraw(self, model: str) -> None:
+        """Ask Serve no more for leases on this model: it may have no replica."""
 
 
 class Reports:
@@ -54,6 +62,13 @@ class Reports:
         self._engines: dict[str, dict[str, Any]] = {}
         self.node_waits: Mapping[str, str] = {}
         """Model -> which node it waits for, as the controller told last."""
+        self.no_room: Mapping[str, str] = {}
+        """Model that may have no replica now -> why, as the controller told last."""
+        self._told = asyncio.Condition()
+        self._ask = asyncio.Event()
+        self._heard_s = -math.inf
+        self._held = 0
+        """Requests that wait for room."""
         self._sending = asyncio.Lock()
 
     def report(self) -> dict[str, Any]:
@@ -83,9 +98,10 @@ class Reports:
         last: Any = None
         last_s = 0.0
         while True:
+            self._ask.clear()
             try:
                 report = self.report()
-                waits = bool(self.node_waits)
+                waits = bool(self.node_waits or self._held)
                 if (
                     report != last
                     or report["batches"]
@@ -96,7 +112,24 @@ class Reports:
                     last, last_s = report, time.monotonic()
             except Exception:
                 log.exception("a report to the controller failed")
-            await asyncio.sleep(REPORT_EVERY_S)
+            await asyncio.sleep(REPORT_SOONEST_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ask.wait(), REPORT_EVERY_S - REPORT_SOONEST_S)
+
+    async def room(self, model: str) -> None:
+        """Return once the model may have a replica, as far as is known: at once, unless the controller said no.
+
+        It is asked anew then, since it may have changed its mind.
+        """
+        if model not in self.no_room:
+            return
+        self._ask.set()
+        self._held += 1
+        try:
+            async with self._told:
+                await self._told.wait_for(lambda: model not in self.no_room)
+        finally:
+            self._held -= 1
 
     async def send(self) -> None:
         """Report now. What does not arrive is sent again with the next report."""
@@ -107,13 +140,24 @@ class Reports:
                     answer = await self._controller.report.remote(self._id, report)
             except (RayError, RayServeException, TimeoutError) as error:
                 self.node_waits = {}
+                if time.monotonic() - self._heard_s > NO_ROOM_FOR_S:
+                    await self._hear_of_room({})
                 log.warning("the controller did not take the report: %r", error)
                 return
+            self._heard_s = time.monotonic()
             self.node_waits = answer.get("node_waits", {})
+            await self._hear_of_room(answer.get("no_room", {}))
             self._traffic.acknowledge(answer["sequence"])
             self._known.starts.told(report["starts"])
             for engine_id in report["engine_counters"]:
                 self._engines.pop(engine_id, None)
+
+    async def _hear_of_room(self, no_room: Mapping[str, str]) -> None:
+        async with self._told:
+            self.no_room = no_room
+            self._told.notify_all()
+        for model in no_room:
+            self._known.withdraw(model)
 
     async def read_engines(self) -> None:
         """Read the metrics of engines that work, for ever; one that nobody asks is left alone."""

@@ -76,3 +76,34 @@ def test_a_model_without_gpus_takes_none_of_the_budget(tmp_path: Path) -> None:
             "embed": 1,
         }
         assert world.plans[-1].entries["embed"].ceiling is None
+
+
+def test_a_model_whose_budget_others_hold_has_no_room_until_they_are_done(tmp_path: Path) -> None:
+    """Gateways and people are told, the latter only where a request waits."""
+    models = [setup(model, gpus_per_replica=1.0) for model in ("one", "other")]
+    world = World(tmp_path, *models, gpu_budget=1.0)
+    with world.planner() as planner:
+        assert planner.no_room() == {}
+        world.running["model-one"] = serve_view(1)
+        world.seen("one", in_flight=1)
+        world.tick(planner)
+        assert list(planner.no_room()) == ["other"]
+        world.seen("other", queued=1)
+        world.tick(planner)
+        assert planner.no_room() == {
+            "other": "waits for GPUs: others hold those of controller.gpu_budget (1)"
+        }
+        world.seen("one", in_flight=0)
+        world.tick(planner)
+        assert list(planner.no_room()) == ["one"]
+        world.clock.go(60)
+        assert planner.no_room() == {}
+
+
+def test_a_budget_that_is_not_set_leaves_room(tmp_path: Path) -> None:
+    """Nobody is held."""
+    world = World(tmp_path, setup("one", gpus_per_replica=1.0))
+    with world.planner() as planner:
+        world.seen("one", queued=1)
+        world.tick(planner)
+        assert planner.no_room() == {}

@@ -160,7 +160,8 @@ def test_people_are_told_what_is_waited_for_and_what_comes_next() -> None:
     waiting.look(decision(1, model="n"))
     text = waiting.waits.texts()["n"]
     assert text == "no node came (L4) for 130 s; asking for A10G, for L4 on demand at 200 s"
-    status = fleet_status([{"id": "n", "aliases": [], "deployment": "d"}], [], {}, {}, waiting.waits.texts())
+    models = [{"id": "n", "aliases": [], "deployment": "d"}]
+    status = fleet_status(models, [], {}, {}, node_waits=waiting.waits.texts())
     assert status["models"][0]["reason"] == text
 
 

@@ -69,6 +69,15 @@ def test_the_views_of_gateways_are_put_together() -> None:
     assert status["gateways"] == 3
 
 
+@pytest.mark.parametrize(("queued", "told"), [(0, None), (1, "others hold the GPUs")])
+def test_a_budget_that_has_no_room_is_told_of_those_who_want_it(queued: int, told: str | None) -> None:
+    """A model that nobody asks for waits for nothing."""
+    models = [{"id": "m", "aliases": [], "deployment": "model-m"}]
+    reports = [report("n1", queued=queued)]
+    status = fleet_status(models, reports, {}, {}, no_room={"m": "others hold the GPUs"})
+    assert status["models"][0]["reason"] == told
+
+
 def test_before_any_gateway_has_reported() -> None:
     """Every model is there, and dark."""
     models = [{"id": "m", "aliases": [], "deployment": "model-m"}]

@@ -18,7 +18,7 @@ import httpx
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
@@ -29,6 +29,7 @@ from deployments.errors import (
     EngineUnreachable,
 )
 from deployments.fleet import parse_fleet
+from deployments.gateway import reports as reports_module
 from deployments.gateway.app import build_gateway
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
 from deployments.gateway.observe import NullTelemetry, SystemClock
@@ -53,7 +54,7 @@ class Call:
 
     def __init__(self, answer: Callable[[str], Any] | None, lease_id: str) -> None:
         self.lease_id = lease_id
-        self.cancelled = False
+        self.was_cancelled = False
         self.over = asyncio.Event()
         self.failure: Exception = StopAsyncIteration()  # how it ends
         self.ready = asyncio.Event()
@@ -70,6 +71,8 @@ class Call:
             await self.over.wait()
             raise self.failure
         await self.ready.wait()
+        if self.was_cancelled:
+            raise RequestCancelledError("r1")
         self._told = True
         assert self.answer is not None
         result = self.answer(self.lease_id)
@@ -78,7 +81,11 @@ class Call:
         return result
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self.was_cancelled = True
+        self.ready.set()
+
+    def cancelled(self) -> bool:
+        return self.was_cancelled
 
 
 class Handle:
@@ -98,6 +105,23 @@ class Handle:
         return self.calls[-1]
 
 
+class Controller:
+    """Takes reports, and says which models have no room."""
+
+    def __init__(self) -> None:
+        self.no_room: dict[str, str] = {}
+        self.failure: Exception | None = None
+        self.report = self
+
+    async def _take(self) -> dict[str, Any]:
+        if self.failure is not None:
+            raise self.failure
+        return {"sequence": 0, "node_waits": {}, "no_room": dict(self.no_room)}
+
+    def remote(self, *_: Any) -> Any:
+        return self._take()
+
+
 class World:
     """One model, its replica's lease socket, its engine, and the gateway's view of them."""
 
@@ -111,10 +135,11 @@ class World:
         self.tunnel = Tunnel(self._replica)
         self.address = ("", 0)
         self.early = False
+        self.controller = Controller()
         self.engines = ServeEngines(
             {"tiny": SPEC},
             {"tiny": self.handle},
-            None,
+            self.controller,
             Place(folder),
             {},
             early_wake=lambda _: self.early,
@@ -285,7 +310,97 @@ async def test_who_leaves_while_it_waits_cancels_the_call(world: World) -> None:
     waiting.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await waiting
-    await until(lambda: world.handle.calls[0].cancelled)
+    await until(lambda: world.handle.calls[0].was_cancelled)
+    assert world.engines.progress("tiny") is None
+
+
+@pytest.fixture
+async def reporting(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """It reports all the time."""
+    monkeypatch.setattr(reports_module, "REPORT_SOONEST_S", 0.001)
+    monkeypatch.setattr(reports_module, "REPORT_EVERY_S", 0.002)
+    task = asyncio.create_task(world.engines.reports.run())
+    yield world
+    task.cancel()
+
+
+async def test_who_finds_no_room_in_the_budget_waits_for_it_here(reporting: World) -> None:
+    """A call that waits at Serve's handle would have a replica started, whatever the plan says."""
+    world = reporting
+    world.handle.answers = [world.grant()]
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    await world.engines.reports.send()
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines.progress("tiny") is not None)
+    for _ in range(3):
+        await world.engines.reports.send()
+    progress = world.engines.progress("tiny")
+    assert progress is not None
+    assert (progress.phase, progress.detail) == ("gpu_budget", "others hold the GPUs")
+    assert not world.handle.calls
+    world.controller.no_room = {}
+    assert await served(await asyncio.wait_for(waiting, 20)) == 200
+
+
+async def test_who_waits_at_serve_is_called_back_when_there_is_no_room_any_more(reporting: World) -> None:
+    """And asks again once there is."""
+    world = reporting
+    world.handle.answers = [None, world.grant()]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    await until(lambda: world.handle.calls[0].was_cancelled)
+    for _ in range(3):
+        await world.engines.reports.send()
+    assert len(world.handle.calls) == 1
+    assert not waiting.done()
+    world.controller.no_room = {}
+    assert await served(await asyncio.wait_for(waiting, 20)) == 200
+
+
+async def test_who_asks_finds_room_that_came_since_the_last_report(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without waiting for the next one."""
+    monkeypatch.setattr(reports_module, "REPORT_EVERY_S", 3600.0)
+    world.handle.answers = [world.grant()]
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    task = asyncio.create_task(world.engines.reports.run())
+    await until(lambda: world.engines.reports.no_room)
+    world.controller.no_room = {}
+    await asyncio.wait_for(world.engines.acquire("tiny"), 20)
+    task.cancel()
+
+
+async def test_without_a_controller_there_is_room_once_its_last_plan_is_over(
+    reporting: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One report that is lost means nothing; one that is gone can't forbid for ever."""
+    world = reporting
+    world.handle.answers = [world.grant()]
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    await world.engines.reports.send()
+    world.controller.failure = RayActorError()
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    for _ in range(3):
+        await world.engines.reports.send()
+    assert not world.handle.calls
+    monkeypatch.setattr(reports_module, "NO_ROOM_FOR_S", 0.0)
+    await asyncio.wait_for(waiting, 20)
+
+
+async def test_who_leaves_while_there_is_no_room_leaves_nothing(reporting: World) -> None:
+    """No call, and nobody who waits."""
+    world = reporting
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    await world.engines.reports.send()
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines.progress("tiny") is not None)
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    await world.engines.reports.send()
+    assert not world.handle.calls
     assert world.engines.progress("tiny") is None
 
 
@@ -322,7 +437,7 @@ async def test_the_last_who_waits_is_told_what_it_waited_for(world: World, limit
     assert answer.status_code == 504
     assert "still being lit: phase schedule" in answer.json()["error"]["message"]
     assert answer.headers["x-relight-state"] == "lighting"
-    assert world.handle.calls[0].cancelled
+    assert world.handle.calls[0].was_cancelled
 
 
 async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world: World) -> None:
@@ -339,7 +454,7 @@ async def test_an_engine_that_is_ready_before_its_replica_is_used_at_once(world:
     assert await served(lease) == 200
     await lease.release()
     (call,) = world.handle.calls
-    assert not call.cancelled
+    assert not call.was_cancelled
     await given_back(world, call)
 
 
@@ -372,8 +487,8 @@ async def test_one_call_of_serve_stays_open_for_early_leases_that_are_over(world
         lease = await world.engines.acquire("tiny")
         assert await served(lease) == 200
         await lease.release()
-    await until(lambda: sum(call.cancelled for call in world.handle.calls) == 9)
-    (call,) = (call for call in world.handle.calls if not call.cancelled)
+    await until(lambda: sum(call.was_cancelled for call in world.handle.calls) == 9)
+    (call,) = (call for call in world.handle.calls if not call.was_cancelled)
     await given_back(world, call)
 
 

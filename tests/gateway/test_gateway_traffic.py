@@ -288,6 +288,9 @@ class Known:
     async def read_asked_engines(self, busy: Any) -> list[tuple[str, str, str]]:
         return [("e1", "m", PAGE)]
 
+    def withdraw(self, model: str) -> None:
+        """It asks nobody."""
+
 
 class Controller:
     """Takes reports; raises what it is told to."""
