@@ -17,6 +17,9 @@ from autoscaling.ports import Clock
 from autoscaling.traces import Row, Source, TraceError, open_trace
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from autoscaling.core.types import Rung
     from autoscaling.live.importer.names import Names
     from autoscaling.live.importer.sources import Log
@@ -226,12 +229,18 @@ def _windows(traffic: Traffic) -> Iterator[Row]:
     begins = [*(_begins_s(*pair) for pair in pairwise(traffic.levels)), -math.inf]
     ends = [math.inf, *begins]
     for level, begins_s, ends_s in reversed(list(zip(traffic.levels, begins, ends, strict=False))):
+        lead_s, trail_s = _silent_s(level.lead_s, level), _silent_s(level.trail_s, level)
         for i, at in enumerate((level.index * level.step_s).tolist()):
             count = int(level.arrivals[i])
             if count and begins_s <= at < ends_s:
                 each_in = round(float(level.input_tokens[i]) / count)
                 each_out = round(float(level.output_tokens[i]) / count)
-                yield Row(at, traffic.model, count, level.step_s, each_in, each_out, exec_s)
+                within_s = level.step_s - lead_s[i] - trail_s[i]
+                yield Row(at + lead_s[i], traffic.model, count, within_s, each_in, each_out, exec_s)
+
+
+def _silent_s(known: NDArray[np.uint16] | None, level: Buckets) -> list[int]:
+    return [0] * len(level.index) if known is None else known.tolist()
 
 
 def _begins_s(fine: Buckets, coarse: Buckets) -> float:

@@ -34,6 +34,10 @@ class Buckets:
     output_tokens: NDArray[np.float32]
     busy_s: NDArray[np.float32]
     """Request-seconds in progress (queued ones not counted): over `step_s` it is the mean concurrency."""
+    lead_s: NDArray[np.uint16] | None = None
+    """Whole seconds of the bucket before the one in which its first request came. None: not known, taken for 0."""
+    trail_s: NDArray[np.uint16] | None = None
+    """Whole seconds after the one in which its last request came. None: not known, taken for 0."""
 
     def dense(self, column: str = "arrivals") -> NDArray[np.float32]:
         """That column with its zeros, shape (round((end_s - start_s) / step_s),)."""

@@ -14,7 +14,7 @@ from autoscaling.forecast.base import Forecaster, NotApplicable
 from autoscaling.forecast.calibration import Calibrated, learn
 from autoscaling.forecast.fleet import FittedFleet, Fleet
 from autoscaling.forecast.gap_record import Record, rates_at
-from autoscaling.forecast.history import Events, Floats, History, Recent, onset_times
+from autoscaling.forecast.history import Floats, History, Recent, onset_times
 from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.timer import Timer
 
@@ -95,7 +95,7 @@ class Silence:
     hi_s: float
     """Where the next arrival came, in seconds from made_s.
 
-    Wider by half the last arrival's bucket on each side, since that arrival is taken to have come in its middle.
+    Wider on each side by half of what the last arrival is blurred by, since that is taken to have come in the middle.
     """
 
 
@@ -107,30 +107,31 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
     """
     events = history.events
     where = np.flatnonzero(idle(events))[-most:]
-    blur = (events.hi_s - events.lo_s)[where] + (events.hi_s - events.lo_s)[where + 1]
+    first_s, last_s = events.first_s, events.last_s
+    blur = events.blur_s[where] + events.blur_s[where + 1]
     if not len(where):
         return []
     # Against the usual length, not against each one's own: that would pick the long ones.
-    sharp = blur < SHARP * np.median(events.mid_s[where + 1] - events.mid_s[where])
+    sharp = blur < SHARP * np.median(first_s[where + 1] - last_s[where])
     if sharp.sum() >= MIN_SHARP:
         where = where[sharp]
     first = max(0, int(where[0]) - 500)
     made_s = silent_from(events)
-    half = (events.hi_s - events.lo_s) / 2
-    late = Events(*(column[first:] for column in (events.lo_s, events.hi_s, events.count, events.busy_s)))
-    onsets = onset_times(late.mid_s)
+    half = events.blur_s / 2
+    late = events.part(slice(first, None))
+    onsets = onset_times(late)
     rates = rates_at(late, where - first)
     return [
         Silence(
             made_s=float(made_s[i]),
             recent=Recent(
-                last_s=float(events.mid_s[i]),
+                last_s=float(last_s[i]),
                 onsets_s=tuple(onsets[:, i - first].tolist()),
                 rates=tuple(rate.tolist()),
-                rates_s=float(events.mid_s[i]),
+                rates_s=float(last_s[i]),
             ),
             lo_s=max(0.0, float(events.lo_s[i + 1] - made_s[i] - half[i])),
-            hi_s=float(events.hi_s[i + 1] - made_s[i] + half[i]),
+            hi_s=float(events.lo_s[i + 1] + events.blur_s[i + 1] - made_s[i] + half[i]),
         )
         for i, rate in zip(where, rates, strict=True)
     ]

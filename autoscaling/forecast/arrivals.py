@@ -225,7 +225,7 @@ def _silence(history: History, season: Season) -> float | None:
 
 
 def _latest(events: Events, most: int) -> Events:
-    return Events(*(column[-most:] for column in (events.lo_s, events.hi_s, events.count, events.busy_s)))
+    return events.part(slice(-most, None))
 
 
 def idle(events: Events) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -234,16 +234,20 @@ def idle(events: Events) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
 
 
 def silent_from(events: Events) -> Floats:
-    """When a silence after each event can be told from a burst that goes on: after an empty bucket, and ten seconds."""
-    return np.asarray(np.maximum(events.hi_s + (events.hi_s - events.lo_s), events.mid_s + MIN_SILENCE_S))
+    """When a silence after each event can be told from a burst that goes on: after ten seconds, where its beginning is
+    blurred after as much again, and not before its bucket ended: of those that were over by then none is seen."""
+    return np.asarray(
+        np.maximum(np.maximum(events.hi_s + events.blur_s, events.last_s + MIN_SILENCE_S), events.end_s)
+    )
 
 
 def gaps_of(events: Events, weight: Floats, season: Season) -> GapSample:
     """Gaps between buckets, and those between the arrivals of one: shorter than it, more is not known."""
     mid = events.mid_s
     step = events.hi_s - events.lo_s
+    blur = events.blur_s
     lo = np.maximum(events.lo_s[1:] - events.hi_s[:-1], 0.0)
-    hi = events.hi_s[1:] - events.lo_s[:-1]
+    hi = (events.lo_s + blur)[1:] - (events.hi_s - blur)[:-1]
     if season is not FLAT and len(mid):
         scale = np.diff(season.elapsed(mid)) / np.maximum(np.diff(mid), 1e-3)
         lo, hi = lo * scale, hi * scale

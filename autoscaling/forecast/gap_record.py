@@ -79,8 +79,7 @@ def _record(history: History) -> Record:
     events = history.events
     if not len(events):
         return EMPTY
-    mid = events.mid_s
-    gaps = np.diff(mid)[idle(events)]
+    gaps = (events.first_s[1:] - events.last_s[:-1])[idle(events)]
     weight = TYPICAL_FADE ** np.arange(len(gaps))[::-1]
     typical = float((weight * np.log1p(gaps)).sum() / weight.sum()) if len(gaps) else EMPTY.typical
     return Record(gaps[::-1][:KEPT].copy(), typical, len(gaps), active(events, history.now_s))
@@ -180,15 +179,15 @@ def silences_in(history: History, most: int = MOST) -> list[Silence]:
     where = np.flatnonzero(idle(events))[-most:]
     if not len(where):
         return []
-    mid, step = events.mid_s, events.hi_s - events.lo_s
+    first, last, blur = events.first_s, events.last_s, events.blur_s
     from_s = silent_from(events)
     rates = rates_at(events, where)
-    onsets = onset_times(mid)[list(ONSETS)]
+    onsets = onset_times(events)[list(ONSETS)]
     return [
         Silence(
-            float(mid[i]),
-            float(mid[i + 1]),
-            max(float(from_s[i]), float(mid[i] + BLURS * step[i])) if step[i] > 1.0 else float(from_s[i]),
+            float(last[i]),
+            float(first[i + 1]),
+            max(float(from_s[i]), float(last[i] + BLURS * blur[i])) if blur[i] > 1.0 else float(from_s[i]),
             tuple(rate.tolist()),
             tuple(onsets[:, i].tolist()),
         )
@@ -198,14 +197,14 @@ def silences_in(history: History, most: int = MOST) -> list[Silence]:
 
 def rates_at(events: Events, where: Sequence[int] | Floats) -> Floats:
     """history.Recent.rates as of right after those events (indices, ascending): shape (n, len(TAUS_S))."""
-    mid, count = events.mid_s, events.count
+    mid, last, count = events.mid_s, events.last_s, events.count
     found = np.zeros((len(where), len(TAUS_S)))
     if not len(where):
         return found
     rate = np.zeros(len(TAUS_S))
     done, at_s = int(np.searchsorted(mid, mid[where[0]] - 10 * TAUS_S[-1])), -np.inf
     for row, i in enumerate(where):
-        now_s = mid[i]
+        now_s = last[i]
         part = np.exp((mid[done : i + 1, None] - now_s) / _TAUS) * count[done : i + 1, None]
         rate = rate * np.exp((at_s - now_s) / _TAUS) + part.sum(axis=0) / _TAUS
         found[row] = rate

@@ -29,12 +29,20 @@ THETAS_S: tuple[float, ...] = tuple(2.0 * 2.0**k for k in range(15))
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Non-empty buckets of mixed sizes that do not overlap, oldest first. All arrays have shape (n,)."""
+    """Non-empty buckets of mixed sizes that do not overlap, oldest first. All arrays have shape (n,).
+
+    Each from the second of its first request to that of its last, where that is known: a job that asks once a day is
+    known to the second, however long the buckets have become.
+    """
 
     lo_s: Floats
     hi_s: Floats
     count: Floats
     busy_s: Floats
+    end_s: Floats
+    """When the bucket ended: until then no other request came, or it would be in this event."""
+    blur_s: Floats
+    """How sharply the first and the last request are known: to so many seconds. The whole bucket where they are not."""
 
     def __len__(self) -> int:
         return len(self.lo_s)
@@ -43,12 +51,25 @@ class Events:
     def mid_s(self) -> Floats:
         return (self.lo_s + self.hi_s) / 2
 
+    @property
+    def first_s(self) -> Floats:
+        """When the first request came, as far as is known."""
+        return self.lo_s + self.blur_s / 2
+
+    @property
+    def last_s(self) -> Floats:
+        return self.hi_s - self.blur_s / 2
+
     def between(self, since_s: float, until_s: float) -> Events:
         """Those that lie in [since_s, until_s) altogether."""
         keep = slice(
             int(np.searchsorted(self.lo_s, since_s)), int(np.searchsorted(self.hi_s, until_s, side="right"))
         )
-        return Events(self.lo_s[keep], self.hi_s[keep], self.count[keep], self.busy_s[keep])
+        return self.part(keep)
+
+    def part(self, keep: slice) -> Events:
+        columns = (self.lo_s, self.hi_s, self.count, self.busy_s, self.end_s, self.blur_s)
+        return Events(*(column[keep] for column in columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +133,7 @@ def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
         none = np.zeros(len(level.index), np.float32)
         columns = (level.arrivals.astype(np.float32), none, none, level.busy_s.astype(np.float32))
         span = level.step_s, min(level.start_s, now_s), min(level.end_s, now_s)
-        return Buckets(*span, level.index.astype(np.int64), *columns), 0
+        return Buckets(*span, level.index.astype(np.int64), *columns, *_silent(level)), 0
     arrivals = np.asarray(level.arrivals, np.float64)
     good = np.isfinite(arrivals) & (arrivals >= 0) & (level.index * level.step_s <= now_s)
     dropped = int(len(arrivals) - good.sum())
@@ -123,6 +144,11 @@ def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
     for name, column in (("arrivals", arrivals), ("busy_s", busy)):
         added[name] = np.bincount(where, column[good], len(index)).astype(np.float32)
     tokens = np.zeros(len(index), np.float32)
+    silent = []
+    for column in _silent(level):
+        least = np.full(len(index), np.iinfo(np.uint16).max, np.uint16)
+        np.minimum.at(least, where, column[good])
+        silent.append(least)
     clean = Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, now_s),
@@ -132,8 +158,20 @@ def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
         input_tokens=tokens,
         output_tokens=tokens,
         busy_s=added["busy_s"],
+        lead_s=silent[0],
+        trail_s=silent[1],
     )
     return clean, dropped
+
+
+def _silent(level: Buckets) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """The level's lead_s and trail_s; 0 where they are not known, and where they leave no second for a request."""
+    if level.lead_s is None or level.trail_s is None:
+        none = np.zeros(len(level.index), np.uint16)
+        return none, none
+    known = level.lead_s.astype(np.float64) + level.trail_s < level.step_s
+    lead_s, trail_s = (np.where(known, column, 0) for column in (level.lead_s, level.trail_s))
+    return lead_s.astype(np.uint16), trail_s.astype(np.uint16)
 
 
 def _is_clean(level: Buckets, now_s: float) -> bool:
@@ -152,6 +190,7 @@ def _is_clean(level: Buckets, now_s: float) -> bool:
 
 def _until(level: Buckets, until_s: float) -> Buckets:
     keep = slice(0, int(np.searchsorted((level.index + 1) * level.step_s, until_s, side="right")))
+    lead_s, trail_s = _silent(level)
     return Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, until_s),
@@ -161,29 +200,37 @@ def _until(level: Buckets, until_s: float) -> Buckets:
         input_tokens=level.input_tokens[keep],
         output_tokens=level.output_tokens[keep],
         busy_s=level.busy_s[keep],
+        lead_s=lead_s[keep],
+        trail_s=trail_s[keep],
     )
 
 
 def _splice(levels: list[Buckets], now_s: float) -> Events:
     """Finer buckets from the first edge of the next coarser level that they reach, so that none counts twice."""
-    parts: list[tuple[Floats, Floats, Floats, Floats]] = []
+    parts: list[tuple[Floats, ...]] = []
     upper_s = np.inf
     for i, level in enumerate(levels):
         coarser = levels[i + 1] if i + 1 < len(levels) else None
         lower_s = -np.inf if coarser is None else np.ceil(level.start_s / coarser.step_s) * coarser.step_s
         lo = level.index * level.step_s
         keep = (lo >= lower_s) & (lo < upper_s) & (level.arrivals > 0)
-        lo = lo[keep]
+        lead_s, trail_s = _silent(level)
+        end = lo[keep] + level.step_s
+        lo = lo[keep] + lead_s[keep]
+        known = np.maximum(now_s, lo + 1.0)
+        hi = np.minimum(end - trail_s[keep], known)
         parts.append(
             (
                 lo,
-                np.minimum(lo + level.step_s, np.maximum(now_s, lo + 1.0)),
+                hi,
                 level.arrivals[keep].astype(np.float64),
                 level.busy_s[keep].astype(np.float64),
+                np.minimum(end, known),
+                np.where((lead_s[keep] > 0) | (trail_s[keep] > 0), 1.0, hi - lo),
             )
         )
         upper_s = min(upper_s, lower_s)
-    columns = [np.concatenate([part[c] for part in reversed(parts)] or [np.zeros(0)]) for c in range(4)]
+    columns = [np.concatenate([part[c] for part in reversed(parts)] or [np.zeros(0)]) for c in range(6)]
     return Events(*columns)
 
 
@@ -254,17 +301,18 @@ def recent_of(events: Events, now_s: float) -> Recent | None:
         return None
     times = np.minimum(events.mid_s, now_s)
     return Recent(
-        last_s=float(times[-1]),
-        onsets_s=tuple(float(onsets[-1]) for onsets in onset_times(times)),
+        last_s=min(float(events.last_s[-1]), now_s),
+        onsets_s=tuple(min(float(onsets[-1]), now_s) for onsets in onset_times(events)),
         rates=tuple(float((events.count * np.exp(-(now_s - times) / tau)).sum() / tau) for tau in TAUS_S),
         rates_s=now_s,
     )
 
 
-def onset_times(times_s: Floats) -> Floats:
-    """For each of THETAS_S and each arrival, when the burst began that it belongs to: shape (len(THETAS_S), n)."""
-    gaps = np.diff(times_s, prepend=-np.inf)
-    where = np.arange(len(times_s))
+def onset_times(events: Events) -> Floats:
+    """For each of THETAS_S and each event, when the burst began that it belongs to: shape (len(THETAS_S), n)."""
+    first_s = events.first_s
+    gaps = np.append(-np.inf, first_s[1:] - events.last_s[:-1])[: len(first_s)]
+    where = np.arange(len(first_s))
     began = np.where(gaps[None, :] >= np.asarray(THETAS_S)[:, None], where[None, :], 0)
-    onsets: Floats = times_s[np.maximum.accumulate(began, axis=1)]
+    onsets: Floats = first_s[np.maximum.accumulate(began, axis=1)]
     return onsets

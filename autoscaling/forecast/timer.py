@@ -90,13 +90,13 @@ def rhythm_of(history: History) -> Rhythm | None:
     events = history.events
     if len(events) < 3:
         return None
-    mid = events.mid_s[-2000:]
-    step = (events.hi_s - events.lo_s)[-2000:]
-    onsets = onset_times(mid)
+    events = events.part(slice(-2000, None))
+    first, blur = events.first_s, events.blur_s
+    onsets = onset_times(events)
     found: list[Rhythm] = []
     before = -1
     for theta in range(len(THETAS_S)):
-        beginning = np.flatnonzero(onsets[theta] == mid)
+        beginning = np.flatnonzero(onsets[theta] == first)
         if len(beginning) < 3:
             break
         if len(beginning) == before and found:
@@ -104,7 +104,7 @@ def rhythm_of(history: History) -> Rhythm | None:
             found.append(found[-1])
             continue
         before = len(beginning)
-        rhythm = _beat(theta, mid[beginning], step[beginning])
+        rhythm = _beat(theta, first[beginning], blur[beginning])
         if rhythm is not None:
             found.append(rhythm)
     if not found:

@@ -60,7 +60,8 @@ class Recorder:
         self._model = model
         self._since_s = since_s
         self._new: list[tuple[Floats, Floats]] = []
-        self._levels = [(np.zeros(0, np.int64), np.zeros(0), np.zeros(0)) for _ in LEVELS]
+        none = np.zeros(0, np.int64)
+        self._levels = [(none, np.zeros(0), np.zeros(0), none, none) for _ in LEVELS]
 
     def add(self, times: Floats, busy_s: Floats) -> None:
         """Requests that came, and how long each is worked on."""
@@ -83,8 +84,12 @@ class Recorder:
                     input_tokens=np.zeros(len(index), np.float32),
                     output_tokens=np.zeros(len(index), np.float32),
                     busy_s=busy.astype(np.float32),
+                    lead_s=(first - index * int(step_s)).astype(np.uint16),
+                    trail_s=((index + 1) * int(step_s) - 1 - last).astype(np.uint16),
                 )
-                for (step_s, kept_s), (index, count, busy) in zip(LEVELS, self._levels, strict=True)
+                for (step_s, kept_s), (index, count, busy, first, last) in zip(
+                    LEVELS, self._levels, strict=True
+                )
             ),
         )
 
@@ -94,25 +99,27 @@ class Recorder:
         times = np.concatenate([times for times, _ in self._new])
         worked = np.concatenate([busy for _, busy in self._new])
         self._new = []
+        seconds = np.floor(times).astype(np.int64)
         for at, (step_s, kept_s) in enumerate(LEVELS):
             # In order, as they came.
-            steps = (times // step_s).astype(np.int64)
+            steps = seconds // int(step_s)
             begins = np.empty(len(steps), bool)
             begins[0] = True
             np.not_equal(steps[1:], steps[:-1], out=begins[1:])
             index, where = steps[begins], begins.cumsum() - 1
             count = np.bincount(where, minlength=len(index)).astype(np.float64)
             busy = np.bincount(where, worked, len(index))
-            known, known_count, known_busy = self._levels[at]
-            if len(known) and len(index) and known[-1] == index[0]:
-                count[0] += known_count[-1]
-                busy[0] += known_busy[-1]
-                known, known_count, known_busy = known[:-1], known_count[:-1], known_busy[:-1]
-            first = int(np.searchsorted(known, (now_s - kept_s) // step_s))
-            self._levels[at] = (
-                np.concatenate([known[first:], index]),
-                np.concatenate([known_count[first:], count]),
-                np.concatenate([known_busy[first:], busy]),
+            first, last = seconds[begins], seconds[np.append(begins[1:], True)]
+            known = self._levels[at]
+            kept = slice(int(np.searchsorted(known[0], (now_s - kept_s) // step_s)), None)
+            if len(known[0]) and known[0][-1] == index[0]:
+                count[0] += known[1][-1]
+                busy[0] += known[2][-1]
+                first[0] = known[3][-1]
+                kept = slice(kept.start, -1)
+            new = (index, count, busy, first, last)
+            self._levels[at] = tuple(
+                np.concatenate([old[kept], more]) for old, more in zip(known, new, strict=True)
             )
 
 

@@ -19,9 +19,16 @@ DAY_S = 86400.0
 def buckets(times: Floats, step_s: float, since_s: float, now_s: float, busy_s: float = 2.0) -> Buckets:
     index, where = np.unique((times // step_s).astype(np.int64), return_inverse=True)
     keep = index >= np.floor(since_s / step_s)
+    first, last = (
+        np.floor(times[np.diff(where, prepend=-1) > 0]),
+        np.floor(times[np.diff(where, append=-1) != 0]),
+    )
+    silent = [
+        np.asarray(s[keep], np.uint16) for s in (first - index * step_s, (index + 1) * step_s - 1 - last)
+    ]
     count = np.bincount(where, minlength=len(index)).astype(np.float32)[keep]
     zeros = np.zeros(len(count), np.float32)
-    return Buckets(step_s, since_s, now_s, index[keep], count, zeros, zeros, count * busy_s)
+    return Buckets(step_s, since_s, now_s, index[keep], count, zeros, zeros, count * busy_s, *silent)
 
 
 def traffic(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_traffic import DAY_S, START_S, Floats, traffic
+from made_traffic import DAY_S, START_S, Floats, exact, traffic
 
 from autoscaling.forecast import arrival_choice
 from autoscaling.forecast.book import Book
@@ -16,6 +17,7 @@ from autoscaling.forecast.gap_record import EMPTY, Silence, active, learn, own_h
 from autoscaling.forecast.hazard import BANDS, LEAST_SILENCES, NOTHING, ROUNDS, Expansion, Regression, bands
 from autoscaling.forecast.history import THETAS_S, Recent, arrived, history_of
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
+from autoscaling.traffic import Traffic
 
 
 def sessions(seed: int, days: float = 3.0) -> Floats:
@@ -131,22 +133,25 @@ def test_rates_from_buckets_are_those_of_the_arrivals() -> None:
     assert silences_in(history)[-1].rates == pytest.approx(rates_at(history.events, [len(times) - 2])[0])
 
 
-def fleet(rounds: int, models: int = 12) -> tuple[Prior, list[FittedModel]]:
+def fleet(
+    rounds: int, models: int = 12, known: Callable[[Floats, float], Traffic] = traffic
+) -> tuple[Prior, list[FittedModel]]:
     now_s = START_S + 3 * DAY_S
     prior, found = NO_FLEET, []
     for _ in range(rounds):
         found = [
-            fit_standard(Job(traffic(sessions(seed), now_s), now_s, 60.0, prior)) for seed in range(models)
+            fit_standard(Job(known(sessions(seed), now_s), now_s, 60.0, prior)) for seed in range(models)
         ]
         prior = pooled((each.share for each in found if each is not None), prior)
     return prior, [each for each in found if each is not None]
 
 
-def test_a_fleet_with_enough_silences_learns_how_sessions_end() -> None:
-    prior, _ = fleet(6)
+def session_goes_on(known: Callable[[Floats, float], Traffic]) -> tuple[float, float]:
+    """The chance that a request follows within a minute, after three of a session of eight and after all of them."""
+    prior, _ = fleet(6, known=known)
     assert prior.hazard.silences > LEAST_SILENCES
     now_s = START_S + 3 * DAY_S
-    found = fit_standard(Job(traffic(sessions(99)[:200], now_s), now_s, 60.0, prior))
+    found = fit_standard(Job(known(sessions(99)[:200], now_s), now_s, 60.0, prior))
     assert found is not None
     assert "fleet" in found.scores["next_arrival"]
 
@@ -158,8 +163,14 @@ def test_a_fleet_with_enough_silences_learns_how_sessions_end() -> None:
         assert shown is not None
         return 1 - float(np.interp(60.0, shown.times_s, shown.survival))
 
-    few, many = soon([0, 30, 60]), soon([0, 30, 60, 90, 120, 150, 180, 210])
-    assert few > 0.5 > many
+    return soon([0, 30, 60]), soon([0, 30, 60, 90, 120, 150, 180, 210])
+
+
+def test_a_fleet_with_enough_silences_learns_how_sessions_end() -> None:
+    """And the buckets of days ago teach what the seconds would, though they hide most of the short silences."""
+    few, many = session_goes_on(traffic)
+    assert few > many + 0.15
+    assert (few, many) == pytest.approx(session_goes_on(exact), abs=0.05)
 
 
 def test_a_small_fleet_goes_by_its_own_gaps() -> None:
@@ -203,15 +214,15 @@ def test_a_silence_that_goes_on_counts_before_it_is_over() -> None:
     """Who waits for its end learns of the longest ones too late, and takes models for busier than they are."""
     times = sessions(6)
     now_s = float(times[-1]) + 1
-    fitted = fit_standard(Job(traffic(times, now_s), now_s, 60.0, NO_FLEET))
+    fitted = fit_standard(Job(exact(times, now_s), now_s, 60.0, NO_FLEET))
     assert fitted is not None
     assert fitted.share.hazard is not None
     assert share_at(fitted, None, now_s, NOTHING) is fitted.share
     later_s = now_s + DAY_S
     quiet = share_at(fitted, None, later_s, NOTHING).hazard
     assert quiet is not None
-    # About the same as if it had been fitted then, when the store knows it by coarser steps.
-    whole = fit_standard(Job(traffic(times, later_s), later_s, 60.0, NO_FLEET))
+    # About the same as if it had been fitted then.
+    whole = fit_standard(Job(exact(times, later_s), later_s, 60.0, NO_FLEET))
     assert whole is not None
     assert whole.share.hazard is not None
     assert quiet.until_s == whole.share.hazard.until_s == later_s
@@ -317,3 +328,23 @@ def test_what_can_not_be_chance_counts_whole() -> None:
     assert arrival_choice._sure(noise, even) == 0
     # What is forgotten is no evidence.
     assert arrival_choice._sure(np.full(4, 5.0), np.asarray([1e-9, 1e-9, 1.0, 1.0])) == 0
+
+
+def test_who_was_silent_for_days_is_not_taken_to_come_at_the_time_of_its_last_request() -> None:
+    """Silences are followed for two days. What comes after them goes by the mean of the second, and less and less."""
+    prior, _ = fleet(6)
+    now_s = START_S + 3 * DAY_S
+    found = fit_standard(Job(traffic(sessions(99)[:200], now_s), now_s, 60.0, prior))
+    assert found is not None
+    recent = arrived(None, now_s, 1)
+    assert recent is not None
+
+    def comes(age_s: float, within_s: float) -> float:
+        survival = found.arrivals.log_survival(now_s + age_s, recent, np.asarray([within_s]))
+        return float(-survival[0])
+
+    second_day = comes(DAY_S, DAY_S)
+    hours = [comes(days * DAY_S, 3600.0) for days in (2, 3, 6)]
+    assert hours[0] == pytest.approx(second_day / 24, rel=0.05)
+    assert hours[1] == pytest.approx(hours[0] * 2 / 3, rel=0.05)
+    assert hours[2] == pytest.approx(hours[0] / 3, rel=0.05)

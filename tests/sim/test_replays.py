@@ -301,21 +301,28 @@ def test_a_request_that_nothing_will_answer_ends_the_replay_and_is_told() -> Non
     assert not report.notes
 
 
-def test_a_daily_job_is_awaited_from_its_second_week_on() -> None:
-    """To the second, beside other models that come by chance: it is lit before it comes, and dark for the rest."""
+@pytest.mark.parametrize(
+    ("every_days", "days", "learned_days", "cold"), [(1, 17, 7, 2), (7, 70, 28, 1)], ids=["daily", "weekly"]
+)
+def test_a_regular_job_is_awaited(every_days: int, days: int, learned_days: int, cold: int) -> None:
+    """To the second, beside other models that come by chance: it is lit before it comes, and dark for the rest.
+
+    Its moment lies on the edge of every bucket that history is kept in.
+    """
     random, day_s = np.random.default_rng(1), 86400.0
-    rows = [Row(day_s * day + 32400 + random.uniform(0, 5), "daily", exec_s=2.0) for day in range(17)]
+    when = range(0, days, every_days)
+    rows = [Row(day_s * day + 32400 + random.uniform(-2.5, 2.5), "job", exec_s=2.0) for day in when]
     for number in range(1, 5):
-        gaps_s = number * random.exponential(3600.0, 1000) * np.where(random.random(1000) < 0.7, 1, 0.02)
-        rows += [Row(float(at), f"other-{number}", exec_s=2.0) for at in gaps_s.cumsum() if at < 17 * day_s]
+        gaps_s = number * random.exponential(3600.0, 4000) * np.where(random.random(4000) < 0.7, 1, 0.02)
+        rows += [Row(float(at), f"other-{number}", exec_s=2.0) for at in gaps_s.cumsum() if at < days * day_s]
     rows.sort(key=lambda row: row.time_s)
     profile = Profile(engine=Engine(concurrency=1)).two_states(30.0)
     report = replay(
         rows,
         lambda model: lab.spec(model, policy="predictive", wait_cost=10.0),
-        Setup(profile, measure_from_s=7 * day_s),
+        Setup(profile, measure_from_s=learned_days * day_s),
     )
-    figures = next(each.figures for each in report.models if each.model == "daily")
-    assert figures.requests == 10
-    assert figures.cold_starts <= 4
-    assert figures.gpu_s < 10 * 120
+    figures = next(each.figures for each in report.models if each.model == "job")
+    assert figures.requests == len([day for day in when if day >= learned_days])
+    assert figures.cold_starts <= cold
+    assert figures.gpu_s < figures.requests * 60

@@ -20,6 +20,7 @@ from autoscaling.core.types import State
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.records import TrafficRow
 from autoscaling.live.store import Store, StoreUnavailable
+from autoscaling.live.store.schema import SCHEMA_VERSION
 from deployments.errors import ConfigError
 from tests.store.lab import NOON, FakeClock, Open, decision, second, totals
 from tests.store.postgres import PostgresServer
@@ -90,7 +91,7 @@ def test_a_newer_schema_is_refused_and_not_touched(
         with psycopg.connect(url.replace("+psycopg", "")) as plain:
             plain.execute(change)
             plain.execute("DROP TABLE relight_decisions")
-    with pytest.raises(ConfigError, match=r"version 99.*up to 1"):
+    with pytest.raises(ConfigError, match=rf"version 99.*up to {SCHEMA_VERSION}"):
         Store.open(url, clock=clock)
     if database == "sqlite":
         assert path.read_bytes() == before

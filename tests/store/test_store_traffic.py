@@ -333,3 +333,67 @@ def check(store: Store, rows: Counter[tuple[str, int]], now_s: float) -> None:
                 if name == model and bucket >= now_s // step_s + 1 - kept_s // step_s:
                     expected[int(step_s)][bucket] += arrivals
         assert counts(store, model, now_s) == expected
+        for level in store.traffic(model, now_s).levels:
+            assert level.lead_s is not None
+            assert level.trail_s is not None
+            for i, bucket in enumerate(level.index.tolist()):
+                within = [at for name, at in rows if name == model and at // level.step_s == bucket]
+                assert bucket * level.step_s + level.lead_s[i] == min(within)
+                assert (bucket + 1) * level.step_s - level.trail_s[i] == max(within) + 1
+
+
+def silent(store: Store, model: str, now_s: float) -> list[tuple[list[int], list[int]]]:
+    """(lead_s, trail_s) of every level above a second."""
+    levels = store.traffic(model, now_s).levels[1:]
+    return [(list(level.lead_s), list(level.trail_s)) for level in levels]  # type: ignore[arg-type]
+
+
+def test_a_bucket_tells_the_seconds_of_its_first_and_last_request_and_of_nothing_else(
+    store: Store, open_store: Open, clock: FakeClock
+) -> None:
+    """Those in which something was only in progress say nothing."""
+    rows = [
+        second("m", NOON - 50),
+        second("m", NOON - 40),
+        TrafficRow("m", int(NOON) - 20, 0, 0, 0, 1.0, 0.0),
+    ]
+    store.add_traffic(rows)
+    expected = [([10], [39]), ([250], [39]), ([3550], [39])]
+    assert silent(store, "m", NOON) == expected
+    assert store.flush()
+    assert silent(open_store(), "m", NOON) == expected
+    store.add_traffic([TrafficRow("quiet", int(NOON) - 5, 0, 0, 0, 1.0, 0.0)])
+    assert silent(store, "quiet", NOON) == [([60], [60]), ([300], [300]), ([3600], [3600])]
+
+
+def test_imports_tell_the_seconds_as_far_as_they_know_them(
+    store: Store, open_store: Open, clock: FakeClock
+) -> None:
+    at_s = NOON - 3 * DAY + 90
+    assert store.import_traffic([("s", at_s, 1, 0, 0, 0.0), ("s", at_s + 5, 1, 0, 0, 0.0)], 1) == 2
+    assert store.import_traffic([("min", NOON - 3 * DAY + 60, 9, 0, 0, 0.0)], 60) == 1
+    assert store.import_traffic([("two", NOON - 3 * DAY, 9, 0, 0, 0.0)], 600) == 1
+    for at in (store, open_store()):
+        assert silent(at, "s", NOON)[1:] == [([90], [204]), ([90], [3504])]
+        assert silent(at, "min", NOON)[1:] == [([0], [0]), ([0], [0])]
+        assert silent(at, "two", NOON)[1:] == [([0, 0], [0, 0]), ([0], [0])]
+
+
+def test_a_database_of_an_earlier_relight_is_used_and_its_buckets_tell_no_seconds(
+    store: Store, open_store: Open, url: str, clock: FakeClock
+) -> None:
+    store.add_traffic([second("m", NOON - 3 * DAY + 90)])
+    store.close()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for column in ("lead_s", "trail_s"):
+            connection.execute(text(f"ALTER TABLE relight_traffic DROP COLUMN {column}"))
+        connection.execute(text("UPDATE relight_meta SET value = '1' WHERE key = 'schema_version'"))
+    engine.dispose()
+    again = open_store()
+    assert silent(again, "m", NOON)[1:] == [([0], [0]), ([0], [0])]
+    # What comes to an old bucket tells nothing of what was in it before; a new one is told whole.
+    again.import_traffic([("m", NOON - 3 * DAY + 100, 1, 0, 0, 0.0)], 1)
+    again.add_traffic([second("m", NOON - 10)])
+    assert again.flush()
+    assert silent(open_store(), "m", NOON)[1:] == [([0, 290], [0, 9]), ([0, 3590], [0, 9])]

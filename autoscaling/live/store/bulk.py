@@ -15,9 +15,9 @@ from sqlalchemy import Column, Connection, MetaData, Table, select, text
 from sqlalchemy.schema import DropTable
 
 from autoscaling.live.store import journal
-from autoscaling.live.store.database import insert_into, upsert
+from autoscaling.live.store.database import insert_into, least, upsert
 from autoscaling.live.store.mirror import KEPT_S, STEPS
-from autoscaling.live.store.schema import AMOUNTS, imports, traffic
+from autoscaling.live.store.schema import AMOUNTS, SILENT, imports, traffic
 
 IN_MEMORY = 50_000
 """Buckets that are added up in memory before they go to the temporary table."""
@@ -92,7 +92,10 @@ def merge(connection: Connection, staged: Staged, source: str) -> int:
     connection.execute(
         statement.on_conflict_do_update(
             index_elements=list(traffic.primary_key),
-            set_={name: traffic.c[name] + statement.excluded[name] for name in AMOUNTS},
+            set_={
+                **{name: traffic.c[name] + statement.excluded[name] for name in AMOUNTS},
+                **least(connection, traffic, SILENT),
+            },
         )
     )
     seconds = connection.execute(
@@ -141,15 +144,21 @@ def _add(buckets: dict[tuple[str, int, int], list[float]], row: Row, staged: Sta
             shares = [count * (part + 1) // parts - count * part // parts for count in counts]
             if any(shares) or busy_s:
                 key = (model, step_s, int(time_s // step_s) + part)
-                bucket = buckets.setdefault(key, [0, 0, 0, 0.0, 0.0])
-                for i, share in enumerate((*shares, busy_s / parts)):
-                    bucket[i] += share
+                lead_s = int(time_s % step_s)
+                # A window does not tell in which of its seconds a request came.
+                silent = (lead_s, step_s - lead_s - 1) if staged.bucket_s <= 1 else (0, 0)
+                journal.add_to_bucket(buckets, key, (*shares, busy_s / parts), silent)
 
 
 def _put(connection: Connection, buckets: dict[tuple[str, int, int], list[float]]) -> None:
     rows = [
-        {"model": model, "step_s": step_s, "bucket": bucket, **dict(zip(AMOUNTS, amounts, strict=True))}
-        for (model, step_s, bucket), amounts in buckets.items()
+        {
+            "model": model,
+            "step_s": step_s,
+            "bucket": bucket,
+            **dict(zip(AMOUNTS + SILENT, values, strict=True)),
+        }
+        for (model, step_s, bucket), values in buckets.items()
     ]
     with connection.execution_options(relight_begin="BEGIN").begin():
-        upsert(connection, staging, rows, add=AMOUNTS)
+        upsert(connection, staging, rows, least(connection, staging, SILENT), add=AMOUNTS)

@@ -15,14 +15,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, Table, case, create_engine, event, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import QueuePool
+from sqlalchemy.schema import CreateColumn
 from sqlalchemy.sql import ColumnElement
 
-from autoscaling.live.store.schema import SCHEMA_VERSION, meta, metadata
+from autoscaling.live.store.schema import SCHEMA_VERSION, SILENT, meta, metadata, traffic
 from autoscaling.ports import Clock
 from deployments.errors import ConfigError
 
@@ -81,7 +82,9 @@ class Database:
             if inspect(connection).has_table(meta.name):
                 _refuse_newer(connection.scalar(_VERSION), self.shown_url)
             metadata.create_all(connection)
-            put_missing(connection, meta, {"key": "schema_version", "value": str(SCHEMA_VERSION)})
+            _add_columns(connection, traffic, SILENT)
+            version = {"key": "schema_version", "value": str(SCHEMA_VERSION)}
+            upsert(connection, meta, [version])
         if self.path is not None:
             self._inode = self.path.stat().st_ino
         return said
@@ -276,6 +279,17 @@ def _refuse_newer(found: str | None, where: str) -> None:
         )
 
 
+def _add_columns(connection: Connection, table: Table, names: Sequence[str]) -> None:
+    """Those that a table lacks which an earlier Relight made."""
+    there = {column["name"] for column in inspect(connection).get_columns(table.name)}
+    # Two processes may be at the same.
+    unless = "" if connection.dialect.name == "sqlite" else "IF NOT EXISTS "
+    for name in names:
+        if name not in there:
+            column = CreateColumn(table.c[name]).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {unless}{column}")
+
+
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
     connection.isolation_level = None  # sqlite3 begins no transactions: _begin_sqlite does
     connection.execute("PRAGMA journal_mode=WAL")
@@ -316,6 +330,12 @@ def upsert(
         ),
         list(rows),
     )
+
+
+def least(connection: Connection, table: Table, names: Sequence[str]) -> dict[str, ColumnElement[Any]]:
+    """For `upsert`: of each of these columns the least of what is there and what is new."""
+    new = insert_into(connection, table).excluded
+    return {name: case((new[name] < table.c[name], new[name]), else_=table.c[name]) for name in names}
 
 
 def put_missing(connection: Connection, table: Table, row: Mapping[str, Any]) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from sqlalchemy import Connection, case, delete, func, insert, select, update
 
-from autoscaling.live.store.database import insert_into, upsert
+from autoscaling.live.store.database import insert_into, least, upsert
 from autoscaling.live.store.mirror import KEPT_S, STEPS, Amounts, Entry, LevelArrays, level_arrays
-from autoscaling.live.store.schema import AMOUNTS, journal, series, traffic, writers
+from autoscaling.live.store.schema import AMOUNTS, SILENT, journal, series, traffic, writers
 
 Rows = Mapping[tuple[str, int, int], Amounts]
 """(model, time_s, step_s) -> amounts."""
@@ -92,19 +92,44 @@ def add_to_levels(levels: dict[tuple[str, int, int], list[float]], model: str, e
     time_s, own_step_s, amounts = entry
     for step_s in STEPS[1:]:
         if own_step_s <= step_s:
-            bucket = levels.setdefault((model, step_s, time_s // step_s), [0, 0, 0, 0.0, 0.0])
-            for i, amount in enumerate(amounts):
-                bucket[i] += amount
+            lead_s = time_s % step_s
+            add_to_bucket(
+                levels,
+                (model, step_s, time_s // step_s),
+                amounts,
+                (lead_s, step_s - lead_s - own_step_s),
+            )
+
+
+def add_to_bucket(
+    levels: dict[tuple[str, int, int], list[float]],
+    key: tuple[str, int, int],
+    amounts: Sequence[float],
+    silent: tuple[int, int],
+) -> None:
+    """Adds amounts to a bucket (model, step_s, bucket): a list of AMOUNTS and SILENT."""
+    step_s = key[1]
+    bucket = levels.setdefault(key, [0, 0, 0, 0.0, 0.0, step_s, step_s])
+    for i, amount in enumerate(amounts):
+        bucket[i] += amount
+    if amounts[0]:
+        for i, silent_s in enumerate(silent, len(AMOUNTS)):
+            bucket[i] = min(bucket[i], silent_s)
 
 
 def add_levels(connection: Connection, levels: Mapping[tuple[str, int, int], list[float]]) -> None:
-    """Adds buckets (model, step_s, bucket) to the tables."""
+    """Adds buckets (model, step_s, bucket), each [*AMOUNTS, *SILENT], to the tables."""
     # In one order, so that two processes that do so can't wait for each other's rows.
     rows = [
-        {"model": model, "step_s": step_s, "bucket": bucket, **dict(zip(AMOUNTS, amounts, strict=True))}
-        for (model, step_s, bucket), amounts in sorted(levels.items())
+        {
+            "model": model,
+            "step_s": step_s,
+            "bucket": bucket,
+            **dict(zip(AMOUNTS + SILENT, values, strict=True)),
+        }
+        for (model, step_s, bucket), values in sorted(levels.items())
     ]
-    upsert(connection, traffic, rows, add=AMOUNTS)
+    upsert(connection, traffic, rows, least(connection, traffic, SILENT), add=AMOUNTS)
 
 
 def put_since(connection: Connection, since: Mapping[tuple[str, int], float]) -> None:
@@ -139,7 +164,7 @@ def read_levels(connection: Connection, model: str, now_s: float) -> dict[int, L
     levels = {}
     for step_s in STEPS[1:]:
         rows = connection.execute(
-            select(traffic.c.bucket, *(traffic.c[name] for name in AMOUNTS))
+            select(traffic.c.bucket, *(traffic.c[name] for name in AMOUNTS + SILENT))
             .where(traffic.c.model == model, traffic.c.step_s == step_s)
             .where(traffic.c.bucket >= int((now_s - KEPT_S[step_s]) // step_s))
             .order_by(traffic.c.bucket)

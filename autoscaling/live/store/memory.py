@@ -12,7 +12,7 @@ import numpy as np
 from autoscaling.core.types import State
 from autoscaling.live.records import Override
 from autoscaling.live.store.buffer import Batch
-from autoscaling.live.store.mirror import STEPS, Entry, LevelArrays, Mirror
+from autoscaling.live.store.mirror import STEPS, Amounts, Entry, LevelArrays, Mirror
 
 MAX_PENDING = 200_000
 """Records that may wait while the database is away: 3 minutes of 1,000 busy models by the second, days by the hour."""
@@ -93,7 +93,7 @@ class Memory:
         return Snapshot(levels, since, dict(self.states), self.plan, tuple(self.overrides.values()))
 
 
-def amounts_of(arrays: LevelArrays) -> Iterator[tuple[int, tuple[int, int, int, float, float]]]:
+def amounts_of(arrays: LevelArrays) -> Iterator[tuple[int, Amounts]]:
     """(index, amounts) of each bucket, as Python's numbers."""
     counts = np.rint(arrays.amounts[:3].astype(np.float64)).astype(np.int64)
     for index, arrivals, tokens_in, tokens_out, busy_s, waited_s in zip(

@@ -1,17 +1,18 @@
 """Traffic in memory, as forecasters read it: for each model and level, sorted arrays of the buckets that are not empty.
 
-Arrays are never changed once they are made, so readers share them with the writer. 24 bytes a bucket.
+Arrays are never changed once they are made, so readers share them with the writer. 28 bytes a bucket.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autoscaling.live.store.schema import AMOUNTS
+from autoscaling.live.store.schema import AMOUNTS, SILENT
 from autoscaling.traffic import LEVELS, Buckets, Traffic
 
 STEPS = tuple(int(step_s) for step_s, _ in LEVELS)
@@ -27,48 +28,76 @@ Entry = tuple[int, int, Amounts]
 """(time_s, step_s, amounts): what came in [time_s, time_s + step_s)."""
 
 
+def silent(
+    times_s: NDArray[np.int64], steps_s: NDArray[np.int64] | int, arrivals: NDArray[Any], step_s: int
+) -> NDArray[np.uint16]:
+    """lead_s and trail_s in buckets of `step_s` of what came in [times_s, times_s + steps_s): shape (2, n).
+
+    The whole bucket where no request came. Those of entries that share a bucket are the least of theirs.
+    """
+    lead_s = times_s % step_s
+    both = np.stack([lead_s, step_s - lead_s - steps_s])
+    return np.where(arrivals > 0, both, step_s).astype(np.uint16)
+
+
 @dataclass(frozen=True, slots=True)
 class LevelArrays:
-    """The buckets of one level. `index` has shape (n,) and ascends; `amounts` has shape (5, n), ordered as AMOUNTS."""
+    """The buckets of one level. `index` has shape (n,) and ascends; `amounts` has shape (5, n), ordered as AMOUNTS;
+    `silent` has shape (2, n), ordered as SILENT."""
 
     index: NDArray[np.uint32]
     amounts: NDArray[np.float32]
+    silent: NDArray[np.uint16]
 
     @property
     def nbytes(self) -> int:
-        return self.index.nbytes + self.amounts.nbytes
+        return self.index.nbytes + self.amounts.nbytes + self.silent.nbytes
 
-    def added(self, index: NDArray[np.int64], amounts: NDArray[np.float64], *, first: int = 0) -> LevelArrays:
+    def added(
+        self,
+        index: NDArray[np.int64],
+        amounts: NDArray[np.float64],
+        silent: NDArray[np.uint16],
+        *,
+        first: int = 0,
+    ) -> LevelArrays:
         """With these buckets added, in any order and with repeats; buckets before `first` are left out."""
         order = np.argsort(index, kind="stable")
-        index, amounts = index[order], amounts[:, order]
+        index, amounts, silent = index[order], amounts[:, order], silent[:, order]
         old = int(np.searchsorted(self.index, first))
         # What comes is recent: nearly always only the last bucket is met again, and the rest is appended.
         kept = int(np.searchsorted(self.index, index[0])) if len(index) else len(self.index)
         kept = max(kept, old)
         tail_index = np.concatenate([self.index[kept:].astype(np.int64), index])
         tail = np.concatenate([self.amounts[:, kept:].astype(np.float64), amounts], axis=1)
+        least = np.concatenate([self.silent[:, kept:], silent], axis=1)
         order = np.argsort(tail_index, kind="stable")
-        tail_index, tail = tail_index[order], tail[:, order]
+        tail_index, tail, least = tail_index[order], tail[:, order], least[:, order]
         starts = np.flatnonzero(np.diff(tail_index, prepend=-1))
         if len(starts):
             tail_index, tail = tail_index[starts], np.add.reduceat(tail, starts, axis=1)
+            least = np.minimum.reduceat(least, starts, axis=1)
         recent = tail_index >= first
         return LevelArrays(
             np.concatenate([self.index[old:kept], tail_index[recent].astype(np.uint32)]),
             np.concatenate([self.amounts[:, old:kept], tail[:, recent].astype(np.float32)], axis=1),
+            np.concatenate([self.silent[:, old:kept], least[:, recent]], axis=1),
         )
 
-    def coarser(self, step_s: int, factor: int) -> LevelArrays:
-        """The same in buckets `factor` times as long."""
-        return EMPTY.added(self.index.astype(np.int64) // factor, self.amounts.astype(np.float64))
+    def coarser(self, step_s: int) -> LevelArrays:
+        """Seconds in buckets of `step_s`."""
+        seconds = self.index.astype(np.int64)
+        amounts = self.amounts.astype(np.float64)
+        return EMPTY.added(seconds // step_s, amounts, silent(seconds, 1, amounts[0], step_s))
 
     def between(self, first: int, end: int) -> slice:
         """Where the buckets first <= index < end are."""
         return slice(*(int(i) for i in np.searchsorted(self.index, (first, end))))
 
 
-EMPTY = LevelArrays(np.zeros(0, np.uint32), np.zeros((len(AMOUNTS), 0), np.float32))
+EMPTY = LevelArrays(
+    np.zeros(0, np.uint32), np.zeros((len(AMOUNTS), 0), np.float32), np.zeros((len(SILENT), 0), np.uint16)
+)
 
 
 @dataclass(slots=True)
@@ -99,7 +128,8 @@ class Series:
         for step_s, level in self.levels.items():
             fits = steps <= step_s
             first = max(0, int((now_s - KEPT_S[step_s]) // step_s))
-            self.levels[step_s] = level.added(times[fits] // step_s, amounts[:, fits], first=first)
+            least = silent(times[fits], steps[fits], amounts[0, fits], step_s)
+            self.levels[step_s] = level.added(times[fits] // step_s, amounts[:, fits], least, first=first)
 
     def load(self, levels: Mapping[int, LevelArrays], waiting: Iterable[Entry], now_s: float) -> None:
         """Takes the coarse levels over from the database, and adds what is not in it yet."""
@@ -136,13 +166,14 @@ class Series:
     def arrays(self, step_s: int) -> LevelArrays:
         if step_s in self.levels:
             return self.levels[step_s]
-        return self.levels[1].coarser(step_s, step_s)
+        return self.levels[1].coarser(step_s)
 
     def _buckets(self, step_s: int, now_s: float) -> Buckets:
         first, end = self.window(step_s, now_s)
         arrays = self.arrays(step_s)
         part = arrays.between(first, end)
         arrivals, input_tokens, output_tokens, busy_s, _ = arrays.amounts[:, part]
+        lead_s, trail_s = arrays.silent[:, part]
         return Buckets(
             step_s=float(step_s),
             start_s=float(first * step_s),
@@ -152,6 +183,8 @@ class Series:
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             busy_s=busy_s,
+            lead_s=lead_s,
+            trail_s=trail_s,
         )
 
 
@@ -191,8 +224,13 @@ class Mirror:
 
 
 def level_arrays(rows: Sequence[Sequence[float]]) -> LevelArrays:
-    """From rows (bucket, *amounts) that ascend."""
+    """From rows (bucket, *amounts, *silent) that ascend."""
     if not rows:
         return EMPTY
     table = np.array(rows, np.float64)
-    return LevelArrays(table[:, 0].astype(np.uint32), np.ascontiguousarray(table[:, 1:].T, dtype=np.float32))
+    amounts, least = np.split(table[:, 1:].T, [len(AMOUNTS)])
+    return LevelArrays(
+        table[:, 0].astype(np.uint32),
+        np.ascontiguousarray(amounts, dtype=np.float32),
+        np.ascontiguousarray(least, dtype=np.uint16),
+    )

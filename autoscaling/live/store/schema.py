@@ -12,12 +12,16 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
+    text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by every change of the tables that an older Relight could not read or would damage."""
 
 metadata = MetaData()
+
+SILENT = ("lead_s", "trail_s")
+"""Whole seconds of a bucket before its first request's, and after its last one's. 0 says nothing."""
 
 AMOUNTS = ("arrivals", "input_tokens", "output_tokens", "busy_s", "waited_s")
 """What is counted of traffic; requests, tokens and request-seconds. The order is that of every tuple of amounts."""
@@ -63,6 +67,7 @@ traffic = Table(
     Column("output_tokens", BigInteger, nullable=False),
     Column("busy_s", Double, nullable=False),
     Column("waited_s", Double, nullable=False),
+    *(Column(name, Integer, nullable=False, server_default=text("0")) for name in SILENT),
     sqlite_with_rowid=False,
 )
 """The levels above one second. A bucket covers [bucket * step_s, (bucket + 1) * step_s)."""

@@ -248,10 +248,12 @@ class Writer:
             logs.write_plan(connection, Batch(plan=snapshot.plan))
             for model, levels in snapshot.levels.items():
                 rows = {
-                    (model, step_s, bucket): list(amounts)
+                    (model, step_s, bucket): [*amounts, *silent]
                     for step_s, arrays in levels.items()
                     if step_s > 1
-                    for bucket, amounts in amounts_of(arrays)
+                    for (bucket, amounts), silent in zip(
+                        amounts_of(arrays), arrays.silent.T.tolist(), strict=True
+                    )
                 }
                 journal.add_levels(connection, rows)
             seconds = (

@@ -53,7 +53,7 @@ def exact(trace: Trace, since_s: float, now_s: float) -> Traffic:
     """All of it in the trace's own step: what happened, for judging what was forecast."""
     keep = (trace.time_s >= since_s) & (trace.time_s + trace.step_s <= now_s)
     rows = (trace.time_s[keep], trace.count[keep], trace.busy_s[keep])
-    return Traffic(trace.model, now_s, (_buckets(rows, trace.step_s, since_s, now_s),))
+    return Traffic(trace.model, now_s, (_buckets(rows, trace.step_s, trace.step_s, since_s, now_s),))
 
 
 def traffic(trace: Trace, since_s: float, now_s: float) -> Traffic:
@@ -66,16 +66,22 @@ def traffic(trace: Trace, since_s: float, now_s: float) -> Traffic:
         trace.model,
         now_s,
         tuple(
-            _buckets((times, count, busy), step, max(since_s, now_s - kept), now_s) for step, kept in levels
+            _buckets((times, count, busy), trace.step_s, step, max(since_s, now_s - kept), now_s)
+            for step, kept in levels
         ),
     )
 
 
-def _buckets(rows: tuple[Floats, Floats, Floats], step: float, since_s: float, now_s: float) -> Buckets:
+def _buckets(
+    rows: tuple[Floats, Floats, Floats], trace_step: float, step: float, since_s: float, now_s: float
+) -> Buckets:
+    """In steps of `step`, of rows that each cover `trace_step`."""
     times, count, busy = rows
     keep = times >= np.floor(since_s / step) * step
     index, where = np.unique((times[keep] // step).astype(np.int64), return_inverse=True)
     zeros = np.zeros(len(index), np.float32)
+    known = np.floor(times[keep])
+    first, last = known[np.diff(where, prepend=-1) > 0], known[np.diff(where, append=-1) != 0] + trace_step
     return Buckets(
         step_s=step,
         start_s=since_s,
@@ -85,4 +91,6 @@ def _buckets(rows: tuple[Floats, Floats, Floats], step: float, since_s: float, n
         input_tokens=zeros,
         output_tokens=zeros,
         busy_s=np.bincount(where, busy[keep], len(index)).astype(np.float32),
+        lead_s=(first - index * step).astype(np.uint16),
+        trail_s=((index + 1) * step - last).clip(0).astype(np.uint16),
     )
