@@ -220,7 +220,7 @@ class Scaling(_Config):
     min_replicas: int = Field(default=0, ge=0)
     """Replicas that are always lit; 0 lets the model go dark."""
     max_replicas: int = Field(default=1, ge=1)
-    target_ongoing_requests: float = Field(default=16, gt=0)
+    target_ongoing_requests: float = Field(default=16, ge=0.01)
     """Requests in progress for each replica that scaling aims at."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica takes at once; more wait in the gateway."""

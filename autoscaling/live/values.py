@@ -46,7 +46,7 @@ class PolicyValue(Value):
     keep_alive_s: Annotated[float, Field(ge=0)] | None = None
     min_replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] | None = None
     max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
-    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    target_ongoing_requests: Annotated[float, Field(ge=0.01)] | None = None
     priority: int | None = None
 
     @model_validator(mode="after")
@@ -132,7 +132,7 @@ class ShadowValue(Value):
     keep_alive_s: Annotated[float, Field(ge=0)] | None = None
     min_replicas: Annotated[int, Field(ge=0, le=MAX_REPLICAS)] | None = None
     max_replicas: Annotated[int, Field(ge=1, le=MAX_REPLICAS)] | None = None
-    target_ongoing_requests: Annotated[float, Field(gt=0)] | None = None
+    target_ongoing_requests: Annotated[float, Field(ge=0.01)] | None = None
 
     @model_validator(mode="after")
     def _would_be_a_policy(self) -> Self:

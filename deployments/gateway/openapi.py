@@ -122,7 +122,7 @@ def _errors(kinds: Iterable[type[RelightError]]) -> dict[str, Any]:
         response = responses.setdefault(
             str(kind.status), {"description": _summary(kind), "content": _json(_ref("Error"))}
         )
-        if kind is QueueFull:
+        if kind in {QueueFull, DeadlineExceeded}:
             response["headers"] = _RETRY_AFTER
         elif _summary(kind) not in response["description"]:
             response["description"] += f" Or: {_summary(kind)}"

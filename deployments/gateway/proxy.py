@@ -27,7 +27,7 @@ from deployments.errors import (
     RelightError,
 )
 from deployments.gateway import openai, sse
-from deployments.gateway.admission import Admission
+from deployments.gateway.admission import Admission, retry_after_s
 from deployments.gateway.engines import ColdStart, EngineResponse, Engines, Headers, Lease, Progress
 from deployments.gateway.observe import (
     Clock,
@@ -426,13 +426,17 @@ class Proxy:
         if progress is None:
             return DeadlineExceeded(
                 f"No engine of {model.id!r} had room; held for {held}. "
-                f"The model is {self.engines.state(model.id)}."
+                f"The model is {self.engines.state(model.id)}.",
+                retry_after_s=retry_after_s(progress),
             )
         estimate = "unknown" if progress.estimate_s is None else f"{progress.estimate_s:.1f} s"
+        waits = progress.phase == "gpu_budget"
         return DeadlineExceeded(
             f"{model.id!r} is still being lit: phase {progress.phase}"
             f"{f' ({progress.detail})' if progress.detail else ''}, {progress.elapsed_s:.1f} s so far, "
-            f"estimate {estimate}; held for {held}. It goes on being lit: try again."
+            f"estimate {estimate}; held for {held}. "
+            f"{'It waits no longer' if waits else 'It goes on being lit'}: try again.",
+            retry_after_s=retry_after_s(progress),
         )
 
     async def _open(self, x: _Exchange, model: Model, place: _Place) -> _Answer:

@@ -191,7 +191,7 @@ WRONG: list[tuple[OverrideKind, dict[str, Any], str, str]] = [
     ("policy", {"min_replicas": True}, "min_replicas", "a whole number"),
     ("policy", {"max_replicas": 0}, "max_replicas", "at least 1"),
     ("policy", {"min_replicas": 3, "max_replicas": 2}, "min_replicas", "at most max_replicas (2)"),
-    ("policy", {"target_ongoing_requests": 0.0}, "target_ongoing_requests", "more than 0"),
+    ("policy", {"target_ongoing_requests": 0.0}, "target_ongoing_requests", "at least 0.01"),
     ("policy", {"params": [1]}, "params", "an object"),
     ("prewarm", {"start_s": 5.0}, "end_s", "required"),
     ("prewarm", {"start_s": 5.0, "end_s": 5.0}, "end_s", "after start_s"),

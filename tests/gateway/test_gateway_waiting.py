@@ -163,6 +163,18 @@ async def test_the_start_deadline_says_what_was_waited_for() -> None:
         assert "estimate 4.0 s" in message
         assert answer.headers["x-relight-state"] == "lighting"
         assert int(answer.headers["x-relight-wait-ms"]) > 0
+        assert answer.headers["retry-after"] == "2"
+        assert "It goes on being lit" in message
+        await lab.quiet()
+
+
+async def test_a_model_that_waits_for_the_budget_is_not_said_to_go_on() -> None:
+    """Without requests it is not lit once there is room."""
+    async with make_lab(limits={"start_deadline_s": 0.05}) as lab:
+        lab.model.lighting("gpu_budget", 2.1, None)
+        answer = await lab.chat()
+        assert answer.status_code == 504
+        assert "It waits no longer" in answer.json()["error"]["message"]
         await lab.quiet()
 
 
@@ -171,6 +183,7 @@ async def test_a_full_engine_is_told_from_a_dark_one() -> None:
     async with make_lab(limits={"start_deadline_s": 0.05}) as lab:
         answer = await lab.chat()
         assert "had room" in answer.json()["error"]["message"]
+        assert answer.headers["retry-after"] == "1"
 
 
 async def test_the_clients_own_timeout_counts_if_smaller(lab: Lab) -> None:
