@@ -82,6 +82,7 @@ class Loop:
         self._clamped: dict[str, Decision] = {}
         self._fits: dict[str, float | None] = {}
         self._ask_s: dict[str, float] = {}
+        self._ends_s: dict[str, float] = {}
         self._spread: dict[str, float] = {}
         self._accounts = {prewarm.model: Account(prewarm=prewarm) for prewarm in prewarms}
         self._errors: dict[str, str] = {}
@@ -125,6 +126,13 @@ class Loop:
         for decision in self._made.values():
             next_s = min(next_s, decision.until_s)
         return next_s
+
+    def looks_s(self) -> float:
+        """The earliest end of a forecast within which nothing was to be done: the next may see something.
+
+        It comes for ever, and what is decided then is no news.
+        """
+        return min(self._ends_s.values(), default=math.inf)
 
     def stands_for(self, model: str) -> Stands | None:
         """For which requests in progress a tick would do nothing for a model, until what it decided ends, as long as
@@ -173,6 +181,7 @@ class Loop:
                 # Nothing is concluded from times that lie across the jump; the next tick goes on.
                 self._made[model] = hold(spec, seen, until_s=now_s)
                 self._stands[model] = None
+                self._ends_s[model] = math.inf
                 continue
             forecast = self._news(model, spec, seen, now_s, back=back)
             if forecast is not False:
@@ -205,6 +214,7 @@ class Loop:
             made is not None
             and not back
             and now_s < made.until_s
+            and now_s < self._ends_s[model]
             and _same(self._seen.get(model), observation)
             and ((before := self._specs.get(model)) is spec or before == spec)
             and not (self._errors and f"model {model}" in self._errors)
@@ -227,10 +237,10 @@ class Loop:
         self, model: str, spec: Spec, observation: Observation, forecast: Forecast | bool | None
     ) -> State | None:
         before = self._states.get(model, State())
+        known = forecast if isinstance(forecast, Forecast) else None
+        self._ends_s[model] = math.inf
         try:
-            state, decision = decide(
-                spec, before, observation, forecast if isinstance(forecast, Forecast) else None
-            )
+            state, decision = decide(spec, before, observation, known)
         except Exception as error:  # noqa: BLE001 - whatever one model's policy raises, the others are decided
             self._errors[f"model {model}"] = f"{type(error).__name__}: {error}"
             self._made[model] = hold(spec, observation, until_s=observation.now_s)
@@ -240,6 +250,8 @@ class Loop:
             self._errors.pop(f"model {model}", None)
         # Those of the decision that says the same may be others.
         self._stands[model] = None if decision.loads is None else Stands(*decision.loads, decision.silence_s)
+        if decision.until_s == math.inf and known is not None and known.next_arrival is not None:
+            self._ends_s[model] = known.next_arrival.made_s + known.next_arrival.times_s[-1]
         made = self._made.get(model)
         # The same again is not made anew: neither recorded nor published as news.
         if made is None or not _says(decision, made):
@@ -257,6 +269,7 @@ class Loop:
                 self._states,
                 self._fits,
                 self._ask_s,
+                self._ends_s,
                 self._spread,
                 self._accounts,
             ):

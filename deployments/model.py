@@ -100,6 +100,10 @@ class ModelReplica:
                 self._failure, self._failed_s = error.message, time.time()
                 host.close()
                 return
+            except PermissionError as error:
+                # What a person must change does not change by itself.
+                self._failure, self._failed_s = str(error), time.time()
+                return
             except (ConnectionError, TimeoutError, OSError) as error:
                 # The host was killed while it started our engine: its successor starts another.
                 log.warning("engine host of this node: %s", error)

@@ -50,15 +50,12 @@ def clamp(
             observation = observations.get(model)
             if observation is None or model not in specs:
                 continue
-            last = None if before is None else before.get(model)
-            # What requests raised before they were told of the ceiling is not theirs to keep.
-            held = None if last is None else last.ceiling
-            most = max(1, _present(observation) if held is None else min(held, _present(observation)))
+            most = max(1, _kept(observation, before, model))
             loaded = _needed(specs[model], observation, decision.replicas or 0) > 0
             cut = _cut(decision, most if loaded else 0, Reason.SPEND_LIMIT)
             result[model] = replace(cut, ceiling=most)
     if budget.gpus is not None:
-        left = _fit(budget.gpus, specs, observations, result)
+        left = _fit(budget.gpus, specs, observations, result, before)
         for model, decision in result.items():
             each = devices(specs[model]) if model in specs else 0.0
             if each > 0 and decision.replicas is not None:
@@ -74,6 +71,7 @@ def _fit(
     specs: Mapping[str, Spec],
     observations: Mapping[str, Observation],
     decisions: dict[str, Decision],
+    before: Mapping[str, Decision] | None,
 ) -> float:
     """Of the decisions, what fits; how many GPUs are left over."""
     left = gpus
@@ -92,7 +90,7 @@ def _fit(
         if not decision.replicas or model not in specs:
             continue
         observation = observations.get(model)
-        present = 0 if observation is None else _present(observation)
+        present = 0 if observation is None else _kept(observation, before, model)
         needed = 0 if observation is None else _needed(specs[model], observation, decision.replicas)
         asked = _asked(specs[model], decision)
         priority = specs[model].priority
@@ -127,6 +125,14 @@ def _present(observation: Observation) -> int:
         return int(observation.target)  # type: ignore[arg-type]
     counts = [count for count in (observation.ready, observation.starting) if known(count)]
     return int(math.fsum(counts))  # type: ignore[arg-type]
+
+
+def _kept(observation: Observation, before: Mapping[str, Decision] | None, model: str) -> int:
+    """Of the replicas that are there, those that are the model's to keep: not what requests raised above the ceiling,
+    before those who raise had been told of it."""
+    last = None if before is None else before.get(model)
+    present = _present(observation)
+    return present if last is None or last.ceiling is None else min(last.ceiling, present)
 
 
 def _asked(spec: Spec, decision: Decision) -> int:

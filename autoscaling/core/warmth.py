@@ -61,7 +61,7 @@ class Choice:
     rung: Rung
     """The rung to hold: SERVING if lit."""
     until_s: float
-    """When something else becomes cheapest, if no request comes, or the forecast ends; without one it may be never."""
+    """When something else becomes cheapest, if no request comes; infinite if never within the forecast."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -171,8 +171,8 @@ class _Problem:
         return max(grid[-1], ready_s)
 
     def _unlit(self, r: int, numbers: Mapping[str, float]) -> Choice:
-        # Where the forecast ends, another may see further: a job may come once a week.
-        until_s = self.grid[-1]
+        # Where the forecast ends, another rule goes on; the lowest rung is the end of both.
+        until_s = math.inf if r == 0 else self.grid[-1]
         held = self.solved.held[r]
         for k in range(1, len(self.grid) - 1):
             if held[k] != r:

@@ -262,19 +262,21 @@ def gaps_of(events: Events, weight: Floats, season: Season) -> GapSample:
 def batch_size(history: History, within_s: float = 5.0) -> float:
     """Mean arrivals in the first `within_s` seconds of a burst, at least 1, the latest bursts weighing more.
 
-    From 1-second buckets where there are any. In a longer bucket the burst is taken to begin anywhere and to go on to
-    its end, so that it shows only its mean rate.
+    What comes in an event comes evenly over it. Where its first and last request are not known, the burst is taken to
+    begin anywhere in the bucket and to go on to its end, so that it shows only its mean rate.
     """
     events = _latest(history.events, 1000)
     if not len(events):
         return 1.0
     starts = np.flatnonzero(np.append(True, idle(events)))[-50:]
     total = np.concatenate([[0.0], np.cumsum(events.count)])
-    until = np.searchsorted(events.lo_s, events.lo_s[starts] + within_s)
-    step = events.hi_s[starts] - events.lo_s[starts]
-    coarse = 1 + np.maximum(events.count[starts] - 1, 0) * np.minimum(
-        1.0, within_s / np.maximum(step / 2, 1e-9)
-    )
-    sizes = np.where(step <= within_s, total[until] - total[starts], coarse)
-    weight = 0.5 ** (np.arange(len(starts))[::-1] / 10.0) * np.where(step <= within_s, 1.0, 0.2)
+    span_s = np.maximum(events.hi_s - events.lo_s, 1e-9)
+    others = np.maximum(events.count - 1, 0)
+    until_s = events.lo_s[starts] + within_s
+    last = np.searchsorted(events.lo_s, until_s) - 1
+    of_last = 1 + others[last] * np.minimum(1.0, (until_s - events.lo_s[last]) / span_s[last])
+    blurred = events.blur_s[starts] > within_s
+    mean = 1 + others[starts] * np.minimum(1.0, within_s / (span_s[starts] / 2))
+    sizes = np.where(blurred, mean, total[last] - total[starts] + of_last)
+    weight = 0.5 ** (np.arange(len(starts))[::-1] / 10.0) * np.where(blurred, 0.2, 1.0)
     return max(1.0, float(((weight * sizes).sum() + 1.0) / (weight.sum() + 1.0)))

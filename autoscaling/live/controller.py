@@ -161,7 +161,7 @@ class Controller:
         """One gateway's view, replacing its last.
 
         Returns {"sequence": up to where its counts are kept here, "node_waits": model -> which node it waits for,
-        "no_room": model -> why it may have no replica now}.
+        "no_room": model -> why it may have no replica now, None where that is not known; "no_room_s": for how long}.
         """
         for model, seen in report["models"].items():
             start = seen["last_cold_start"]
@@ -170,9 +170,15 @@ class Controller:
         planner = self._planner
         if planner is None or not self._decides:
             self._metrics.take_report(gateway, report, ())
-            return {"sequence": 0, "node_waits": {}, "no_room": {}}
+            return {"sequence": 0, "node_waits": {}, "no_room": None}
         sequence = await asyncio.to_thread(planner.take_report, gateway, report)
-        return {"sequence": sequence, "node_waits": planner.node_waits(), "no_room": planner.no_room()}
+        no_room, holds_s = planner.no_room()
+        return {
+            "sequence": sequence,
+            "node_waits": planner.node_waits(),
+            "no_room": no_room,
+            "no_room_s": holds_s,
+        }
 
     async def snapshot(self) -> dict[str, Any]:
         """The fleet as `relight status --json` prints it."""
@@ -195,7 +201,7 @@ class Controller:
             {name: view.states for name, view in deployments.items()},
             self._last_starts,
             node_waits=self._planner.node_waits() if self._planner is not None else {},
-            no_room=self._planner.no_room() if self._planner is not None else {},
+            no_room=self._planner.no_room()[0] if self._planner is not None else {},
         )
         return {**status, "controller": self._health()}
 

@@ -158,6 +158,7 @@ class Planner:
         self._known_starts: dict[tuple[str, float], float] = {}  # when told last, monotonic
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
+        self._roomless: set[str] = set()
         self._capacity_at_s = clock.monotonic_s()
         self._last_tick_s: float | None = None
         self._tick_ms = 0.0
@@ -593,13 +594,23 @@ class Planner:
         """Model -> which node it waits for, of those that wait for one."""
         return self._waits.texts()
 
-    def no_room(self) -> Mapping[str, str]:
-        """Model -> why it may have no replica now, of those that the plan leaves none: gateways hold their requests."""
+    def no_room(self) -> tuple[Mapping[str, str], float]:
+        """Model -> why it may have no replica now, of those that the plan leaves none: gateways hold their requests.
+
+        And for how many seconds that holds.
+        """
         plan, budget = self._publisher.plan, self._setup.gpu_budget
-        if budget is None or plan is None or self._clock.now_s() >= plan.expires_s:
-            return {}
+        left_s = 0.0 if plan is None else plan.expires_s - self._clock.now_s()
+        if budget is None or plan is None or left_s <= 0 or self._mode != "active":
+            return {}, 0.0
         why = f"waits for GPUs: others hold those of controller.gpu_budget ({budget:g})"
-        return {model: why for model, entry in plan.entries.items() if entry.ceiling == 0}
+        # Of one of which too little is known to decide there is no news.
+        self._roomless = {
+            model
+            for model, entry in plan.entries.items()
+            if entry.ceiling == 0 or (entry.replicas is None and model in self._roomless)
+        }
+        return dict.fromkeys(sorted(self._roomless), why), left_s
 
     def let_nodes_go(self) -> None:
         """Ask for no nodes ahead any more. Raises what Ray raises."""

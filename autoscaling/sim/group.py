@@ -132,7 +132,7 @@ class Group:
     @property
     def answers(self) -> bool:
         """The same, and something is still to happen within a day."""
-        return self.unanswered and self._next_s() < self._clock.now_s() + PATIENCE_S
+        return self.unanswered and self._due_s() < self._clock.now_s() + PATIENCE_S
 
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""
@@ -184,7 +184,7 @@ class Group:
                 return False
             stands = stands._replace(silence_s=0.0)
         now_s = self._clock.now_s()
-        known_s = self._grid(min(self._loop.next_s(), self._forecasts.next_s(name)))
+        known_s = self._grid(min(self._loop.next_s(), self._loop.looks_s(), self._forecasts.next_s(name)))
         before_s = min(
             until_s,
             known_s,
@@ -241,6 +241,10 @@ class Group:
         self._sampled_s = _next_sample_s(now_s, self._sample_s)
 
     def _next_s(self) -> float:
+        return min(self._due_s(), self._loop.looks_s())
+
+    def _due_s(self) -> float:
+        """When something happens next, but for a look at what the next forecast says."""
         next_s = self._loop.next_s()
         for name, model in self.models.items():
             if model.moved:

@@ -311,7 +311,11 @@ class ServeEngines:
             try:
                 grant = await anext(generator)
             except RequestCancelledError:
-                continue  # withdrawn
+                # Serve says so of a call that was withdrawn, also where its caller was cancelled at that moment.
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError from None
+                continue
             except DeploymentUnavailableError as error:
                 raise EngineStartFailed(f"Serve has given {model} up: {error}") from error
             except (RayActorError, StopAsyncIteration) as error:
@@ -328,6 +332,10 @@ class ServeEngines:
                 continue
             finally:
                 self._asking[model].discard(generator)
+            if generator.cancelled():
+                # Withdrawn when the grant was on its way: the replica has taken it back.
+                self._spawn(_drain(generator))
+                continue
             if "failed" in grant:
                 self._spawn(_drain(generator))
                 self._failures[model] = grant["failed"]
@@ -342,8 +350,10 @@ class ServeEngines:
 
     def withdraw(self, model: str) -> None:
         """See `Known`. Those who ask wait here for room instead."""
-        for generator in [*self._asking[model]]:
-            generator.cancel()
+        for generator in [*self._asking.get(model, ())]:
+            # Serve tells here too of what became of the call.
+            with contextlib.suppress(RayError, RayServeException):
+                generator.cancel()
 
     async def _lease(
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
@@ -508,12 +518,12 @@ class ServeEngines:
             phase = next((p for p in ("fork", "config", "weights", "warm_up") if p not in done), "warm_up")
         elif any(m["model"] == model and m["source"]["state"] == "resolving" for m in self._host_models):
             phase = "download"
-        detail = None
+        elapsed_s = time.time() - since_s
         if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
-            phase = "node"
-        elif phase == "schedule" and (detail := self.reports.no_room.get(model)):
-            phase = "gpu_budget"
-        return Progress(phase, time.time() - since_s, self.starts.estimate_s(model), detail)
+            return Progress("node", elapsed_s, self.starts.estimate_s(model), detail)
+        if phase == "schedule" and (detail := self.reports.no_room.get(model)):
+            return Progress("gpu_budget", elapsed_s, None, detail)
+        return Progress(phase, elapsed_s, self.starts.estimate_s(model))
 
     def _seen_ready(self, model: str) -> bool:
         fingerprint = self._specs[model].fingerprint

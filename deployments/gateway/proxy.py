@@ -430,12 +430,15 @@ class Proxy:
                 retry_after_s=retry_after_s(progress),
             )
         estimate = "unknown" if progress.estimate_s is None else f"{progress.estimate_s:.1f} s"
-        waits = progress.phase == "gpu_budget"
+        if progress.phase == "gpu_budget":
+            return DeadlineExceeded(
+                f"{model.id!r} {progress.detail or 'waits for GPUs'}; held for {held}. Try again.",
+                retry_after_s=retry_after_s(progress),
+            )
         return DeadlineExceeded(
             f"{model.id!r} is still being lit: phase {progress.phase}"
             f"{f' ({progress.detail})' if progress.detail else ''}, {progress.elapsed_s:.1f} s so far, "
-            f"estimate {estimate}; held for {held}. "
-            f"{'It waits no longer' if waits else 'It goes on being lit'}: try again.",
+            f"estimate {estimate}; held for {held}. It goes on being lit: try again.",
             retry_after_s=retry_after_s(progress),
         )
 

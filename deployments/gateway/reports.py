@@ -24,8 +24,6 @@ REPORT_EVERY_S = 1.0
 REPORT_SOONEST_S = 0.1
 """Between two reports, however many requests want to know anew whether their models may be lit."""
 REPORT_AT_LEAST_EVERY_S = 5.0
-NO_ROOM_FOR_S = 10.0
-"""Without a controller that says so again, a model has room after so long: as long as a plan holds."""
 READ_ENGINES_EVERY_S = 5.0
 SEND_TIMEOUT_S = 5.0
 
@@ -66,7 +64,7 @@ class Reports:
         """Model that may have no replica now -> why, as the controller told last."""
         self._told = asyncio.Condition()
         self._ask = asyncio.Event()
-        self._heard_s = -math.inf
+        self._no_room_until_s = -math.inf
         self._held = 0
         """Requests that wait for room."""
         self._sending = asyncio.Lock()
@@ -140,19 +138,25 @@ class Reports:
                     answer = await self._controller.report.remote(self._id, report)
             except (RayError, RayServeException, TimeoutError) as error:
                 self.node_waits = {}
-                if time.monotonic() - self._heard_s > NO_ROOM_FOR_S:
-                    await self._hear_of_room({})
+                await self._hear_of_room(None)
                 log.warning("the controller did not take the report: %r", error)
                 return
-            self._heard_s = time.monotonic()
             self.node_waits = answer.get("node_waits", {})
-            await self._hear_of_room(answer.get("no_room", {}))
+            await self._hear_of_room(answer.get("no_room"), answer.get("no_room_s", 0.0))
             self._traffic.acknowledge(answer["sequence"])
             self._known.starts.told(report["starts"])
             for engine_id in report["engine_counters"]:
                 self._engines.pop(engine_id, None)
 
-    async def _hear_of_room(self, no_room: Mapping[str, str]) -> None:
+    async def _hear_of_room(self, no_room: Mapping[str, str] | None, holds_s: float = 0.0) -> None:
+        """None: there is no news. What was told last then holds as long as the plan that it came from."""
+        now_s = time.monotonic()
+        if no_room is not None:
+            self._no_room_until_s = now_s + holds_s
+        elif now_s < self._no_room_until_s:
+            no_room = self.no_room
+        else:
+            no_room = {}
         async with self._told:
             self.no_room = no_room
             self._told.notify_all()

@@ -169,12 +169,15 @@ async def test_the_start_deadline_says_what_was_waited_for() -> None:
 
 
 async def test_a_model_that_waits_for_the_budget_is_not_said_to_go_on() -> None:
-    """Without requests it is not lit once there is room."""
+    """Nothing is being lit, and nobody can say for how long."""
     async with make_lab(limits={"start_deadline_s": 0.05}) as lab:
         lab.model.lighting("gpu_budget", 2.1, None)
         answer = await lab.chat()
         assert answer.status_code == 504
-        assert "It waits no longer" in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert "waits for GPUs" in message
+        assert "lit" not in message
+        assert answer.headers["retry-after"] == "30"
         await lab.quiet()
 
 

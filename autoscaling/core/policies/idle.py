@@ -115,9 +115,9 @@ def _choice(
     level = Rung.SERVING if ready else seen.rung
     key = _key(forecast, prices, level, since_s, begun_s)
     until_s = memory.get("choice_until_s")
-    # The same question has the same answer until the answer itself says that it ends. So a later forecast of the same
-    # fit, or a grid that begins a second later, changes nothing.
-    if memory.get(_KEY) == key and until_s is not None and seen.now_s < until_s:
+    # The same question has the same answer until the answer itself says that it ends, or the forecast does. So a later
+    # forecast of the same fit, or a grid that begins a second later, changes nothing.
+    if memory.get(_KEY) == key and until_s is not None and seen.now_s < memory.get("choice_holds_s", until_s):
         values |= {name: value for name, value in memory.items() if name.startswith("choice")}
         numbers = {name[len(_NUMBER) :]: value for name, value in memory.items() if name.startswith(_NUMBER)}
         return warmth.Choice(bool(memory["choice_lit"]), Rung(int(memory["choice_rung"])), until_s, numbers)
@@ -130,6 +130,7 @@ def _choice(
         "choice_lit": float(choice.lit),
         "choice_rung": float(choice.rung),
         "choice_until_s": choice.until_s,
+        "choice_holds_s": min(choice.until_s, curve.end_s),
     }
     values |= {_NUMBER + name: value for name, value in choice.numbers.items()}
     return choice
