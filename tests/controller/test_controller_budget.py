@@ -83,21 +83,22 @@ def test_a_model_whose_budget_others_hold_has_no_room_until_they_are_done(tmp_pa
     models = [setup(model, gpus_per_replica=1.0) for model in ("one", "other")]
     world = World(tmp_path, *models, gpu_budget=1.0)
     with world.planner() as planner:
-        assert planner.no_room() == {}
+        assert planner.no_room()[0] == {}
         world.running["model-one"] = serve_view(1)
         world.seen("one", in_flight=1)
         world.tick(planner)
-        assert list(planner.no_room()) == ["other"]
+        assert list(planner.no_room()[0]) == ["other"]
         world.seen("other", queued=1)
         world.tick(planner)
-        assert planner.no_room() == {
+        assert planner.no_room()[0] == {
             "other": "waits for GPUs: others hold those of controller.gpu_budget (1)"
         }
         world.seen("one", in_flight=0)
         world.tick(planner)
-        assert list(planner.no_room()) == ["one"]
+        assert list(planner.no_room()[0]) == ["one"]
+        assert planner.no_room()[1] == pytest.approx(10.0)
         world.clock.go(60)
-        assert planner.no_room() == {}
+        assert planner.no_room()[0] == {}
 
 
 def test_a_budget_that_is_not_set_leaves_room(tmp_path: Path) -> None:
@@ -106,4 +107,27 @@ def test_a_budget_that_is_not_set_leaves_room(tmp_path: Path) -> None:
     with world.planner() as planner:
         world.seen("one", queued=1)
         world.tick(planner)
-        assert planner.no_room() == {}
+        assert planner.no_room()[0] == {}
+
+
+def test_who_holds_requests_goes_on_over_a_restart_until_something_is_known(tmp_path: Path) -> None:
+    """The first decisions of a controller that has not heard of Serve yet are no news."""
+    world = World(
+        tmp_path, *(setup(model, gpus_per_replica=1.0) for model in ("one", "other")), gpu_budget=1.0
+    )
+    with world.planner() as planner:
+        world.running["model-one"] = serve_view(1)
+        world.seen("one", in_flight=1)
+        world.seen("other", queued=1)
+        world.tick(planner)
+        assert list(planner.no_room()[0]) == ["other"]
+    with world.planner() as planner:
+        assert list(planner.no_room()[0]) == ["other"]
+        planner.take_report("g", world.reports["g"])
+        world.clock.go(0.1)
+        planner.tick()
+        assert list(planner.no_room()[0]) == ["other"]
+        world.seen("one", in_flight=0)
+        world.tick(planner)
+        world.tick(planner)
+        assert list(planner.no_room()[0]) == ["one"]

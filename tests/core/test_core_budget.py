@@ -223,3 +223,15 @@ def test_it_is_never_exceeded_nor_more_given_nor_the_order_of_models_of_any_matt
     assert clamp(Budget(gpus=gpus), *fleet(*rows[::-1])) == result
     # Applied to its own result, it has nothing to do.
     assert counts(clamp(Budget(gpus=gpus), specs, observations, result)) == counts(result)
+
+
+def test_what_serve_raised_above_the_ceiling_is_not_the_models_to_keep() -> None:
+    """For a request at its handle Serve starts one replica before it is told: it must not cost who serves its own."""
+    specs, before, decisions = fleet(("a", spec(), seen(queued=0), 0), ("b", spec(), lit(in_flight=4), 1))
+    first = clamp(Budget(gpus=1), specs, before, decisions)
+    assert {name: decision.ceiling for name, decision in first.items()} == {"a": 0, "b": 1}
+    _, after, decisions = fleet(
+        ("a", spec(), seen(starting=1, target=1, queued=1), 1), ("b", spec(), lit(in_flight=4), 1)
+    )
+    assert counts(clamp(Budget(gpus=1), specs, after, decisions, before=first)) == {"a": 0, "b": 1}
+    assert counts(clamp(Budget(gpus=1), specs, after, decisions)) == {"a": 1, "b": 0}

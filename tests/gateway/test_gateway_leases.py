@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -17,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 from ray.exceptions import RayActorError
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, RequestMetadata
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentResponseGenerator
 
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
@@ -55,6 +57,8 @@ class Call:
     def __init__(self, answer: Callable[[str], Any] | None, lease_id: str) -> None:
         self.lease_id = lease_id
         self.was_cancelled = False
+        self.was_cancelled_late = False
+        """When what it yields was on its way: that arrives all the same."""
         self.over = asyncio.Event()
         self.failure: Exception = StopAsyncIteration()  # how it ends
         self.ready = asyncio.Event()
@@ -71,7 +75,7 @@ class Call:
             await self.over.wait()
             raise self.failure
         await self.ready.wait()
-        if self.was_cancelled:
+        if self.was_cancelled and not self.was_cancelled_late:
             raise RequestCancelledError("r1")
         self._told = True
         assert self.answer is not None
@@ -82,7 +86,8 @@ class Call:
 
     def cancel(self) -> None:
         self.was_cancelled = True
-        self.ready.set()
+        if not self.was_cancelled_late:
+            self.ready.set()
 
     def cancelled(self) -> bool:
         return self.was_cancelled
@@ -109,14 +114,15 @@ class Controller:
     """Takes reports, and says which models have no room."""
 
     def __init__(self) -> None:
-        self.no_room: dict[str, str] = {}
+        self.no_room: dict[str, str] | None = {}
+        self.holds_s = 3600.0
         self.failure: Exception | None = None
-        self.report = self
+        self.report = self.snapshot = self
 
     async def _take(self) -> dict[str, Any]:
         if self.failure is not None:
             raise self.failure
-        return {"sequence": 0, "node_waits": {}, "no_room": dict(self.no_room)}
+        return {"sequence": 0, "node_waits": {}, "no_room": self.no_room, "no_room_s": self.holds_s}
 
     def remote(self, *_: Any) -> Any:
         return self._take()
@@ -372,21 +378,96 @@ async def test_who_asks_finds_room_that_came_since_the_last_report(
     task.cancel()
 
 
-async def test_without_a_controller_there_is_room_once_its_last_plan_is_over(
-    reporting: World, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "does not decide"])
+@pytest.mark.parametrize("holds_s", [3600.0, 0.0], ids=["plan holds", "plan is over"])
+async def test_without_news_there_is_room_once_the_last_plan_is_over(
+    reporting: World, holds_s: float, gone: bool
 ) -> None:
-    """One report that is lost means nothing; one that is gone can't forbid for ever."""
+    """A controller that starts, ends or misses a report has not said so; one that is gone can't forbid it for ever."""
     world = reporting
     world.handle.answers = [world.grant()]
-    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    world.controller.no_room, world.controller.holds_s = {"tiny": "others hold the GPUs"}, holds_s
     await world.engines.reports.send()
-    world.controller.failure = RayActorError()
     waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines.progress("tiny") is not None)
+    world.controller.no_room = None
+    world.controller.failure = RayActorError() if gone else None
     for _ in range(3):
         await world.engines.reports.send()
-    assert not world.handle.calls
-    monkeypatch.setattr(reports_module, "NO_ROOM_FOR_S", 0.0)
+    if holds_s:
+        assert not world.handle.calls
+        world.controller.no_room, world.controller.failure = {}, None
     await asyncio.wait_for(waiting, 20)
+
+
+class ServesCall(DeploymentResponseGenerator):
+    """Serve's own; nothing is scripted but what its router finds."""
+
+    def __init__(self, found: concurrent.futures.Future[Any]) -> None:
+        super().__init__(found, RequestMetadata(request_id="r", internal_request_id="i"))
+
+
+@pytest.mark.parametrize("turns", range(-3, 4))
+async def test_who_leaves_while_the_call_is_withdrawn_leaves_nothing(world: World, turns: int) -> None:
+    """However many turns of the loop lie between: Serve says the same of both."""
+    found: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    asked: list[ServesCall] = []
+
+    def remote(_: str) -> ServesCall:
+        asked.append(ServesCall(found))
+        return asked[-1]
+
+    world.handle.remote = remote  # type: ignore[assignment]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines._asking["tiny"])
+    world.engines.reports.no_room = {"tiny": "others hold the GPUs"}
+    first, second = (waiting.cancel, lambda: world.engines.withdraw("tiny"))
+    if turns > 0:
+        first, second = second, first
+    first()
+    for _ in range(abs(turns)):
+        await asyncio.sleep(0)
+    second()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    for _ in range(20):
+        await asyncio.sleep(0)
+    world.engines.reports.no_room = {}
+    await world.engines.reports.send()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert len(asked) == 1
+    assert not world.engines._asking["tiny"]
+    assert not [task for task in world.engines._tasks if "_granted" in repr(task)]
+
+
+async def test_a_grant_that_comes_after_its_call_was_withdrawn_is_not_used(world: World) -> None:
+    """The replica has taken it back: what ran on it would be cut off."""
+    world.handle.answers = [None, world.grant()]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    late = world.handle.calls[0]
+    late.was_cancelled_late = True
+    world.engines.withdraw("tiny")
+    late.answer = world.grant()
+    late.ready.set()
+    assert await served(await asyncio.wait_for(waiting, 20)) == 200
+    assert [message["lease"] for message in world.told if message["op"] == "take"] == [
+        world.handle.calls[1].lease_id
+    ]
+
+
+async def test_a_model_of_another_fleet_and_a_call_that_failed_stop_no_report(world: World) -> None:
+    """In a redeploy an old gateway hears of the new one's models; Serve tells of a failure where it is cancelled."""
+    found: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    world.handle.remote = lambda _: ServesCall(found)  # type: ignore[method-assign]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines._asking["tiny"])
+    found.set_exception(DeploymentUnavailableError(DeploymentID("model-tiny", "default")))
+    world.controller.no_room = {"new-model": "others hold the GPUs", "tiny": "others hold the GPUs"}
+    await world.engines.reports.send()
+    with pytest.raises(EngineStartFailed):
+        await waiting
 
 
 async def test_who_leaves_while_there_is_no_room_leaves_nothing(reporting: World) -> None:
