@@ -247,11 +247,11 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
         sums.clear()
 
     for row in rows:
-        if row.window_s > 0 and (row.window_s > length_s or length_s % row.window_s):
+        at_s = math.floor((row.time_s + NEARLY_S) / length_s) * length_s
+        if row.time_s + row.window_s > at_s + length_s + NEARLY_S:
             raise TraceError(
                 f"--per-window: windows of {row.window_s:g} s don't make up windows of {length_s:g} s"
             )
-        at_s = math.floor((row.time_s + NEARLY_S) / length_s) * length_s
         if at_s != begins_s:
             yield from closed()
             begins_s = at_s

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import os
 import re
@@ -296,6 +298,16 @@ def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
     rows = [row for row in rows if row.model == "a"]
     assert [tuple(row[:4]) for row in rows] == [(NOON - at, "a", 2, 1.0) for at in ago]
     assert {(row.input_tokens, row.exec_s) for row in rows} == {(10, 3.0)}
+
+
+def test_a_stores_history_makes_up_windows(tmp_path: Path) -> None:
+    clock = SystemClock()
+    url, at_s = f"sqlite:///{tmp_path / 'relight.db'}", int(clock.now_s()) // 600 * 600 - 9 * 86400
+    store = Store.open(url, clock=clock)
+    store.add_traffic([second("a", at_s + after_s) for after_s in (20, 30, 400, 700)])
+    store.close()
+    said = says("trace", "convert", url, "-", "--per-window", "10m")
+    assert [row["count"] for row in csv.DictReader(io.StringIO(said))] == ["3", "1"]
 
 
 def test_a_stores_history_stands_still_while_it_is_replayed(tmp_path: Path) -> None:

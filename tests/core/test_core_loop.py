@@ -14,7 +14,7 @@ from autoscaling.core.accounts import Prewarm, Usage, day_of
 from autoscaling.core.budget import Budget
 from autoscaling.core.types import Decision, Forecast, Observation, Reason, Spec, State, Window
 from autoscaling.loop import Loop
-from tests.core.lab import T0, lit, poisson, seen, spec
+from tests.core.lab import T0, TWO, lit, poisson, seen, spec, timer
 
 
 @dataclass
@@ -193,6 +193,29 @@ def test_a_forecast_counts_when_it_was_fitted_anew_and_not_when_it_was_only_aske
     for i in range(40, 60):
         loop.tick(T0 + i)
     assert decided == ["a"]
+    assert loop.decisions["a"].reason is Reason.PREWARM
+
+
+def test_a_dark_model_is_looked_at_again_where_its_forecast_ends_and_that_is_no_news() -> None:
+    """A job that comes once a week lies beyond it. Until it is seen coming, fits change nothing that is told."""
+    there = world(a=seen(T0, rungs=TWO))
+    there.specs_now = {"a": spec(model="a", park=False)}
+    loop = there.loop(jump_s=math.inf)
+    for hour in range(6):
+        now_s = T0 + 3600.0 * hour
+        there.foreseen["a"] = replace(poisson(1e-9, now_s), fitted_s=now_s)
+        loop.tick(now_s)
+    assert [len(decisions) for decisions, _ in there.recorded] == [1, 0, 0, 0, 0, 0]
+    assert loop.next_s() == math.inf
+    assert loop.looks_s() == now_s + 7200.0
+    # The same fit, which sees it by now.
+    there.foreseen["a"] = replace(timer(loop.looks_s() + 60.0, loop.looks_s()), fitted_s=now_s)
+    loop.tick(loop.looks_s() - 1)
+    assert loop.decisions["a"].reason is Reason.DARK
+    ends_s = loop.looks_s()
+    loop.tick(ends_s)
+    assert loop.decisions["a"].until_s < ends_s + 60.0
+    loop.tick(loop.next_s())
     assert loop.decisions["a"].reason is Reason.PREWARM
 
 

@@ -9,7 +9,7 @@ import pytest
 from made_traffic import DAY_S, START_S, bursts, daily, exact, fit, fitted, poisson, quantile_s, traffic
 
 from autoscaling.forecast import arrival_choice
-from autoscaling.forecast.arrivals import HORIZON_S
+from autoscaling.forecast.arrivals import HORIZON_S, batch_size
 from autoscaling.forecast.fit import Job, fit_standard
 from autoscaling.forecast.history import Floats, history_of
 from autoscaling.forecast.prior import NO_FLEET, pooled
@@ -213,3 +213,14 @@ def test_the_same_history_gives_the_same_forecast() -> None:
     one, two = fit_standard(job), fit_standard(job)
     assert one is not None and two is not None
     assert one.forecast(now_s) == two.forecast(now_s)
+
+
+@pytest.mark.parametrize("begins_s", [-1.5, 30.0, 1800.0], ids=["at an edge", "early", "late"])
+def test_old_bursts_are_as_large_as_they_were(begins_s: float) -> None:
+    """40 requests 1.2 s apart, once a day, known by the hour and by five minutes: five of them come in five seconds."""
+    days = START_S + DAY_S * np.arange(1, 20)
+    times = np.concatenate([day + begins_s + np.arange(40) * 1.2 for day in days])
+    now_s = float(times[-1]) + 3 * DAY_S
+    history = history_of(traffic(times, now_s), now_s)
+    assert len(history.events) < 60
+    assert batch_size(history) == pytest.approx(batch_size(history_of(exact(times, now_s), now_s)), rel=0.4)

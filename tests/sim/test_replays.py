@@ -326,3 +326,21 @@ def test_a_regular_job_is_awaited(every_days: int, days: int, learned_days: int,
     assert figures.requests == len([day for day in when if day >= learned_days])
     assert figures.cold_starts <= cold
     assert figures.gpu_s < figures.requests * 60
+
+
+def test_looks_at_forecasts_keep_no_replay_alive() -> None:
+    """A request that nothing will ever answer is given up, though dark models beside it are looked at for ever."""
+    rows = [
+        Row(float(at_s + 8 * 3600 * number), f"m{number}", exec_s=2.0)
+        for number in range(6)
+        for at_s in np.random.default_rng(number).exponential(3600.0, 12).cumsum()
+    ]
+    rows = sorted([*rows, Row(2 * 86400.0, "large", exec_s=2.0)], key=lambda row: row.time_s)
+    profile = replace(Profile(engine=Engine(concurrency=1)).two_states(30.0), gpus=8.0, deadline_s=math.inf)
+    gpus = {row.model: 16.0 if row.model == "large" else 1.0 for row in rows}
+    specs = {
+        model: lab.spec(model, policy="predictive", gpus_per_replica=each) for model, each in gpus.items()
+    }
+    report = replay(rows, specs, Setup(profile))
+    assert report.until_s - report.measured_from_s < 10 * 86400.0
+    assert any("never answered" in note and "large" in note for note in report.notes)

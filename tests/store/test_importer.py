@@ -88,6 +88,17 @@ def test_a_trace_of_windows_leaves_finer_levels_unknown(tmp_path: Path, store: S
     assert list(counts(store, "a", NOON)[300].values())[:4] == [0, 1, 1, 1]
 
 
+def test_windows_that_differ_are_not_spread_beyond_themselves(tmp_path: Path, store: Store) -> None:
+    """As a store's own history has them, from a bucket's first request to its last."""
+    start_s = NOON - 6 * DAY
+    lines = (f"{(start_s + at_s) / 60!r},a,1,{window_s}" for at_s, window_s in ((20, 71), (4 * DAY + 30, 1)))
+    path = file(tmp_path, "minute,model,count,window_s", *lines, name="history.csv")
+    assert import_file(store, path, Options(), NOON).bucket_s == 300
+    found = counts(store, "a", NOON)
+    assert found[300] == {start_s // 300: 1, (start_s + 4 * DAY) // 300: 1}
+    assert found[60] == {}
+
+
 @pytest.mark.parametrize(
     ("align", "last_s"),
     [("end", NOON), ("day", NOON - 43200 - 3600 * 10), ("week", None), ("auto", None)],

@@ -379,6 +379,20 @@ def test_imports_tell_the_seconds_as_far_as_they_know_them(
         assert silent(at, "two", NOON)[1:] == [([0, 0], [0, 0]), ([0], [0])]
 
 
+def test_what_waited_until_it_was_minutes_tells_no_seconds(
+    url: str, open_store: Open, clock: FakeClock
+) -> None:
+    """A database that was away for long."""
+    store = Store.open(url, clock=clock, max_pending=4)
+    store.add_traffic([second("m", NOON - 3000 + 7 * at) for at in range(40)])
+    batch = store._memory.buffer
+    assert {step_s for _, _, step_s in batch.traffic} == {300}
+    store.flush()
+    for lead_s, trail_s in silent(open_store(), "m", NOON)[1:]:
+        assert set(lead_s) | set(trail_s) <= {0}
+    store.close()
+
+
 def test_a_database_of_an_earlier_relight_is_used_and_its_buckets_tell_no_seconds(
     store: Store, open_store: Open, url: str, clock: FakeClock
 ) -> None:

@@ -159,6 +159,9 @@ class Import:
             report.has_durations |= arrival.duration_s is not None
         if source.window_s:
             report.bucket_s = source.window_s
+            if source.windows_differ:
+                # As those of a store's own history, which lie within its buckets: none is spread over several.
+                report.bucket_s = next((s for s, _ in LEVELS if s >= source.window_s), source.window_s)
             report.last_s = last_start_s + source.window_s
         report.lines, report.broken, report.broken_shown = source.lines, broken.count, broken.shown
         if report.broken > MOST_BROKEN * report.lines:

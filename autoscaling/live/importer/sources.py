@@ -34,6 +34,7 @@ class Log:
     """An access log or JSON lines."""
 
     window_s = 0.0
+    windows_differ = False
 
     def __init__(self, path: Path, format: Format) -> None:
         self.kind = format.kind
@@ -69,6 +70,7 @@ class Traced:
         self.lines = 0
         self.window_s = 0.0
         """The longest window that was met; 0: its rows are single requests."""
+        self.windows_differ = False
         self._trace = trace
 
     def arrivals(self, stage: str, report: ReportProgress | None, broken: Broken) -> Iterator[Arrival]:
@@ -92,6 +94,7 @@ class Traced:
             if row is None:
                 break
             self.lines += 1
+            self.windows_differ |= self.lines > 1 and row.window_s != self.window_s
             self.window_s = max(self.window_s, row.window_s)
             if report is not None and self.lines % _EVERY == 0:
                 report(Progress(stage, 0, 0, self.lines))

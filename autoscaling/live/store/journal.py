@@ -93,12 +93,8 @@ def add_to_levels(levels: dict[tuple[str, int, int], list[float]], model: str, e
     for step_s in STEPS[1:]:
         if own_step_s <= step_s:
             lead_s = time_s % step_s
-            add_to_bucket(
-                levels,
-                (model, step_s, time_s // step_s),
-                amounts,
-                (lead_s, step_s - lead_s - own_step_s),
-            )
+            silent = (lead_s, step_s - lead_s - 1) if own_step_s == 1 else (0, 0)
+            add_to_bucket(levels, (model, step_s, time_s // step_s), amounts, silent)
 
 
 def add_to_bucket(

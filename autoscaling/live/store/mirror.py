@@ -33,10 +33,11 @@ def silent(
 ) -> NDArray[np.uint16]:
     """lead_s and trail_s in buckets of `step_s` of what came in [times_s, times_s + steps_s): shape (2, n).
 
-    The whole bucket where no request came. Those of entries that share a bucket are the least of theirs.
+    The whole bucket where no request came; 0 of what is longer than a second, in which of them it came being unknown.
+    Those of entries that share a bucket are the least of theirs.
     """
     lead_s = times_s % step_s
-    both = np.stack([lead_s, step_s - lead_s - steps_s])
+    both = np.where(np.asarray(steps_s) == 1, np.stack([lead_s, step_s - lead_s - 1]), 0)
     return np.where(arrivals > 0, both, step_s).astype(np.uint16)
 
 

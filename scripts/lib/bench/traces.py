@@ -91,6 +91,7 @@ def _buckets(
         input_tokens=zeros,
         output_tokens=zeros,
         busy_s=np.bincount(where, busy[keep], len(index)).astype(np.float32),
-        lead_s=(first - index * step).astype(np.uint16),
-        trail_s=((index + 1) * step - last).clip(0).astype(np.uint16),
+        # Windows don't tell in which of their seconds a request came.
+        lead_s=(first - index * step).astype(np.uint16) if trace_step == 1.0 else None,
+        trail_s=((index + 1) * step - last).astype(np.uint16) if trace_step == 1.0 else None,
     )
