@@ -151,7 +151,7 @@ class StoredSource:
     """All traffic that a store knows, as windows: of a second in its last hour, longer ones before.
 
     As it is when this is made: what comes meanwhile would be another trace to the next policy that is replayed on it.
-    A SQLite file is read in a copy, since a store repairs, prunes and completes what it opens.
+    It is read in a copy, since a store repairs, prunes and completes what it opens.
     """
 
     url: str
@@ -189,25 +189,25 @@ class StoredSource:
 
     @contextmanager
     def _opened(self) -> Iterator[Store]:
+        from sqlalchemy.exc import SQLAlchemyError
+
         from autoscaling.live.store import Store
-        from autoscaling.live.store.database import copied, parse_url
+        from autoscaling.live.store.database import copied, copied_history, parse_url
 
         _, path = parse_url(self.url)
+        # SQLite would make a new one.
+        if path is not None and not path.is_file():
+            raise TraceError(f"{self.name}: there is no such file")
         with ExitStack() as stack:
-            url = self.url
-            if path is not None:
-                # SQLite would make a new one.
-                if not path.is_file():
-                    raise TraceError(f"{self.name}: there is no such file")
-                copy = Path(stack.enter_context(TemporaryDirectory(prefix="relight-"))) / "store.db"
-                try:
-                    whole = copied(path, copy)
-                except (sqlite3.Error, OSError) as error:
-                    raise TraceError(f"{self.name}: can't be read: {error}") from None
-                if not whole:
-                    raise TraceError(f"{self.name}: it is no store of Relight's")
-                url = f"sqlite:///{copy}"
-            store = Store.open(url, clock=self.clock)
+            copy = Path(stack.enter_context(TemporaryDirectory(prefix="relight-"))) / "store.db"
+            try:
+                whole = copied(path, copy) if path is not None else copied_history(self.url, copy, self.clock)
+            except (sqlite3.Error, SQLAlchemyError, OSError) as error:
+                said = " ".join(str(getattr(error, "orig", None) or error).split())
+                raise TraceError(f"{self.name}: can't be read: {said}") from None
+            if not whole:
+                raise TraceError(f"{self.name}: it is no store of Relight's")
+            store = Store.open(f"sqlite:///{copy}", clock=self.clock)
             stack.callback(store.close)
             yield store
 

@@ -39,19 +39,27 @@ class _Http(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
+        left: bytes | None = data
+        while left is not None:
+            left = self._read(left)
+
+    def _read(self, data: bytes) -> bytes | None:
+        """What is to be read next of it, None if that was all."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
         except httptools.HttpParserUpgrade as upgrade:
             if self._wished:
-                self._read_again(data[upgrade.args[0] :])
+                return self._again(data[upgrade.args[0] :])
+        return None
 
     @property
     def _wished(self) -> bool:
         return any(name == b"upgrade" for name, _ in self.headers)
 
-    def _read_again(self, rest: bytes) -> None:
+    def _again(self, rest: bytes) -> bytes:
+        """The request whose head was read, without its wish, and what follows it."""
         version = self.parser.get_http_version().encode("ascii")
         head = [self.parser.get_method(), b" ", self.url, b" HTTP/", version, b"\r\n"]
         for name, value in self.headers:
@@ -63,7 +71,7 @@ class _Http(HttpToolsProtocol):
                 head += [name, b": ", kept, b"\r\n"]
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
-        self.data_received(b"".join([*head, b"\r\n", rest]))
+        return b"".join([*head, b"\r\n", rest])
 
     def on_headers_complete(self) -> None:
         if not (self.parser.should_upgrade() and self._wished):

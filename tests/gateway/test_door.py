@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,24 @@ async def test_a_wish_for_another_protocol_is_ignored(
     assert answers[0][:3] == ["POST", "/v1", "hello"]
     assert "upgrade" not in answers[0][3] and "http2-settings" not in answers[0][3]
     assert answers[1][:3] == ["GET", "/rt", ""]
+    writer.close()
+    await door.close()
+    held.close()
+
+
+async def test_any_number_of_such_wishes_may_come_at_once(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """In one packet: each is read for itself, not within the one before."""
+    address = free_address()
+    door = Door(echo, address, tmp_path, drain_s=1)
+    held = await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address)
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    many = sys.getrecursionlimit()
+    writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n" * many)
+    for _ in range(many):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0]))
     writer.close()
     await door.close()
     held.close()

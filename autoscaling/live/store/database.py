@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Table, case, create_engine, event, inspect, select
+from sqlalchemy import Connection, Engine, Table, case, create_engine, event, insert, inspect, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
@@ -23,7 +23,17 @@ from sqlalchemy.pool import QueuePool
 from sqlalchemy.schema import CreateColumn
 from sqlalchemy.sql import ColumnElement
 
-from autoscaling.live.store.schema import SCHEMA_VERSION, SILENT, meta, metadata, traffic
+from autoscaling.live.store.schema import (
+    SCHEMA_VERSION,
+    SILENT,
+    cold_starts,
+    journal,
+    meta,
+    metadata,
+    series,
+    traffic,
+    writers,
+)
 from autoscaling.ports import Clock
 from deployments.errors import ConfigError
 
@@ -33,6 +43,7 @@ LOCK_WAIT_S = 2.0
 """How long a statement waits for another process that writes."""
 CONNECT_WAIT_S = 3
 STATEMENT_LIMIT_S = 20
+COPIED_AT_ONCE = 10_000
 CHECKED_BYTES = 256 << 20
 """A SQLite file up to this size is read through when it is opened, to find damage; larger ones show it in use."""
 
@@ -237,6 +248,33 @@ def copied(path: Path, to: Path) -> bool:
         if not _holds_store(connection):
             return False
         connection.backup(copy)
+    return True
+
+
+def copied_history(url: str, to: Path, clock: Clock) -> bool:
+    """Copies traffic and cold starts of a store, as they are now, to a new SQLite file, without changing the store.
+
+    False, and there is nothing to use in the file, if the database holds none. Raises SQLAlchemyError if it can't be
+    read, NewerSchema if it is newer.
+    """
+    source, copy = Database(url, clock), Database(f"sqlite:///{to}", clock)
+    try:
+        with source.read() as connection:
+            found = inspect(connection)
+            if not found.has_table(meta.name):
+                return False
+            _refuse_newer(connection.scalar(_VERSION), source.shown_url)
+            copy.prepare()
+            with copy.write() as writing:
+                for table in (writers, journal, traffic, series, cold_starts):
+                    there = {column["name"] for column in found.get_columns(table.name)}
+                    asked = select(*(column for column in table.c if column.name in there))
+                    rows = connection.execute(asked.execution_options(yield_per=COPIED_AT_ONCE))
+                    for some in rows.mappings().partitions():
+                        writing.execute(insert(table), [dict(row) for row in some])
+    finally:
+        source.dispose()
+        copy.dispose()
     return True
 
 
