@@ -236,7 +236,19 @@ def _windows(traffic: Traffic) -> Iterator[Row]:
                 each_in = round(float(level.input_tokens[i]) / count)
                 each_out = round(float(level.output_tokens[i]) / count)
                 within_s = level.step_s - lead_s[i] - trail_s[i]
-                yield Row(at + lead_s[i], traffic.model, count, within_s, each_in, each_out, exec_s)
+                for from_s, part, window_s in _spread(at + lead_s[i], count, within_s, level.step_s):
+                    yield Row(from_s, traffic.model, part, window_s, each_in, each_out, exec_s)
+
+
+def _spread(from_s: float, count: int, within_s: float, step_s: float) -> Iterator[tuple[float, int, float]]:
+    """(begin, requests, length) of the windows of a bucket's requests: its first and its last second, and between."""
+    if count == 1 or within_s == step_s or within_s <= 2.0:
+        yield from_s, count, within_s
+        return
+    yield from_s, 1, 1.0
+    if count > 2:
+        yield from_s + 1.0, count - 2, within_s - 2.0
+    yield from_s + within_s - 1.0, 1, 1.0
 
 
 def _silent_s(known: NDArray[np.uint16] | None, level: Buckets) -> list[int]:

@@ -283,7 +283,7 @@ def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
     # Recent, of some hours, and of some weeks ago, which is kept in ever longer buckets.
     ago = (3_000_000, 700_000, 40_000, 100)
     store.add_traffic([second("a", NOON - at, 2, input_tokens=20, busy_s=6.0) for at in ago])
-    store.add_traffic([second("b", NOON - at) for at in (700_000, 699_990)])
+    store.add_traffic([second("b", NOON - at) for at in (700_000, 699_995, 699_990)])
     for i, took_s in enumerate((40.0, 44.0)):
         store.add_cold_start(
             ColdStartRow("a", f"engine-{i}", NOON - 50, NOON - 50 - took_s, took_s, "forked")
@@ -293,8 +293,12 @@ def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
     assert source.starts() == {Rung.TEMPLATE: [40.0, 44.0]}
     rows = list(source.rows())
     assert [row.time_s for row in rows] == sorted(row.time_s for row in rows)
-    # A bucket's requests come from the second of its first to that of its last.
-    assert [tuple(row[:4]) for row in rows if row.model == "b"] == [(NOON - 700_000, "b", 2, 11.0)]
+    # A bucket's first and last request come in their seconds, the others between.
+    assert [tuple(row[:4]) for row in rows if row.model == "b"] == [
+        (NOON - 700_000, "b", 1, 1.0),
+        (NOON - 699_999, "b", 1, 9.0),
+        (NOON - 699_990, "b", 1, 1.0),
+    ]
     rows = [row for row in rows if row.model == "a"]
     assert [tuple(row[:4]) for row in rows] == [(NOON - at, "a", 2, 1.0) for at in ago]
     assert {(row.input_tokens, row.exec_s) for row in rows} == {(10, 3.0)}

@@ -44,7 +44,9 @@ def test_it_tells_all_and_is_not_changed(store: Store, url: str, clock: FakeCloc
     before = contents(url)
     source = StoredSource(url, clock)
     assert [tuple(row[:4]) for row in source.rows()] == [
-        (NOON - 3 * DAY + 90, "m", 3, 10.0),
+        (NOON - 3 * DAY + 90, "m", 1, 1.0),
+        (NOON - 3 * DAY + 91, "m", 1, 8.0),
+        (NOON - 3 * DAY + 99, "m", 1, 1.0),
         (NOON - 60, "m", 4, 1.0),
     ]
     assert source.starts() == {Rung.TEMPLATE: [12.0]}
