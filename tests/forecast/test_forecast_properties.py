@@ -218,6 +218,40 @@ def test_no_arrival_counts_twice_where_levels_overlap() -> None:
     assert (history.events.lo_s[1:] >= history.events.hi_s[:-1]).all()
 
 
+def test_old_events_begin_and_end_in_the_seconds_of_their_requests() -> None:
+    """However long their buckets have become; and no request came from there until the bucket ended."""
+    times = np.floor(poisson(0.002, 40))
+    now_s = START_S + 40 * DAY_S
+    events = history_of(traffic(times, now_s), now_s).events
+    assert (np.isin(events.lo_s, times) & np.isin(events.hi_s - 1, times)).all()
+    within = [
+        ((times >= lo) & (times < end)).sum() for lo, end in zip(events.lo_s, events.end_s, strict=True)
+    ]
+    assert within == events.count.tolist()
+    assert [
+        ((times >= hi) & (times < end)).sum() for hi, end in zip(events.hi_s, events.end_s, strict=True)
+    ] == [0] * len(events)
+    assert (events.blur_s <= 1).mean() > 0.95
+
+
+def test_a_bucket_that_comes_twice_is_as_long_as_both_and_what_cannot_be_says_nothing() -> None:
+    at = START_S // 300
+    level = Buckets(
+        300.0,
+        START_S,
+        START_S + 3600,
+        np.asarray([at, at, at + 1, at + 2], np.int64),
+        *(np.ones(4, np.float32) for _ in range(4)),
+        lead_s=np.asarray([100, 40, 200, 7], np.uint16),
+        trail_s=np.asarray([60, 200, 100, 292], np.uint16),
+    )
+    events = history_of(Traffic("m", START_S + 3600, (level,)), START_S + 3600).events
+    spans = list(zip((events.lo_s - START_S).tolist(), (events.hi_s - START_S).tolist(), strict=True))
+    assert spans == [(40, 240), (300, 600), (607, 608)]
+    assert events.blur_s.tolist() == [1, 300, 1]
+    assert (events.end_s - START_S).tolist() == [300, 600, 900]
+
+
 def test_a_time_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="now_s is nan"):
         history_of(traffic([START_S], START_S + 1), float("nan"))
