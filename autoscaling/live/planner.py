@@ -158,7 +158,7 @@ class Planner:
         self._known_starts: dict[tuple[str, float], float] = {}  # when told last, monotonic
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
-        self._roomless: set[str] = set()
+        self._roomless: frozenset[str] = frozenset()
         self._capacity_at_s = clock.monotonic_s()
         self._last_tick_s: float | None = None
         self._tick_ms = 0.0
@@ -280,6 +280,7 @@ class Planner:
             self._errors["plan"] = plan.message
         elif plan is not None and plan.made_s <= self._clock.now_s():
             self._publisher.plan = plan
+            self._look_for_room(plan)
             if self._clock.now_s() < plan.expires_s:
                 try:
                     self._publish(plan)
@@ -504,6 +505,15 @@ class Planner:
         # Into the store first: what policies act on must be what a successor goes on from.
         self.store.put_plan(to_json(plan))
         self._publish(plan)
+        self._look_for_room(plan)
+
+    def _look_for_room(self, plan: Plan) -> None:
+        """Note which models it leaves no replica. Of one of which too little is known to decide there is no news."""
+        self._roomless = frozenset(
+            model
+            for model, entry in plan.entries.items()
+            if entry.ceiling == 0 or (entry.replicas is None and model in self._roomless)
+        )
 
     def record(
         self,
@@ -604,12 +614,6 @@ class Planner:
         if budget is None or plan is None or left_s <= 0 or self._mode != "active":
             return {}, 0.0
         why = f"waits for GPUs: others hold those of controller.gpu_budget ({budget:g})"
-        # Of one of which too little is known to decide there is no news.
-        self._roomless = {
-            model
-            for model, entry in plan.entries.items()
-            if entry.ceiling == 0 or (entry.replicas is None and model in self._roomless)
-        }
         return dict.fromkeys(sorted(self._roomless), why), left_s
 
     def let_nodes_go(self) -> None:
