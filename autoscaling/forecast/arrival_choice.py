@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import stdtrit  # type: ignore[import-untyped]
 
-from autoscaling.forecast.arrivals import ArrivalFitted, Poisson, Renewal, idle, silent_from
+from autoscaling.forecast.arrivals import ArrivalFitted, Poisson, Renewal, silent_from
 from autoscaling.forecast.base import Forecaster, NotApplicable
 from autoscaling.forecast.calibration import Calibrated, learn
 from autoscaling.forecast.fleet import FittedFleet, Fleet
@@ -106,7 +106,10 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
     within a minute would punish those forecasters that are precise.
     """
     events = history.events
-    where = np.flatnonzero(idle(events))[-most:]
+    # Those that outlasted a bucket as long as their own: of shorter ones, some are seen and some are not, and where many
+    # come one after the other they would leave no room for the long ones, on which more depends.
+    made_s = np.maximum(silent_from(events), events.end_s + events.step_s)
+    where = np.flatnonzero(events.lo_s[1:] >= made_s[:-1])[-most:]
     first_s, last_s = events.first_s, events.last_s
     blur = events.blur_s[where] + events.blur_s[where + 1]
     if not len(where):
@@ -116,7 +119,6 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
     if sharp.sum() >= MIN_SHARP:
         where = where[sharp]
     first = max(0, int(where[0]) - 500)
-    made_s = silent_from(events)
     half = events.blur_s / 2
     late = events.part(slice(first, None))
     onsets = onset_times(late)

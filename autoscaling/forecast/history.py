@@ -43,6 +43,8 @@ class Events:
     """When the bucket ended: until then no other request came, or it would be in this event."""
     blur_s: Floats
     """How sharply the first and the last request are known: to so many seconds. The whole bucket where they are not."""
+    step_s: Floats
+    """How long the bucket is."""
 
     def __len__(self) -> int:
         return len(self.lo_s)
@@ -68,7 +70,7 @@ class Events:
         return self.part(keep)
 
     def part(self, keep: slice) -> Events:
-        columns = (self.lo_s, self.hi_s, self.count, self.busy_s, self.end_s, self.blur_s)
+        columns = (self.lo_s, self.hi_s, self.count, self.busy_s, self.end_s, self.blur_s, self.step_s)
         return Events(*(column[keep] for column in columns))
 
 
@@ -227,10 +229,11 @@ def _splice(levels: list[Buckets], now_s: float) -> Events:
                 level.busy_s[keep].astype(np.float64),
                 np.minimum(end, known),
                 np.where((lead_s[keep] > 0) | (trail_s[keep] > 0), 1.0, hi - lo),
+                np.full(len(lo), level.step_s),
             )
         )
         upper_s = min(upper_s, lower_s)
-    columns = [np.concatenate([part[c] for part in reversed(parts)] or [np.zeros(0)]) for c in range(6)]
+    columns = [np.concatenate([part[c] for part in reversed(parts)] or [np.zeros(0)]) for c in range(7)]
     return Events(*columns)
 
 
