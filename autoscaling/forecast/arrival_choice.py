@@ -106,8 +106,8 @@ def silences_of(history: History, most: int = LOOK_BACK) -> list[Silence]:
     within a minute would punish those forecasters that are precise.
     """
     events = history.events
-    # Those that outlasted a bucket as long as their own: of shorter ones, some are seen and some are not, and where many
-    # come one after the other they would leave no room for the long ones, on which more depends.
+    # Those that outlasted a bucket as long as their own. Of shorter ones some are seen and some are not, and where they
+    # are many they would leave no room for the long ones, on which more depends.
     made_s = np.maximum(silent_from(events), events.end_s + events.step_s)
     where = np.flatnonzero(events.lo_s[1:] >= made_s[:-1])[-most:]
     first_s, last_s = events.first_s, events.last_s
