@@ -171,7 +171,9 @@ def _silent(level: Buckets) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     if level.lead_s is None or level.trail_s is None:
         none = np.zeros(len(level.index), np.uint16)
         return none, none
-    known = level.lead_s.astype(np.float64) + level.trail_s < level.step_s
+    known = level.lead_s.astype(np.uint32) + level.trail_s < level.step_s
+    if known.all():
+        return level.lead_s, level.trail_s
     lead_s, trail_s = (np.where(known, column, 0) for column in (level.lead_s, level.trail_s))
     return lead_s.astype(np.uint16), trail_s.astype(np.uint16)
 
@@ -192,7 +194,8 @@ def _is_clean(level: Buckets, now_s: float) -> bool:
 
 def _until(level: Buckets, until_s: float) -> Buckets:
     keep = slice(0, int(np.searchsorted((level.index + 1) * level.step_s, until_s, side="right")))
-    lead_s, trail_s = _silent(level)
+    assert level.lead_s is not None
+    assert level.trail_s is not None
     return Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, until_s),
@@ -202,8 +205,8 @@ def _until(level: Buckets, until_s: float) -> Buckets:
         input_tokens=level.input_tokens[keep],
         output_tokens=level.output_tokens[keep],
         busy_s=level.busy_s[keep],
-        lead_s=lead_s[keep],
-        trail_s=trail_s[keep],
+        lead_s=level.lead_s[keep],
+        trail_s=level.trail_s[keep],
     )
 
 
@@ -216,11 +219,13 @@ def _splice(levels: list[Buckets], now_s: float) -> Events:
         lower_s = -np.inf if coarser is None else np.ceil(level.start_s / coarser.step_s) * coarser.step_s
         lo = level.index * level.step_s
         keep = (lo >= lower_s) & (lo < upper_s) & (level.arrivals > 0)
-        lead_s, trail_s = _silent(level)
+        assert level.lead_s is not None
+        assert level.trail_s is not None
+        lead_s, trail_s = level.lead_s[keep], level.trail_s[keep]
         end = lo[keep] + level.step_s
-        lo = lo[keep] + lead_s[keep]
+        lo = lo[keep] + lead_s
         known = np.maximum(now_s, lo + 1.0)
-        hi = np.minimum(end - trail_s[keep], known)
+        hi = np.minimum(end - trail_s, known)
         parts.append(
             (
                 lo,
@@ -228,7 +233,7 @@ def _splice(levels: list[Buckets], now_s: float) -> Events:
                 level.arrivals[keep].astype(np.float64),
                 level.busy_s[keep].astype(np.float64),
                 np.minimum(end, known),
-                np.where((lead_s[keep] > 0) | (trail_s[keep] > 0), 1.0, hi - lo),
+                np.where((lead_s > 0) | (trail_s > 0), 1.0, hi - lo),
                 np.full(len(lo), level.step_s),
             )
         )

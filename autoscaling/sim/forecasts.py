@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoscaling.core.types import Forecast
 from autoscaling.forecast.book import DEMAND_STALE_S, Book
@@ -60,8 +61,10 @@ class Recorder:
         self._model = model
         self._since_s = since_s
         self._new: list[tuple[Floats, Floats]] = []
-        none = np.zeros(0, np.int64)
-        self._levels = [(none, np.zeros(0), np.zeros(0), none, none) for _ in LEVELS]
+        none = np.zeros(0, np.uint16)
+        self._levels: list[tuple[NDArray[Any], ...]] = [
+            (np.zeros(0, np.int64), np.zeros(0), np.zeros(0), none, none) for _ in LEVELS
+        ]
 
     def add(self, times: Floats, busy_s: Floats) -> None:
         """Requests that came, and how long each is worked on."""
@@ -84,10 +87,10 @@ class Recorder:
                     input_tokens=np.zeros(len(index), np.float32),
                     output_tokens=np.zeros(len(index), np.float32),
                     busy_s=busy.astype(np.float32),
-                    lead_s=(first - index * int(step_s)).astype(np.uint16),
-                    trail_s=((index + 1) * int(step_s) - 1 - last).astype(np.uint16),
+                    lead_s=lead_s,
+                    trail_s=trail_s,
                 )
-                for (step_s, kept_s), (index, count, busy, first, last) in zip(
+                for (step_s, kept_s), (index, count, busy, lead_s, trail_s) in zip(
                     LEVELS, self._levels, strict=True
                 )
             ),
@@ -109,15 +112,19 @@ class Recorder:
             index, where = steps[begins], begins.cumsum() - 1
             count = np.bincount(where, minlength=len(index)).astype(np.float64)
             busy = np.bincount(where, worked, len(index))
-            first, last = seconds[begins], seconds[np.append(begins[1:], True)]
+            begin_s = index * int(step_s)
+            lead_s = (seconds[begins] - begin_s).astype(np.uint16)
+            # Each one's last is the one before the next one's first.
+            last_s = seconds[np.append(np.flatnonzero(begins)[1:] - 1, -1)]
+            trail_s = (begin_s + int(step_s) - 1 - last_s).astype(np.uint16)
             known = self._levels[at]
             kept = slice(int(np.searchsorted(known[0], (now_s - kept_s) // step_s)), None)
             if len(known[0]) and known[0][-1] == index[0]:
                 count[0] += known[1][-1]
                 busy[0] += known[2][-1]
-                first[0] = known[3][-1]
+                lead_s[0] = known[3][-1]
                 kept = slice(kept.start, -1)
-            new = (index, count, busy, first, last)
+            new = (index, count, busy, lead_s, trail_s)
             self._levels[at] = tuple(
                 np.concatenate([old[kept], more]) for old, more in zip(known, new, strict=True)
             )
