@@ -17,9 +17,6 @@ from autoscaling.ports import Clock
 from autoscaling.traces import Row, Source, TraceError, open_trace
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from autoscaling.core.types import Rung
     from autoscaling.live.importer.names import Names
     from autoscaling.live.importer.sources import Log
@@ -229,7 +226,7 @@ def _windows(traffic: Traffic) -> Iterator[Row]:
     begins = [*(_begins_s(*pair) for pair in pairwise(traffic.levels)), -math.inf]
     ends = [math.inf, *begins]
     for level, begins_s, ends_s in reversed(list(zip(traffic.levels, begins, ends, strict=False))):
-        lead_s, trail_s = _silent_s(level.lead_s, level), _silent_s(level.trail_s, level)
+        lead_s, trail_s = (column.tolist() for column in level.silent_s)
         for i, at in enumerate((level.index * level.step_s).tolist()):
             count = int(level.arrivals[i])
             if count and begins_s <= at < ends_s:
@@ -249,10 +246,6 @@ def _spread(from_s: float, count: int, within_s: float, step_s: float) -> Iterat
     if count > 2:
         yield from_s + 1.0, count - 2, within_s - 2.0
     yield from_s + within_s - 1.0, 1, 1.0
-
-
-def _silent_s(known: NDArray[np.uint16] | None, level: Buckets) -> list[int]:
-    return [0] * len(level.index) if known is None else known.tolist()
 
 
 def _begins_s(fine: Buckets, coarse: Buckets) -> float:

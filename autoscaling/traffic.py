@@ -39,6 +39,14 @@ class Buckets:
     trail_s: NDArray[np.uint16] | None = None
     """Whole seconds after the one in which its last request came. None: not known, taken for 0."""
 
+    @property
+    def silent_s(self) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+        """(lead_s, trail_s), 0 where they are not known."""
+        if self.lead_s is None or self.trail_s is None:
+            none = np.zeros(len(self.index), np.uint16)
+            return none, none
+        return self.lead_s, self.trail_s
+
     def dense(self, column: str = "arrivals") -> NDArray[np.float32]:
         """That column with its zeros, shape (round((end_s - start_s) / step_s),)."""
         first = round(self.start_s / self.step_s)

@@ -168,14 +168,11 @@ def _clean(level: Buckets, now_s: float) -> tuple[Buckets, int]:
 
 def _silent(level: Buckets) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
     """The level's lead_s and trail_s; 0 where they are not known, and where they leave no second for a request."""
-    if level.lead_s is None or level.trail_s is None:
-        none = np.zeros(len(level.index), np.uint16)
-        return none, none
-    known = level.lead_s.astype(np.uint32) + level.trail_s < level.step_s
+    lead_s, trail_s = level.silent_s
+    known = lead_s.astype(np.uint32) + trail_s < level.step_s
     if known.all():
-        return level.lead_s, level.trail_s
-    lead_s, trail_s = (np.where(known, column, 0) for column in (level.lead_s, level.trail_s))
-    return lead_s.astype(np.uint16), trail_s.astype(np.uint16)
+        return lead_s, trail_s
+    return np.where(known, lead_s, 0).astype(np.uint16), np.where(known, trail_s, 0).astype(np.uint16)
 
 
 def _is_clean(level: Buckets, now_s: float) -> bool:
@@ -194,8 +191,7 @@ def _is_clean(level: Buckets, now_s: float) -> bool:
 
 def _until(level: Buckets, until_s: float) -> Buckets:
     keep = slice(0, int(np.searchsorted((level.index + 1) * level.step_s, until_s, side="right")))
-    assert level.lead_s is not None
-    assert level.trail_s is not None
+    lead_s, trail_s = level.silent_s
     return Buckets(
         step_s=level.step_s,
         start_s=min(level.start_s, until_s),
@@ -205,8 +201,8 @@ def _until(level: Buckets, until_s: float) -> Buckets:
         input_tokens=level.input_tokens[keep],
         output_tokens=level.output_tokens[keep],
         busy_s=level.busy_s[keep],
-        lead_s=level.lead_s[keep],
-        trail_s=level.trail_s[keep],
+        lead_s=lead_s[keep],
+        trail_s=trail_s[keep],
     )
 
 
@@ -219,9 +215,7 @@ def _splice(levels: list[Buckets], now_s: float) -> Events:
         lower_s = -np.inf if coarser is None else np.ceil(level.start_s / coarser.step_s) * coarser.step_s
         lo = level.index * level.step_s
         keep = (lo >= lower_s) & (lo < upper_s) & (level.arrivals > 0)
-        assert level.lead_s is not None
-        assert level.trail_s is not None
-        lead_s, trail_s = level.lead_s[keep], level.trail_s[keep]
+        lead_s, trail_s = (column[keep] for column in level.silent_s)
         end = lo[keep] + level.step_s
         lo = lo[keep] + lead_s
         known = np.maximum(now_s, lo + 1.0)

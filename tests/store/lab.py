@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy import create_engine, text
+
 from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.live.records import TrafficRow
 from autoscaling.live.store import Store
@@ -66,3 +68,13 @@ def counts(store: Store, model: str, now_s: float) -> dict[int, dict[int, int]]:
 def totals(store: Store, model: str, now_s: float) -> list[int]:
     """Arrivals of each level, finest first."""
     return [sum(level.values()) for level in counts(store, model, now_s).values()]
+
+
+def make_version_1(url: str) -> None:
+    """Turn a database of this Relight into one of an earlier one: without the seconds of buckets."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        for column in ("lead_s", "trail_s"):
+            connection.execute(text(f"ALTER TABLE relight_traffic DROP COLUMN {column}"))
+        connection.execute(text("UPDATE relight_meta SET value = '1' WHERE key = 'schema_version'"))
+    engine.dispose()

@@ -10,7 +10,7 @@ from autoscaling.live.records import ColdStartRow
 from autoscaling.live.store import Store
 from autoscaling.sources import StoredSource
 from autoscaling.traces import TraceError
-from tests.store.lab import NOON, FakeClock, second
+from tests.store.lab import NOON, FakeClock, make_version_1, second
 
 DAY = 86400.0
 
@@ -57,12 +57,7 @@ def test_an_earlier_relights_store_stays_one(store: Store, url: str, clock: Fake
     """Its cluster goes on with it."""
     filled(store)
     store.close()
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        for column in ("lead_s", "trail_s"):
-            connection.execute(text(f"ALTER TABLE relight_traffic DROP COLUMN {column}"))
-        connection.execute(text("UPDATE relight_meta SET value = '1' WHERE key = 'schema_version'"))
-    engine.dispose()
+    make_version_1(url)
     before = contents(url)
     assert [row.requests for row in StoredSource(url, clock).rows()] == [3, 4]
     assert contents(url) == before

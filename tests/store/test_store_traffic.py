@@ -16,7 +16,7 @@ from autoscaling.live.records import TrafficRow
 from autoscaling.live.store import Store
 from autoscaling.traffic import LEVELS
 from deployments.errors import ConfigError
-from tests.store.lab import NOON, FakeClock, Open, counts, second, totals
+from tests.store.lab import NOON, FakeClock, Open, counts, make_version_1, second, totals
 
 DAY = 86400.0
 
@@ -398,12 +398,7 @@ def test_a_database_of_an_earlier_relight_is_used_and_its_buckets_tell_no_second
 ) -> None:
     store.add_traffic([second("m", NOON - 3 * DAY + 90)])
     store.close()
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        for column in ("lead_s", "trail_s"):
-            connection.execute(text(f"ALTER TABLE relight_traffic DROP COLUMN {column}"))
-        connection.execute(text("UPDATE relight_meta SET value = '1' WHERE key = 'schema_version'"))
-    engine.dispose()
+    make_version_1(url)
     again = open_store()
     assert silent(again, "m", NOON)[1:] == [([0], [0]), ([0], [0])]
     # What comes to an old bucket tells nothing of what was in it before; a new one is told whole.

@@ -144,10 +144,7 @@ def _add(buckets: dict[tuple[str, int, int], list[float]], row: Row, staged: Sta
             shares = [count * (part + 1) // parts - count * part // parts for count in counts]
             if any(shares) or busy_s:
                 key = (model, step_s, int(time_s // step_s) + part)
-                lead_s = int(time_s % step_s)
-                # A window does not tell in which of its seconds a request came.
-                silent = (lead_s, step_s - lead_s - 1) if staged.bucket_s <= 1 else (0, 0)
-                journal.add_to_bucket(buckets, key, (*shares, busy_s / parts), silent)
+                journal.add_to_bucket(buckets, key, (*shares, busy_s / parts), time_s, staged.bucket_s)
 
 
 def _put(connection: Connection, buckets: dict[tuple[str, int, int], list[float]]) -> None:

@@ -92,23 +92,27 @@ def add_to_levels(levels: dict[tuple[str, int, int], list[float]], model: str, e
     time_s, own_step_s, amounts = entry
     for step_s in STEPS[1:]:
         if own_step_s <= step_s:
-            lead_s = time_s % step_s
-            silent = (lead_s, step_s - lead_s - 1) if own_step_s == 1 else (0, 0)
-            add_to_bucket(levels, (model, step_s, time_s // step_s), amounts, silent)
+            add_to_bucket(levels, (model, step_s, time_s // step_s), amounts, time_s, own_step_s)
 
 
 def add_to_bucket(
     levels: dict[tuple[str, int, int], list[float]],
     key: tuple[str, int, int],
     amounts: Sequence[float],
-    silent: tuple[int, int],
+    time_s: float,
+    own_step_s: float,
 ) -> None:
-    """Adds amounts to a bucket (model, step_s, bucket): a list of AMOUNTS and SILENT."""
+    """Adds what came in [time_s, time_s + own_step_s) to a bucket (model, step_s, bucket): AMOUNTS, then SILENT.
+
+    What is longer than a second does not tell in which of its seconds a request came.
+    """
     step_s = key[1]
     bucket = levels.setdefault(key, [0, 0, 0, 0.0, 0.0, step_s, step_s])
     for i, amount in enumerate(amounts):
         bucket[i] += amount
     if amounts[0]:
+        lead_s = int(time_s % step_s)
+        silent = (lead_s, step_s - lead_s - 1) if own_step_s <= 1 else (0, 0)
         for i, silent_s in enumerate(silent, len(AMOUNTS)):
             bucket[i] = min(bucket[i], silent_s)
 
