@@ -52,10 +52,16 @@ ENGINE_KEYS_OWNED: Mapping[str, str] = {
     "api-key": "the gateway has no key for its engines; ask clients for one in front of it",
     "ssl-keyfile": "the gateway reaches its engines through local sockets; end TLS in front of it",
     "ssl-certfile": "the gateway reaches its engines through local sockets; end TLS in front of it",
+    **dict.fromkeys(
+        ("allowed-origins", "allowed-methods", "allowed-headers", "allow-credentials"),
+        "the gateway answers browsers itself; name their pages' origins in gateway.cors_origins",
+    ),
 }
 """vLLM arguments that a fleet may not set, and why."""
 
 _Loc = tuple[str | int, ...]
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}"
 _HF_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -403,6 +409,23 @@ class GatewayConfig(_Config):
     """Engines that are tried for a request before its first byte."""
     early_wake: Literal["auto", "off"] = "auto"
     """The gateway may ask the node's engine host to light a model before the replica is there."""
+    cors_origins: list[str] = []
+    """Origins (SCHEME://HOST[:PORT]) of web pages whose scripts may ask the gateway, or `*` for any page."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        problems: list[tuple[_Loc, str]] = []
+        for i, origin in enumerate(origins):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                # A browser compares letter by letter: one with a path, a slash or a capital is never met.
+                text = f"{origin!r} is not an origin as browsers send it (https://chat.example.org), nor *"
+                problems.append(((i,), text))
+        if "*" in origins and len(origins) > 1:
+            problems.append(((), "'*' is every origin: name it alone, or leave it out"))
+        if problems:
+            raise _Problems(*problems)
+        return origins
 
     @field_validator("listen")
     @classmethod

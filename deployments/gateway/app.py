@@ -9,10 +9,11 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from deployments.errors import MethodNotAllowed, NotFound, RelightError
@@ -66,6 +67,15 @@ class Gateway(Starlette):
             },
         )
         self.router.redirect_slashes = False
+        self._pages: ASGIApp | None = None
+        if fleet.gateway.cors_origins:
+            self._pages = CORSMiddleware(
+                self._serve,
+                allow_origins=fleet.gateway.cors_origins,
+                allow_methods=("GET", "POST"),
+                allow_headers=("*",),
+                expose_headers=openai.OWN_HEADERS,
+            )
 
     def close(self) -> None:
         """Requests that are cancelled from now on are told that the gateway ends."""
@@ -73,6 +83,12 @@ class Gateway(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
+        if self._pages is not None and scope["type"] == "http" and not scope["path"].startswith("/relight/"):
+            await self._pages(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].endswith("/"):
             # An engine's server would redirect to the path without it, on a host that no client can reach.
             scope = {**scope, "path": scope["path"].rstrip("/") or "/"}

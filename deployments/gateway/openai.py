@@ -249,7 +249,7 @@ _HOP_BY_HOP = frozenset(
     }
 )
 # The gateway's own business: credentials are for it, encodings would hide errors in bodies, lengths are set
-# anew.
+# anew, and which pages may read answers it says itself (an engine that sees an origin allows all).
 _NOT_FORWARDED = _HOP_BY_HOP | {
     b"accept-encoding",
     b"api-key",
@@ -258,11 +258,23 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     b"cookie",
     b"expect",
     b"host",
+    b"origin",
     b"x-api-key",
     b"x-relight-model",
     b"x-request-id",
     b"x-request-timeout-seconds",
 }
+OWN_HEADERS = (
+    "X-Request-Id",
+    "X-Relight-Model",
+    "X-Relight-Cold-Start",
+    "X-Relight-Wait-Ms",
+    "X-Relight-Attempts",
+    "X-Relight-State",
+    "Server-Timing",
+    "Retry-After",
+)
+"""What the gateway tells of a request in headers."""
 _NOT_RETURNED = _HOP_BY_HOP | {b"content-length", b"date", b"server", b"x-request-id"}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")

@@ -107,8 +107,8 @@ def test_imports_no_heavy_module() -> None:
             {"max_model_len": 2048, "gpu_memory_utilization": 0.9},
             ["--max-model-len", "2048", "--gpu-memory-utilization", "0.9"],
         ),
-        ({"allowed_origins": ["a", "b"]}, ["--allowed-origins", "a", "b"]),
-        ({"allowed_origins": []}, []),
+        ({"middleware": ["a", "b"]}, ["--middleware", "a", "b"]),
+        ({"middleware": []}, []),
         ({"hf_overrides": {"rope_theta": 1e6}}, ["--hf-overrides", '{"rope_theta": 1000000.0}']),
         ({"lora_modules": [{"name": "x"}]}, ["--lora-modules", '[{"name": "x"}]']),
         ({"seed": -1}, ["--seed=-1"]),
@@ -240,6 +240,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             {"env": {"VLLM_API_KEY": "secret"}},
             "models[0].env.VLLM_API_KEY: a fleet may not set this: the gateway has no key",
         ),
+        (
+            {"engine": {"allowed_origins": ["*"]}},
+            "models[0].engine.allowed_origins: a fleet may not set this: the gateway answers browsers itself",
+        ),
         ({"engine": {"a_b": 1, "a-b": 2}}, "models[0].engine.a-b: the same argument as 'a_b'"),
         ({"engine": {"--seed": 1}}, "models[0].engine.--seed: '--seed' is not a vLLM argument name"),
         (
@@ -275,6 +279,11 @@ def test_refused_models(model: dict[str, Any], message: str) -> None:
             "gateway.listen: '[::]:0' has a port that is not one of 1 to 65535",
         ),
         ({"gateway": {"listen": "0.0.0.0:65536"}}, "gateway.listen: '0.0.0.0:65536' has a port that is not"),
+        (
+            {"gateway": {"cors_origins": ["https://chat.example.org/"]}},
+            "gateway.cors_origins[0]: 'https://chat.example.org/' is not an origin as browsers send it",
+        ),
+        ({"gateway": {"cors_origins": ["*", "http://a"]}}, "gateway.cors_origins: '*' is every origin"),
         ({"gateway": {"early_wake": "on"}}, "gateway.early_wake: 'on' is not one of 'auto' or 'off'"),
         (
             {"engine_host": {"park_memory_bytes": "8 bananas"}},
