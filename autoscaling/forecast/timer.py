@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,14 @@ from autoscaling.forecast.prior import Prior
 
 LOOK_BACK = 64
 MISSES = 4
+NESTED = 2
+"""Rhythms at most: every three hours in the daytime is one within one."""
 TOLERANCE = 0.1
+USUAL = 0.8
+"""Of how many of the latest intervals the scatter is that which is usual."""
+FAR, FAR_S = 4.0, 2.0
+"""How many times that, and how many seconds more, is not the beat's scatter any more, but another beat: one run that was
+late, or a clock set to summer time, says nothing of how sharp the others are."""
 MIN_QUALITY = np.log(4.0)
 
 
@@ -35,11 +42,12 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class FittedTimer(ArrivalBase):
-    """Within a burst the renewal process rules; after `theta_s` of silence, the time since the burst began does."""
+    """Within a burst `within` rules; after `theta_s` of silence, the time since the burst began does."""
 
     name: str
     rhythm: Rhythm
-    within: FittedRenewal
+    within: FittedRenewal | FittedTimer
+    """The renewal process, or the rhythm of the shorter bursts that a longer one is made of."""
 
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
         theta_s = THETAS_S[self.rhythm.theta]
@@ -71,7 +79,8 @@ class FittedTimer(ArrivalBase):
         beats = np.arange(first, first + 2)[:, None]
         around = self.rhythm.spread_s * np.asarray([-9, -6, -4, -3, -2, -1.0, -0.5, 0, 0.5, 1, 2, 3, 4, 6, 9])
         theta_s = THETAS_S[self.rhythm.theta] - (now_s - recent.last_s)
-        return np.append((beats * self.rhythm.period_s - since + around * np.sqrt(beats)).ravel(), theta_s)
+        times = np.append((beats * self.rhythm.period_s - since + around * np.sqrt(beats)).ravel(), theta_s)
+        return np.append(times, self.within.extra_times(now_s, recent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,40 +88,51 @@ class Timer:
     name: str = "timer"
 
     def fit(self, history: History, prior: Prior) -> FittedTimer:
-        rhythm = rhythm_of(history)
-        if rhythm is None:
+        found = rhythms_of(history)
+        if not found:
             raise NotApplicable("bursts keep to no interval")
-        return FittedTimer(self.name, rhythm, Renewal().fit(history, prior))
+        fitted: FittedRenewal | FittedTimer = Renewal().fit(history, prior)
+        for rhythm in reversed(found):
+            fitted = FittedTimer(self.name, rhythm, fitted)
+        assert isinstance(fitted, FittedTimer)
+        return fitted
 
 
-def rhythm_of(history: History) -> Rhythm | None:
-    """The most regular beginning of bursts over the possible silences between them, None if none is regular."""
+def rhythms_of(history: History) -> list[Rhythm]:
+    """The most regular beginning of bursts over the possible silences between them; and that of the shorter bursts
+    within those, where they have one. Empty where nothing is regular."""
     events = history.events
     if len(events) < 3:
-        return None
+        return []
     events = events.part(slice(-2000, None))
     first, blur = events.first_s, events.blur_s
     onsets = onset_times(events)
-    found: list[Rhythm] = []
-    before = -1
+    found: list[tuple[Rhythm, int]] = []
+    """Each with the last of THETAS_S that tells the same bursts apart."""
+    before, same = -1, False
     for theta in range(len(THETAS_S)):
         beginning = np.flatnonzero(onsets[theta] == first)
         if len(beginning) < 3:
             break
-        if len(beginning) == before and found:
-            # The same bursts: a silence in the middle of those that separate them is the safest.
-            found.append(found[-1])
+        if len(beginning) == before:
+            if same:
+                found[-1] = found[-1][0], theta
             continue
         before = len(beginning)
         rhythm = _beat(theta, first[beginning], blur[beginning])
+        same = rhythm is not None
         if rhythm is not None:
-            found.append(rhythm)
-    if not found:
-        return None
-    best = max(found, key=lambda rhythm: rhythm.quality)
-    same = [i for i, rhythm in enumerate(found) if rhythm is best]
-    theta = min(best.theta + (len(same) - 1) // 2, len(THETAS_S) - 1)
-    return Rhythm(theta, best.period_s, best.spread_s, best.miss, best.irregular, best.quality)
+            found.append((rhythm, theta))
+    chosen: list[Rhythm] = []
+    for _ in range(NESTED):
+        if not found:
+            break
+        at = max(range(len(found)), key=lambda i: found[i][0].quality)
+        rhythm, last = found[at]
+        # A silence in the middle of those that tell these bursts apart is the safest.
+        chosen.append(replace(rhythm, theta=(rhythm.theta + last) // 2))
+        found = found[:at]
+    return chosen
 
 
 def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
@@ -122,11 +142,12 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
     n = len(intervals)
     # What is known to the second counts more than what is known to the minute.
     weight = 0.5 ** (np.arange(n)[::-1] / 16.0) / (1.0 + blur / _median(intervals) * 50)
-    period = _weighted_median(intervals, weight)
+    period = _weighted_quantile(intervals, weight, 0.5)
     for _ in range(2):
         beats = clipped((intervals / period).round(), 1, MISSES)
         off = intervals - beats * period
-        near = np.abs(off) <= np.maximum(TOLERANCE * period, blur)
+        usual = FAR * _weighted_quantile(np.abs(off), weight, USUAL) + FAR_S
+        near = np.abs(off) <= np.maximum(np.minimum(TOLERANCE * period, usual), blur)
         nearly = weight * near
         total = nearly.sum()
         if not total:
@@ -142,7 +163,7 @@ def _beat(theta: int, onsets: Floats, step: Floats) -> Rhythm | None:
         # What the buckets' edges add to an interval is known; what is left is the rhythm's, or chance.
         deviation = float(np.sqrt(max(rms**2 * (1 + 2 * np.sqrt(2 / effective)) - blurred_s**2 / 6, 0.0)))
     else:
-        deviation = max(1.4826 * _weighted_median(np.abs(away), counted), rms / 2)
+        deviation = max(1.4826 * _weighted_quantile(np.abs(away), counted, 0.5), rms / 2)
     # Equal readings from coarse buckets bound the jitter by the chance that none crossed an edge.
     floor = max(0.5, blurred_s * min(0.29, 1.0 / effective))
     deviation = max(deviation, floor) * (1 + 2.0 / effective)
@@ -167,7 +188,7 @@ def _median(values: Floats) -> float:
     return float(ordered[middle]) if len(ordered) % 2 else float((ordered[middle - 1] + ordered[middle]) / 2)
 
 
-def _weighted_median(values: Floats, weight: Floats) -> float:
+def _weighted_quantile(values: Floats, weight: Floats, share: float) -> float:
     order = np.argsort(values)
     cumulative = np.cumsum(weight[order])
-    return float(values[order][np.searchsorted(cumulative, cumulative[-1] / 2)])
+    return float(values[order][np.searchsorted(cumulative, cumulative[-1] * share)])

@@ -106,6 +106,29 @@ def test_a_missed_beat_is_not_the_end_of_the_rhythm() -> None:
     assert abs(quantile_s(found, late, 0.5) - 120) < 40
 
 
+@pytest.mark.parametrize(("period_s", "late_s"), [(DAY_S, 3600.0), (3600.0, 240.0), (DAY_S, -3600.0)])
+def test_one_run_out_of_time_does_not_blur_the_others(period_s: float, late_s: float) -> None:
+    """As when clocks are set to summer time, in the first case: the job is at its new time from then on."""
+    beats = np.arange(1, 25) * period_s
+    for shifted in (np.where(np.arange(24) == 16, late_s, 0.0), np.where(np.arange(24) >= 16, late_s, 0.0)):
+        times = START_S + 9 * 3600 + beats + shifted
+        now_s = float(times[-1]) + 0.9 * period_s
+        found = fitted(times, now_s)
+        assert abs(quantile_s(found, now_s, 0.5) - 0.1 * period_s) < 10
+        assert quantile_s(found, now_s, 0.8) - quantile_s(found, now_s, 0.2) < 20
+
+
+def test_a_rhythm_of_the_day_within_that_of_days() -> None:
+    """Every three hours in the daytime: the first run and those after it are due to the second."""
+    times = np.concatenate([START_S + day * DAY_S + 3600 * np.arange(6, 22, 3.0) for day in range(14)])
+    for before in (-1, -3, -6):
+        known, due_s = times[:before], float(times[before])
+        found = fitted(known, due_s - 600)
+        assert found.arrivals.name == "timer"
+        assert abs(quantile_s(found, due_s - 600, 0.5) - 600) < 10
+        assert quantile_s(found, due_s - 600, 0.25) > 580
+
+
 def test_the_night_of_a_daily_model_is_waited_through() -> None:
     times = daily(1 / 900, 14, depth=1.0)
     found = fitted(times, START_S + 14 * DAY_S)
