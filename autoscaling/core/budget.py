@@ -34,7 +34,8 @@ def clamp(
     before: Mapping[str, Decision] | None = None,
 ) -> dict[str, Decision]:
     """The same decisions, with the replicas that the budget has no room for taken away and recorded in `clamps`, and
-    with the `ceiling` to which requests alone may raise them until the next ones. `before`: what this gave last.
+    with the `ceiling` to which requests alone may raise them until the next ones, those of models that are held because
+    something is unknown as well. `before`: what this gave last.
 
     When the day's spend is reached, models without requests go to zero, and the others keep what they have (one, if
     they have none: a request is never turned away because its model is dark).
@@ -42,7 +43,9 @@ def clamp(
     GPUs go first to what cannot be moved (replicas that are held because something is unknown), then to replicas that
     requests need now, then to those that people asked for (minimums, schedules, manual prewarms), then to those that
     are kept or lit for what may come. Within each: higher priority first, then what is there before what would be
-    started, then every model's first replica before any model's second, then by name.
+    started, then every model's first replica before any model's second, then by name; but of those that requests need,
+    every model's first before any second, whichever is there: a busy model's second would else hold for as long as that
+    is busy what another's requests wait for.
     """
     result = dict(decisions)
     if budget.gpu_s_per_day is not None and spent_gpu_s >= budget.gpu_s_per_day:
@@ -58,9 +61,13 @@ def clamp(
         left = _fit(budget.gpus, specs, observations, result, before)
         for model, decision in result.items():
             each = devices(specs[model]) if model in specs else 0.0
-            if each > 0 and decision.replicas is not None:
+            if each > 0:
+                held = decision.replicas
+                if held is None:
+                    observation = observations.get(model)
+                    held = 0 if observation is None else _present(observation)
                 # What is left may go to any one of them: which, nobody knows before the next decisions.
-                most = decision.replicas + max(0, math.floor(left / each + 1e-9))
+                most = held + max(0, math.floor(left / each + 1e-9))
                 most = most if decision.ceiling is None else min(most, decision.ceiling)
                 result[model] = replace(decision, ceiling=most)
     return result
@@ -85,7 +92,7 @@ def _fit(
             wanted += each * decision.replicas
     if wanted <= left + 1e-9:
         return left - wanted
-    units: list[tuple[bool, bool, int, bool, int, str]] = []
+    units: list[tuple[bool, bool, int, bool, bool, int, str]] = []
     for model, decision in decisions.items():
         if not decision.replicas or model not in specs:
             continue
@@ -95,7 +102,7 @@ def _fit(
         asked = _asked(specs[model], decision)
         priority = specs[model].priority
         units += [
-            (i >= needed, i >= max(needed, asked), -priority, i >= present, i, model)
+            (i >= needed, i >= max(needed, asked), -priority, 0 < i < needed, i >= present, i, model)
             for i in range(decision.replicas)
         ]
     granted: dict[str, int] = {}

@@ -113,7 +113,8 @@ def follow(
     if entry is not None:
         spec = entry.spec
     if entry is None or entry.replicas is None:
-        return decide(replace(spec, policy=_FOLLOWER, params={}), state, observation, None)
+        state, decision = decide(replace(spec, policy=_FOLLOWER, params={}), state, observation, None)
+        return state, decision if entry is None else _within(entry, observation, decision)
     memory = state.values if state.policy == _FOLLOWER else {}
     planned = entry.replicas
     replicas, reason, until_s = planned, entry.reason, entry.until_s
@@ -151,6 +152,18 @@ def follow(
     return State(_FOLLOWER, values, series), decision
 
 
+def _within(entry: Entry, observation: Observation, decision: Decision) -> Decision:
+    """What the budget has room for, and no less than there is, of which the plan may not know."""
+    if entry.ceiling is None or decision.replicas is None:
+        return decision
+    counts = (observation.target, observation.ready)
+    there = max((int(count) for count in counts if count is not None and known(count)), default=0)
+    most = max(entry.ceiling, there)
+    if decision.replicas <= most:
+        return decision
+    return replace(decision, replicas=most, clamps=(*decision.clamps, Reason.GPU_BUDGET))
+
+
 def needed(spec: Spec, observation: Observation, load: int) -> int:
     """Replicas that so many requests in progress ask for before the policy has decided anew.
 
@@ -161,10 +174,8 @@ def needed(spec: Spec, observation: Observation, load: int) -> int:
 
 
 def _clamped(spec: Spec, entry: Entry, replicas: int) -> tuple[int, tuple[Reason, ...]]:
+    """The plan knows of the minimum: where it is below that, a budget has no room for it."""
     clamps: list[Reason] = []
-    if replicas < spec.min_replicas:
-        replicas = spec.min_replicas
-        clamps.append(Reason.MIN_REPLICAS)
     if replicas > spec.max_replicas:
         replicas = spec.max_replicas
         clamps.append(Reason.MAX_REPLICAS)

@@ -86,6 +86,20 @@ def test_equals_share_and_what_is_there_stays() -> None:
     assert counts(clamp(Budget(gpus=4), specs, observations, decisions)) == {"a": 1, "b": 3}
 
 
+def test_a_second_replica_makes_room_for_what_another_models_requests_wait_for() -> None:
+    """However long the first stays busy; a second that nobody needs goes for no prewarm of the same priority."""
+    specs, observations, decisions = fleet(
+        ("busy", spec(), lit(replicas=2, in_flight=15), 2), ("small", spec(), seen(queued=1), 1)
+    )
+    assert counts(clamp(Budget(gpus=2), specs, observations, decisions)) == {"busy": 1, "small": 1}
+    specs, observations, decisions = fleet(
+        ("busy", spec(priority=1), lit(replicas=2, in_flight=15), 2), ("small", spec(), seen(queued=1), 1)
+    )
+    assert counts(clamp(Budget(gpus=2), specs, observations, decisions)) == {"busy": 2, "small": 0}
+    specs, observations, decisions = fleet(("busy", spec(), lit(replicas=2), 2), ("small", spec(), seen(), 1))
+    assert counts(clamp(Budget(gpus=2), specs, observations, decisions)) == {"busy": 2, "small": 0}
+
+
 def test_replicas_count_as_their_gpus() -> None:
     specs, observations, decisions = fleet(
         ("a", spec(gpus_per_replica=4), seen(queued=30), 3),
@@ -109,14 +123,14 @@ def test_requests_alone_raise_no_further_than_what_is_left() -> None:
         "a": 4,
         "b": 1,
         "c": None,
-        "d": None,
+        "d": 4,
     }
     full = clamp(Budget(gpus=2), specs, observations, decisions)
     assert {name: decision.ceiling for name, decision in full.items()} == {
         "a": 1,
         "b": 0,
         "c": None,
-        "d": None,
+        "d": 1,
     }
     assert all(each.ceiling is None for each in clamp(Budget(), specs, observations, decisions).values())
 

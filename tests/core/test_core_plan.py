@@ -153,6 +153,25 @@ def test_a_budget_is_a_ceiling_for_demand_too() -> None:
     assert (decision.replicas, decision.clamps) == (2, (Reason.GPU_BUDGET,))
 
 
+def test_a_budget_that_took_the_minimum_away_is_kept() -> None:
+    """The plan knows of `min_replicas`; what a spent day or a lack of GPUs left of it stands."""
+    asked = spec(min_replicas=1)
+    _, decision = follow(asked, State(), serve(lit()), entry(0, ceiling=1, spec=asked), T0)
+    assert decision.replicas == 0
+    _, decision = follow(asked, State(), serve(lit(in_flight=1)), entry(0, ceiling=1, spec=asked), T0)
+    assert decision.replicas == 1
+
+
+def test_a_budget_is_a_ceiling_where_the_plan_has_no_opinion() -> None:
+    """A held model scales reactively, but not past what there is room for, nor below what there is."""
+    _, dark = follow(spec(), State(), serve(seen(queued=60)), entry(None, ceiling=0), T0)
+    assert (dark.replicas, dark.clamps) == (0, (Reason.GPU_BUDGET,))
+    _, lit_ = follow(spec(), State(), serve(lit(replicas=2, in_flight=70)), entry(None, ceiling=0), T0)
+    assert (lit_.replicas, lit_.clamps) == (2, (Reason.GPU_BUDGET,))
+    _, free = follow(spec(), State(), serve(seen(queued=60)), entry(None, ceiling=3), T0)
+    assert free.replicas == 3
+
+
 def test_the_entrys_spec_counts_not_the_deployed_one() -> None:
     small = spec(max_replicas=2, target_ongoing_requests=1.0)
     _, decision = follow(spec(), State(), serve(lit(in_flight=5)), entry(1, spec=small), T0)
