@@ -8,7 +8,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 
 from autoscaling.core.accounts import NO_ACCOUNT, NOTHING, Account, Prewarm, Usage, book, day_of, unmet
 from autoscaling.core.budget import Budget, clamp
-from autoscaling.core.decide import decide, hold
+from autoscaling.core.decide import decide, hold, lapsed
 from autoscaling.core.types import Decision, Forecast, Observation, Spec, State
 from autoscaling.ports import AccountSink, Actuator, DecisionSink, ForecastSource, MetricsSource, SpecSource
 
@@ -56,7 +56,7 @@ class Loop:
         reforecast_s: float = REFORECAST_S,
         usage: bool = True,
     ) -> None:
-        """`states`, `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
+        """`states` (as of the last JUMP_S; `core.decide.lapsed` if they are older), `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
         met nor given up) are what a restarted loop goes on from.
 
         `jump_s` is infinite for a simulation that skips the time in which nothing happens; `usage` is False for one
@@ -171,6 +171,8 @@ class Loop:
         oldest_s = now_s - STALE_S
         observations: dict[str, Observation] = {}
         self._drop(specs)
+        if jumped:
+            self._states = {model: lapsed(state) for model, state in self._states.items()}
         states: dict[str, State] = {}
         for model, spec in specs.items():
             seen = observed.get(model)

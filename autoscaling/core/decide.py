@@ -15,6 +15,8 @@ from autoscaling.core.windows import Floor, floor_of
 SETTLE_S = 60.0
 """For how long after going dark the rung that was asked for counts as being there: parking an engine takes a while."""
 
+_LASTING = ("idle_since_s", "window_s")
+
 
 def decide(
     spec: Spec, state: State, observation: Observation, forecast: Forecast | None
@@ -129,6 +131,13 @@ def _settled(seen: Seen, memory: Mapping[str, float]) -> tuple[Seen, float | Non
     return replace(seen, rung=asked), dark_s + SETTLE_S
 
 
+def lapsed(state: State) -> State:
+    """The memory after a time in which nobody looked: the load of before says nothing of now. How long nothing was
+    asked, what windows were begun for, and what was learned stay."""
+    values = {name: state.values[name] for name in ("now_s", *_LASTING) if name in state.values}
+    return State(state.policy, values, (), state.histogram)
+
+
 def _back(state: State, now_s: float) -> State:
     """The memory after the clock went back: what is in the future by the new one is forgotten."""
     values = {name: value for name, value in state.values.items() if name in ("replicas", "proposed")}
@@ -137,4 +146,4 @@ def _back(state: State, now_s: float) -> State:
     return State(state.policy, values, series, state.histogram)
 
 
-__all__ = ["SETTLE_S", "decide", "hold"]
+__all__ = ["SETTLE_S", "decide", "hold", "lapsed"]

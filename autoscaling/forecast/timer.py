@@ -19,8 +19,8 @@ TOLERANCE = 0.1
 USUAL = 0.8
 """Of how many of the latest intervals the scatter is that which is usual."""
 FAR, FAR_S = 4.0, 2.0
-"""How many times that, and how many seconds more, is not the beat's scatter any more, but another beat: one run that was
-late, or a clock set to summer time, says nothing of how sharp the others are."""
+"""How many times that, and how many seconds more, is not the beat's scatter any more, but another beat: one run that
+was late, or a clock set to summer time, says nothing of how sharp the others are."""
 MIN_QUALITY = np.log(4.0)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from autoscaling.core.accounts import Prewarm, Usage, day_of
 from autoscaling.core.budget import Budget
+from autoscaling.core.decide import lapsed
 from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
 from autoscaling.core.types import Decision, Forecast, Observation, Reason, Rung, Spec, State
 from autoscaling.live import overrides
@@ -34,7 +35,7 @@ from autoscaling.live.setup import ControllerSetup
 from autoscaling.live.shadow import ShadowWorld
 from autoscaling.live.store import Store, StoreUnavailable
 from autoscaling.live.tokens import data_dir
-from autoscaling.loop import Loop
+from autoscaling.loop import JUMP_S, Loop
 from autoscaling.ports import Clock, ForecastSource
 
 log = logging.getLogger("ray.serve")
@@ -193,7 +194,7 @@ class Planner:
             ),
             self,
             Budget(setup.gpu_budget, setup.spend_gpu_s_per_day),
-            {model: state for model, state in states.items() if model in self._base},
+            self._remembered(states),
             accounts=self,
             spent=(day_of(clock.now_s()), 0.0) if kept is None else kept.spent,
             prewarms=() if kept is None else self._open_prewarms(kept.prewarms),
@@ -209,6 +210,18 @@ class Planner:
             if (state := states.get(CAPACITY_PREFIX + model)) is not None:
                 self._metrics.capacity.restore(model, state)
             self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+
+    def _remembered(self, states: Mapping[str, State]) -> dict[str, State]:
+        """What the models' policies remember, as far as it still says something: of the load of some time ago it would
+        have replicas lit that nobody needs."""
+        text = self.store.plan()
+        plan = from_json(text) if text is not None else None
+        looked = isinstance(plan, Plan) and self._clock.now_s() - plan.made_s <= JUMP_S
+        return {
+            model: state if looked else lapsed(state)
+            for model, state in states.items()
+            if model in self._base
+        }
 
     def _kept(self) -> _Kept | None:
         """What must be read from the database itself; None if that can't be now: then `_catch_up` does it."""

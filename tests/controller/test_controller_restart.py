@@ -116,3 +116,22 @@ def test_a_store_that_stays_away_does_not_keep_traffic_out(
         world.clock.go(intake.WAIT_S)
         world.tick(controller)
         assert controller._active.observations["m"].arrivals == 3
+
+
+@pytest.mark.parametrize(("away_s", "lit"), [(20.0, 3), (3 * 86400.0, 1)])
+def test_after_days_one_request_lights_one_replica(tmp_path: Path, away_s: float, lit: int) -> None:
+    """The load of before a weekend says nothing of Monday; that of before a kill does."""
+    world = World(tmp_path, setup(policy="predictive", max_replicas=4, target_ongoing_requests=10.0))
+    with world.planner() as controller:
+        world.running["model-m"] = serve_view(3)
+        world.seen(in_flight=25)
+        for _ in range(90):
+            world.tick(controller)
+        assert controller._active.decisions["m"].replicas == 3
+    world.clock.go(away_s)
+    with world.planner() as controller:
+        world.running["model-m"] = serve_view(0)
+        world.seen(queued=1, in_flight=0)
+        for _ in range(5):
+            world.tick(controller)
+        assert controller._active.decisions["m"].replicas == lit

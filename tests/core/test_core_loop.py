@@ -320,6 +320,24 @@ def test_a_clock_that_jumps_ahead_holds_for_one_tick() -> None:
     assert loop.decisions["a"].replicas == 0
 
 
+@pytest.mark.parametrize(
+    "policy", ["predictive", "reactive", "keep-alive", "kpa", "ray-default", "hybrid-histogram"]
+)
+def test_after_a_sleep_one_request_lights_one_replica(policy: str) -> None:
+    """What was needed when the machine was suspended, or its clock was right, is not needed any more."""
+    there = World(
+        {"a": spec(policy, model="a", target_ongoing_requests=4)}, {"a": lit(replicas=6, in_flight=24)}
+    )
+    loop = there.loop()
+    for i in range(90):
+        loop.tick(T0 + i)
+    assert (loop.decisions["a"].replicas or 0) >= 6
+    there.seen_now["a"] = seen(queued=1)
+    for i in range(40):
+        loop.tick(T0 + 3 * 86400 + i)
+        assert loop.decisions["a"].replicas in (None, 1) if i else True
+
+
 def test_a_simulation_may_skip_time() -> None:
     there = world(a=lit(last_busy_s=T0))
     loop = there.loop(jump_s=math.inf)
