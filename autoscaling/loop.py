@@ -56,8 +56,9 @@ class Loop:
         reforecast_s: float = REFORECAST_S,
         usage: bool = True,
     ) -> None:
-        """`states` (as of the last JUMP_S; `core.decide.lapsed` if they are older), `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
-        met nor given up) are what a restarted loop goes on from.
+        """`states`, `spent` (the UTC day, and the GPU-seconds spent in it) and `prewarms` (those that had neither been
+        met nor given up) are what a restarted loop goes on from; states of longer ago than JUMP_S as
+        `core.decide.lapsed` leaves them.
 
         `jump_s` is infinite for a simulation that skips the time in which nothing happens; `usage` is False for one
         that counts itself what is used. What is spent is counted all the same where a day's spend is bounded.
