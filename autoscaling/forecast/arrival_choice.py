@@ -17,12 +17,14 @@ from autoscaling.forecast.gap_record import Record, rates_at
 from autoscaling.forecast.history import Floats, History, Recent, onset_times
 from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.timer import Timer
+from autoscaling.forecast.timetable import Timetable
 
 FORECASTERS: tuple[Forecaster, ...] = (
     Renewal(),
     Renewal("seasonal-renewal", seasonal=True),
     Renewal("recent-renewal", by_gaps=8),
     Timer(),
+    Timetable(),
     Poisson(),
 )
 FLEET_FORECASTERS: tuple[Forecaster, ...] = (
@@ -30,6 +32,7 @@ FLEET_FORECASTERS: tuple[Forecaster, ...] = (
     Renewal(),
     Renewal("recent-renewal", by_gaps=8),
     Timer(),
+    Timetable(),
 )
 """Where the fleet's silences are enough for a regression. Not the rate alone: of a model that has just begun with a few
 requests it foretells more of the same, and nobody is as wrong about the first long silence."""

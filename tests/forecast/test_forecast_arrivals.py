@@ -13,6 +13,7 @@ from autoscaling.forecast.arrivals import HORIZON_S, batch_size
 from autoscaling.forecast.fit import Job, fit_standard
 from autoscaling.forecast.history import Floats, history_of
 from autoscaling.forecast.prior import NO_FLEET, pooled
+from autoscaling.forecast.timer import Timer
 
 
 def test_without_traffic_there_is_no_forecast() -> None:
@@ -123,10 +124,11 @@ def test_a_rhythm_of_the_day_within_that_of_days() -> None:
     times = np.concatenate([START_S + day * DAY_S + 3600 * np.arange(6, 22, 3.0) for day in range(14)])
     for before in (-1, -3, -6):
         known, due_s = times[:before], float(times[before])
-        found = fitted(known, due_s - 600)
-        assert found.arrivals.name == "timer"
-        assert abs(quantile_s(found, due_s - 600, 0.5) - 600) < 10
-        assert quantile_s(found, due_s - 600, 0.25) > 580
+        history = history_of(exact(known, due_s - 600), due_s - 600)
+        recent = fitted(known, due_s - 600).recent
+        found = Timer().fit(history, NO_FLEET).log_survival(due_s - 600, recent, np.asarray([580.0, 620.0]))
+        assert np.exp(found[0]) > 0.8
+        assert np.exp(found[1]) < 0.5
 
 
 def test_the_night_of_a_daily_model_is_waited_through() -> None:
