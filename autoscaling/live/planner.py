@@ -23,6 +23,7 @@ from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
 from autoscaling.core.types import Decision, Forecast, Observation, Reason, Rung, Spec, State
 from autoscaling.live import overrides
 from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
+from autoscaling.live.decision_log import DecisionLog
 from autoscaling.live.intake import Intake
 from autoscaling.live.ledger import TokenLedger
 from autoscaling.live.metrics import LiveMetrics
@@ -140,6 +141,7 @@ class Planner:
         self._publish = publish
         self._lock = threading.Lock()
         self.store, self._store_error, self._temporary = open_store(setup.store, clock)
+        self._decided = DecisionLog(self.store)
         self._errors: dict[str, str] = {}
         self._override_errors: Mapping[str, str] = {}
         self._loop: Loop | None = None
@@ -523,8 +525,8 @@ class Planner:
         states: Mapping[str, State],
     ) -> None:
         """Keep decisions that changed, and what policies remember. In the mode `off` nothing is decided."""
-        if decisions and self._mode != "off":
-            self.store.add_decisions(decisions, source="active" if self._mode == "active" else "shadow")
+        if self._mode != "off":
+            self._decided.add(decisions, "active" if self._mode == "active" else "shadow")
         if states:
             self.store.put_states(states)
 
@@ -634,6 +636,7 @@ class _ShadowSink:
 
     def __init__(self, store: Store, source: str) -> None:
         self._store = store
+        self._decided = DecisionLog(store)
         self._source = source
 
     def record(
@@ -643,8 +646,7 @@ class _ShadowSink:
         decisions: Sequence[Decision],
         states: Mapping[str, State],
     ) -> None:
-        if decisions:
-            self._store.add_decisions(decisions, source=self._source)
+        self._decided.add(decisions, self._source)
 
     def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
         self._store.add_usage([usage_row(row, self._source) for row in usage])

@@ -6,6 +6,8 @@ import math
 import secrets
 import time
 from collections.abc import Iterator
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,35 @@ def test_a_mode_that_changes_nothing(world: World, planner: Planner, mode: str) 
     said(planner, "mode", {"mode": "active"}, model=None)
     world.tick(planner)
     assert world.planned() == 1
+
+
+def test_a_decision_that_only_stands_for_longer_is_published_and_is_no_row(tmp_path: Path) -> None:
+    """Nor in the mode `shadow`, nor of a shadow policy: a busy model would push the others out of the store."""
+    world = World(tmp_path, setup(keep_alive_s=60.0))
+    world.running["model-m"] = serve_view(1)
+    with world.planner() as planner:
+        said(planner, "shadow", {"name": "s", "policy": "reactive"}, model=None)
+        until_s = set()
+        for second in range(120):
+            if second == 60:
+                said(planner, "mode", {"mode": "shadow"}, model=None)
+            # A request that is over between two looks: the idle time begins anew.
+            if second % 3 == 0:
+                world.reports["g"] = deepcopy(world.reports["g"])
+                world.seen(last_busy_s=planner.now_s())
+            world.tick(planner)
+            until_s.add(planner.decisions()["m"].until_s)
+        assert len(until_s) > 15
+        assert len({plan.entries["m"].until_s for plan in world.plans}) > 10
+        world.seen(in_flight=3)
+        world.tick(planner)
+        for source in ("active", "shadow", "shadow:s"):
+            rows = planner.store.decisions("m", 0, math.inf, source=source)
+            told = [tuple(row[name] for name in ("replicas", "rung", "reason", "clamps")) for row in rows]
+            assert 0 < len(told) < 5, (source, told)
+            assert all(one != other for one, other in pairwise(told))
+            # The last one's numbers are those of its change.
+            assert (rows[-1]["reason"] == "demand") == (source != "active")
 
 
 def test_a_shadow_policy_decides_beside_the_active_one(world: World, planner: Planner) -> None:
