@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from autoscaling.core.accounts import Prewarm, Usage, day_of
 from autoscaling.core.budget import Budget
 from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
@@ -685,9 +687,12 @@ def prewarm_row(prewarm: Prewarm) -> PrewarmRow:
 
 
 def _last_arrival_s(store: Store, model: str, now_s: float) -> float | None:
-    """By the finest level that knows one."""
+    """By the finest level that knows one: the second in which it came, or the last in which it can have come."""
     for buckets in store.traffic(model, now_s).levels:
-        came = buckets.index[buckets.arrivals > 0]
+        came = np.flatnonzero(buckets.arrivals > 0)
         if len(came):
-            return float(came[-1]) * buckets.step_s
+            last = came[-1]
+            _, trail_s = buckets.silent_s
+            end_s = (int(buckets.index[last]) + 1) * buckets.step_s
+            return min(now_s, end_s - int(trail_s[last]) - 1)
     return None

@@ -260,6 +260,25 @@ def test_a_successor_goes_on_from_the_store(world: World) -> None:
         assert row.cost_gpu_s > 0
 
 
+@pytest.mark.parametrize("ago_s", [600, 2 * 3600, 3 * 86400, 40 * 86400])
+def test_a_successor_knows_the_second_of_the_last_request(world: World, ago_s: int) -> None:
+    """However coarse the level is that still has it."""
+    came_s = int(NOW_S) // 3600 * 3600 - ago_s - 1
+    with world.planner() as planner:
+        planner.store.import_traffic([("m", float(at_s), 1, 0, 0, 0.0) for at_s in (came_s - 9, came_s)], 1.0)
+    with world.planner() as planner:
+        planner.tick()
+        assert planner.observations()["m"].last_arrival_s == came_s
+
+
+def test_a_last_request_whose_second_is_not_known_is_not_taken_for_one_of_the_future(world: World) -> None:
+    with world.planner() as planner:
+        planner.store.import_traffic([("m", NOW_S // 3600 * 3600, 1, 0, 0, 0.0)], 3600.0)
+    with world.planner() as planner:
+        planner.tick()
+        assert planner.observations()["m"].last_arrival_s == planner.now_s()
+
+
 def test_a_plan_that_expired_meanwhile_is_not_published_again(world: World) -> None:
     """Nobody may act on it."""
     with world.planner() as planner:
