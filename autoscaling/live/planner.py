@@ -212,7 +212,8 @@ class Planner:
         for model in self._base:
             if (state := states.get(CAPACITY_PREFIX + model)) is not None:
                 self._metrics.capacity.restore(model, state)
-            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+            last_busy_s = _last_busy_s(states.get(model, State()))
+            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s), last_busy_s)
 
     def _kept(self) -> _Kept | None:
         """What must be read from the database itself; None if that can't be now: then `_catch_up` does it."""
@@ -684,6 +685,11 @@ def prewarm_row(prewarm: Prewarm) -> PrewarmRow:
         spared_requests=prewarm.spared_requests,
         spared_wait_s=prewarm.spared_wait_s,
     )
+
+
+def _last_busy_s(state: State) -> float | None:
+    """When a request was last queued or in flight, as the last decision had it: at that time, if one was then."""
+    return state.values.get("idle_since_s", state.values.get("now_s"))
 
 
 def _last_arrival_s(store: Store, model: str, now_s: float) -> float | None:

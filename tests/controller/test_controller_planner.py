@@ -18,7 +18,7 @@ from autoscaling.live import planner as planner_module
 from autoscaling.live.planner import Planner
 from autoscaling.live.records import ColdStartRow, Override
 from autoscaling.live.rungs import KEPT_STARTS
-from tests.controller.lab import NOW_S, World, engine, serve_view, setup
+from tests.controller.lab import NOW_S, World, engine, report, serve_view, setup
 
 
 @pytest.fixture
@@ -269,6 +269,28 @@ def test_a_successor_knows_the_second_of_the_last_request(world: World, ago_s: i
     with world.planner() as planner:
         planner.tick()
         assert planner.observations()["m"].last_arrival_s == came_s
+
+
+def test_a_successor_knows_when_a_long_request_ended(tmp_path: Path) -> None:
+    """Though its gateways are new, too, and it came ten minutes before."""
+    world = World(tmp_path, setup(keep_alive_s=60.0))
+    world.running["model-m"] = serve_view(1)
+    with world.planner() as planner:
+        world.came(planner, 1)
+        world.seen(in_flight=1)
+        for _ in range(600):
+            world.tick(planner)
+        world.seen(in_flight=0)
+        world.tick(planner)
+        ended_s = planner.now_s()
+        planner.store.flush()
+    world.reports = {"new": report("m", source="new")}
+    world.clock.go(5)
+    with world.planner() as planner:
+        world.tick(planner)
+        seen = planner.observations()["m"]
+        assert (seen.last_arrival_s, seen.last_busy_s) == (NOW_S - 1, ended_s)
+        assert (world.planned(), planner.decisions()["m"].until_s) == (1, ended_s + 60)
 
 
 def test_a_last_request_whose_second_is_not_known_is_not_taken_for_one_of_the_future(world: World) -> None:
