@@ -194,10 +194,14 @@ def test_a_shadow_is_compared_with_what_the_active_policy_used_since_it_began(
         world.tick(planner)
     said(planner, "shadow", {"name": "late", "policy": "fixed", "params": {"replicas": 0}}, model=None)
     for _ in range(10):
+        world.came(planner, 2)
         world.tick(planner)
     usage = {row.source: row for row in planner.store.usage("2000-01-01", "2100-01-01")}
     assert usage["active"].gpu_s["serving"] == pytest.approx(38, abs=3)
     assert usage["beside:late"].gpu_s["serving"] == pytest.approx(9, abs=2)
+    # Those of the tick at which the shadow began came before it.
+    assert usage["active"].requests == 20
+    assert usage["beside:late"].requests == usage["shadow:late"].requests == 18
 
 
 def test_a_shadow_of_the_fleet_file_is_there_from_the_start(tmp_path: Path) -> None:
