@@ -74,7 +74,7 @@ class Store:
             url: sqlite:///path or postgresql+psycopg://user@host/database.
             commit_every_s: how often the thread commits.
             max_pending: how many records may wait while the database is away.
-            max_decisions: how many decisions are kept at most; the newest are.
+            max_decisions: how many decisions are kept at most; then the oldest of the models that have the most go.
 
         Raises:
             ConfigError: the URL is wrong, or the database was written by a newer Relight.
