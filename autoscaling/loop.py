@@ -21,6 +21,8 @@ STALE_S = 10.0
 """What was seen longer ago than this is not known any more."""
 REFORECAST_S = 10.0
 """How often a model's forecast is asked for, to see whether it was fitted anew, while nothing else happens."""
+SPENT_DAYS = 3
+"""Of so many days what was spent is kept: a clock that is set goes on in another one, and may come back."""
 
 
 class Stands(NamedTuple):
@@ -75,7 +77,9 @@ class Loop:
         self._reforecast_s = reforecast_s
         self._usage = usage
         self._last_s: float | None = None
-        self._day, self._spent = spent
+        self._day, spent_gpu_s = spent
+        # UTC day -> GPU-seconds, the day that was present last at the end.
+        self._spent = {self._day: spent_gpu_s}
         self._specs: dict[str, Spec] = {}
         self._seen: dict[str, Observation] = {}
         self._made: dict[str, Decision] = {}
@@ -114,12 +118,12 @@ class Loop:
     @property
     def spent_gpu_s(self) -> float:
         """GPU-seconds of the present UTC day."""
-        return self._spent
+        return self._spent.get(self._day, 0.0)
 
     def resume(self, day: str, spent_gpu_s: float) -> None:
         """What was spent of a UTC day, this loop's part included: where it began without knowing that."""
-        if day == self._day or not self._day:
-            self._day, self._spent = day, max(self._spent, spent_gpu_s)
+        self._day = self._day or day
+        self._spent[day] = max(self._spent.get(day, 0.0), spent_gpu_s)
 
     def next_s(self) -> float:
         """The earliest `until_s` of all that stands."""
@@ -283,8 +287,11 @@ class Loop:
     def _spent_on(self, now_s: float) -> float:
         day = day_of(now_s)
         if day != self._day:
-            self._day, self._spent = day, 0.0
-        return self._spent
+            self._day = day
+            self._spent[day] = self._spent.pop(day, 0.0)
+            while len(self._spent) > SPENT_DAYS:
+                del self._spent[next(iter(self._spent))]
+        return self._spent[day]
 
     def _book(self, now_s: float) -> None:
         usage: list[Usage] = []
@@ -302,9 +309,9 @@ class Loop:
             if booking is not NOTHING:
                 usage += booking.usage
                 prewarms += booking.prewarms
-        if usage:
-            self._spent += math.fsum(
-                gpu_s for row in usage if row.day == self._day for gpu_s in row.gpu_s.values()
+        for day in {row.day for row in usage} & self._spent.keys():
+            self._spent[day] += math.fsum(
+                gpu_s for row in usage if row.day == day for gpu_s in row.gpu_s.values()
             )
         sink = self._account_sink
         if sink is not None and (usage or prewarms):

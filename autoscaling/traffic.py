@@ -14,6 +14,9 @@ LEVELS: tuple[tuple[float, float], ...] = (
     (3600.0, 400 * 86400.0),
 )
 """(bucket_s, kept_s), finest first. Every level holds the whole of its span, so the finer ones overlap the coarser."""
+LONGEST_WINDOW_S = 2 * LEVELS[-1][0]
+"""What is only known by longer windows is in no level. Spread over more than two buckets, the single request of each
+window would come by a clock that nobody keeps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ def import_file(
 
     Formats: CSV with timestamp_s,model or minute,model,count (and tokens); Azure's LLM and Functions traces; Mooncake's
     JSON lines; access logs in Common, Combined or Envoy's format or as JSON lines. The same file is added once. Times
-    that count from 0 are moved by whole weeks, so that the file ends now and hours stay hours.
+    that count from 0 are moved by whole weeks, so that the file ends now and hours stay hours. Windows that are longer
+    than two hours don't say when requests come, and are refused.
     """
     if model is not None and mapping:
         raise CommandError("--model and --map: give one of them", WRONG)

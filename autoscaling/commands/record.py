@@ -27,7 +27,7 @@ def decisions(
     address: options.Address = None,
     as_json: options.Json = False,
 ) -> None:
-    """What was decided, when and why; the newest last."""
+    """What was decided, when and why; the newest last. A decision that only stands for longer is not told again."""
     answer = Client(address).get(
         "decisions", model=model, since_s=options.since(since), source=source, limit=limit
     )

@@ -66,6 +66,8 @@ class Account:
 
     observation: Observation | None = None
     prewarm: Prewarm | None = None
+    arrivals: int = 0
+    """Requests that came since that observation, while the replicas were unknown, and are not booked yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +90,24 @@ def book(
 ) -> tuple[Account, Booking]:
     """From the observation before to this one, and what was then decided.
 
-    What was seen before is taken to have held until now. An observation without its replicas, or with a time that is
-    not later, is passed over. `used`: whether anybody asks for the usage; without it only prewarms are followed.
+    What was seen before is taken to have held until now; nothing is charged to a time that is not later. Of an
+    observation without its replicas only the requests count: they are booked with the next one. `used`: whether anybody
+    asks for the usage; without it only prewarms are followed.
     """
-    before = account.observation
+    before, prewarm = account.observation, account.prewarm
     if not (math.isfinite(observation.now_s) and known(observation.ready)):
-        return account, NOTHING
+        came = _count(observation.arrivals) if used or prewarm is not None else 0
+        return (replace(account, arrivals=account.arrivals + came) if came else account), NOTHING
+    if account.arrivals:
+        observation = replace(observation, arrivals=account.arrivals + _count(observation.arrivals))
+    # Of what was before the first observation nothing but its requests is known.
+    usage = _usage(spec, before or observation, observation, prewarm) if used else ()
     if before is not None and observation.now_s < before.now_s:
         # The clock went back: what is open can't be measured any more.
-        return Account(observation, None), NOTHING
-    usage: tuple[Usage, ...] = ()
-    prewarm = account.prewarm
+        return Account(observation, None), Booking(usage) if usage else NOTHING
     if prewarm is None and not used and (decision is None or decision.reason not in AHEAD):
         # The observation before counts only where something is counted from it on.
         return NO_ACCOUNT, NOTHING
-    if used and before is not None and observation.now_s > before.now_s:
-        usage = _usage(spec, before, observation, prewarm)
     after = prewarm
     if after is not None and before is not None:
         after = _went_on(after, spec, before, observation, decision)
@@ -128,7 +132,7 @@ def unmet(prewarm: Prewarm, spec: Spec, observation: Observation) -> float | Non
 
 def _usage(spec: Spec, before: Observation, now: Observation, prewarm: Prewarm | None) -> tuple[Usage, ...]:
     span_s = now.now_s - before.now_s
-    charged_s = span_s if span_s <= LONGEST_S else 0.0
+    charged_s = span_s if 0 < span_s <= LONGEST_S else 0.0
     prices = priced(spec, before.rungs)
     rates: dict[str, float] = {}
     replicas = _count(before.ready) + _count(before.starting)

@@ -141,12 +141,12 @@ class LiveMetrics:
 
     # What comes in
 
-    def restore(self, model: str, last_arrival_s: float | None) -> None:
-        """What was known before a restart."""
+    def restore(self, model: str, last_arrival_s: float | None, last_busy_s: float | None = None) -> None:
+        """What was known before a restart. A model was last busy when its last request came, or later."""
         with self._lock:
             since = self._since[model]
             since.last_arrival_s = _later(since.last_arrival_s, last_arrival_s)
-            since.last_busy_s = _later(since.last_busy_s, last_arrival_s)
+            since.last_busy_s = _later(since.last_busy_s, _later(last_arrival_s, last_busy_s))
 
     def take_report(self, gateway: str, report: Mapping[str, Any], rows: Sequence[TrafficRow]) -> None:
         """A gateway's view, replacing its last; `rows` are the counts in it that are new."""

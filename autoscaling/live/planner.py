@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from autoscaling.core.accounts import Prewarm, Usage, day_of
 from autoscaling.core.budget import Budget
 from autoscaling.core.decide import lapsed
@@ -24,6 +26,7 @@ from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
 from autoscaling.core.types import Decision, Forecast, Observation, Reason, Rung, Spec, State
 from autoscaling.live import overrides
 from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
+from autoscaling.live.decision_log import DecisionLog
 from autoscaling.live.intake import Intake
 from autoscaling.live.ledger import TokenLedger
 from autoscaling.live.metrics import LiveMetrics
@@ -141,6 +144,7 @@ class Planner:
         self._publish = publish
         self._lock = threading.Lock()
         self.store, self._store_error, self._temporary = open_store(setup.store, clock)
+        self._decided = DecisionLog(self.store)
         self._errors: dict[str, str] = {}
         self._override_errors: Mapping[str, str] = {}
         self._loop: Loop | None = None
@@ -209,7 +213,8 @@ class Planner:
         for model in self._base:
             if (state := states.get(CAPACITY_PREFIX + model)) is not None:
                 self._metrics.capacity.restore(model, state)
-            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+            last_busy_s = _last_busy_s(states.get(model, State()))
+            self._metrics.restore(model, _last_arrival_s(self.store, model, now_s), last_busy_s)
 
     def _remembered(self, states: Mapping[str, State]) -> dict[str, State]:
         """What the models' policies remember, as far as it still says something: of the load of some time ago it would
@@ -536,8 +541,8 @@ class Planner:
         states: Mapping[str, State],
     ) -> None:
         """Keep decisions that changed, and what policies remember. In the mode `off` nothing is decided."""
-        if decisions and self._mode != "off":
-            self.store.add_decisions(decisions, source="active" if self._mode == "active" else "shadow")
+        if self._mode != "off":
+            self._decided.add(decisions, "active" if self._mode == "active" else "shadow")
         if states:
             self.store.put_states(states)
 
@@ -647,6 +652,7 @@ class _ShadowSink:
 
     def __init__(self, store: Store, source: str) -> None:
         self._store = store
+        self._decided = DecisionLog(store)
         self._source = source
 
     def record(
@@ -656,8 +662,7 @@ class _ShadowSink:
         decisions: Sequence[Decision],
         states: Mapping[str, State],
     ) -> None:
-        if decisions:
-            self._store.add_decisions(decisions, source=self._source)
+        self._decided.add(decisions, self._source)
 
     def account(self, now_s: float, usage: Sequence[Usage], prewarms: Sequence[Prewarm]) -> None:
         self._store.add_usage([usage_row(row, self._source) for row in usage])
@@ -695,10 +700,18 @@ def prewarm_row(prewarm: Prewarm) -> PrewarmRow:
     )
 
 
+def _last_busy_s(state: State) -> float | None:
+    """When a request was last queued or in flight, as the last decision had it: at that time, if one was then."""
+    return state.values.get("idle_since_s", state.values.get("now_s"))
+
+
 def _last_arrival_s(store: Store, model: str, now_s: float) -> float | None:
-    """By the finest level that knows one."""
+    """By the finest level that knows one: the second in which it came, or the last in which it can have come."""
     for buckets in store.traffic(model, now_s).levels:
-        came = buckets.index[buckets.arrivals > 0]
+        came = np.flatnonzero(buckets.arrivals > 0)
         if len(came):
-            return float(came[-1]) * buckets.step_s
+            last = came[-1]
+            _, trail_s = buckets.silent_s
+            end_s = (int(buckets.index[last]) + 1) * buckets.step_s
+            return min(now_s, end_s - int(trail_s[last]) - 1)
     return None

@@ -49,9 +49,11 @@ class ShadowWorld:
         return {model: self._observe(model, real, now_s) for model, real in self._real.items()}
 
     def _observe(self, model: str, real: Observation, now_s: float) -> Observation:
+        # What came before its first look is no part of what it is compared by.
+        arrivals = real.arrivals if model in self._models else 0
         world = self._models.setdefault(model, _Imagined())
         if real.ready is None or real.queued is None or real.in_flight is None:
-            return replace(real, ready=None)
+            return replace(real, ready=None, arrivals=arrivals)
         if not world.known:
             # It begins with what there is, as if it had been obeyed only from now on.
             world.known = True
@@ -77,6 +79,7 @@ class ShadowWorld:
             target=world.ready + len(world.starting),
             queued=queued,
             in_flight=in_flight,
+            arrivals=arrivals,
             last_busy_s=_latest(world.last_busy_s, None if queued else real.last_busy_s, now_s),
             rung=world.rung,
         )

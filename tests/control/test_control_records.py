@@ -54,6 +54,16 @@ def test_one_wrong_row_refuses_all(lab: Lab, row: list[object], status: int, fie
     assert lab.store.models_with_traffic() == []
 
 
+@pytest.mark.parametrize("bucket_s", [0.0, 7201.0, 86400.0])
+def test_a_window_that_no_level_of_the_history_can_show_is_refused(lab: Lab, bucket_s: float) -> None:
+    """And the same rows can still be imported in shorter ones."""
+    body = {"bucket_s": bucket_s, "rows": [[SMALL, NOW_S - 86400, 5, 0, 0, 0.0]], "source": "days"}
+    status, error = lab.refused("POST", "import", body)
+    assert (status, error["field"]) == (422, "bucket_s")
+    assert "7200" in error["message"] or bucket_s == 0
+    assert lab.ok("POST", "import", body | {"bucket_s": 7200.0}) == {"rows": 1}
+
+
 def test_decisions_are_told_in_the_order_of_time(lab: Lab) -> None:
     decisions = [
         Decision(SMALL, NOW_S - 50, 1, Rung.TEMPLATE, Reason.WAKE, NOW_S, "predictive", {"load": 1.0}),

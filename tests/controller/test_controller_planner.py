@@ -6,6 +6,8 @@ import math
 import secrets
 import time
 from collections.abc import Iterator
+from copy import deepcopy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from autoscaling.live import planner as planner_module
 from autoscaling.live.planner import Planner
 from autoscaling.live.records import ColdStartRow, Override
 from autoscaling.live.rungs import KEPT_STARTS
-from tests.controller.lab import NOW_S, World, engine, serve_view, setup
+from tests.controller.lab import NOW_S, World, engine, report, serve_view, setup
 
 
 @pytest.fixture
@@ -139,6 +141,35 @@ def test_a_mode_that_changes_nothing(world: World, planner: Planner, mode: str) 
     assert world.planned() == 1
 
 
+def test_a_decision_that_only_stands_for_longer_is_published_and_is_no_row(tmp_path: Path) -> None:
+    """Nor in the mode `shadow`, nor of a shadow policy: a busy model would push the others out of the store."""
+    world = World(tmp_path, setup(keep_alive_s=60.0))
+    world.running["model-m"] = serve_view(1)
+    with world.planner() as planner:
+        said(planner, "shadow", {"name": "s", "policy": "reactive"}, model=None)
+        until_s = set()
+        for second in range(120):
+            if second == 60:
+                said(planner, "mode", {"mode": "shadow"}, model=None)
+            # A request that is over between two looks: the idle time begins anew.
+            if second % 3 == 0:
+                world.reports["g"] = deepcopy(world.reports["g"])
+                world.seen(last_busy_s=planner.now_s())
+            world.tick(planner)
+            until_s.add(planner.decisions()["m"].until_s)
+        assert len(until_s) > 15
+        assert len({plan.entries["m"].until_s for plan in world.plans}) > 10
+        world.seen(in_flight=3)
+        world.tick(planner)
+        for source in ("active", "shadow", "shadow:s"):
+            rows = planner.store.decisions("m", 0, math.inf, source=source)
+            told = [tuple(row[name] for name in ("replicas", "rung", "reason", "clamps")) for row in rows]
+            assert 0 < len(told) < 5, (source, told)
+            assert all(one != other for one, other in pairwise(told))
+            # The last one's numbers are those of its change.
+            assert (rows[-1]["reason"] == "demand") == (source != "active")
+
+
 def test_a_shadow_policy_decides_beside_the_active_one(world: World, planner: Planner) -> None:
     """Its decisions and what it would have cost stand under its own name."""
     said(planner, "shadow", {"name": "always", "policy": "fixed", "params": {"replicas": 1}}, model=None)
@@ -163,10 +194,14 @@ def test_a_shadow_is_compared_with_what_the_active_policy_used_since_it_began(
         world.tick(planner)
     said(planner, "shadow", {"name": "late", "policy": "fixed", "params": {"replicas": 0}}, model=None)
     for _ in range(10):
+        world.came(planner, 2)
         world.tick(planner)
     usage = {row.source: row for row in planner.store.usage("2000-01-01", "2100-01-01")}
     assert usage["active"].gpu_s["serving"] == pytest.approx(38, abs=3)
     assert usage["beside:late"].gpu_s["serving"] == pytest.approx(9, abs=2)
+    # Those of the tick at which the shadow began came before it.
+    assert usage["active"].requests == 20
+    assert usage["beside:late"].requests == usage["shadow:late"].requests == 18
 
 
 def test_a_shadow_of_the_fleet_file_is_there_from_the_start(tmp_path: Path) -> None:
@@ -227,6 +262,47 @@ def test_a_successor_goes_on_from_the_store(world: World) -> None:
         assert row.hit_s is not None
         assert row.spared_requests == 1
         assert row.cost_gpu_s > 0
+
+
+@pytest.mark.parametrize("ago_s", [600, 2 * 3600, 3 * 86400, 40 * 86400])
+def test_a_successor_knows_the_second_of_the_last_request(world: World, ago_s: int) -> None:
+    """However coarse the level is that still has it."""
+    came_s = int(NOW_S) // 3600 * 3600 - ago_s - 1
+    with world.planner() as planner:
+        planner.store.import_traffic([("m", float(at_s), 1, 0, 0, 0.0) for at_s in (came_s - 9, came_s)], 1.0)
+    with world.planner() as planner:
+        planner.tick()
+        assert planner.observations()["m"].last_arrival_s == came_s
+
+
+def test_a_successor_knows_when_a_long_request_ended(tmp_path: Path) -> None:
+    """Though its gateways are new, too, and it came ten minutes before."""
+    world = World(tmp_path, setup(keep_alive_s=60.0))
+    world.running["model-m"] = serve_view(1)
+    with world.planner() as planner:
+        world.came(planner, 1)
+        world.seen(in_flight=1)
+        for _ in range(600):
+            world.tick(planner)
+        world.seen(in_flight=0)
+        world.tick(planner)
+        ended_s = planner.now_s()
+        planner.store.flush()
+    world.reports = {"new": report("m", source="new")}
+    world.clock.go(5)
+    with world.planner() as planner:
+        world.tick(planner)
+        seen = planner.observations()["m"]
+        assert (seen.last_arrival_s, seen.last_busy_s) == (NOW_S - 1, ended_s)
+        assert (world.planned(), planner.decisions()["m"].until_s) == (1, ended_s + 60)
+
+
+def test_a_last_request_whose_second_is_not_known_is_not_taken_for_one_of_the_future(world: World) -> None:
+    with world.planner() as planner:
+        planner.store.import_traffic([("m", NOW_S // 3600 * 3600, 1, 0, 0, 0.0)], 3600.0)
+    with world.planner() as planner:
+        planner.tick()
+        assert planner.observations()["m"].last_arrival_s == planner.now_s()
 
 
 def test_a_plan_that_expired_meanwhile_is_not_published_again(world: World) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from autoscaling.core.accounts import Account, Booking, Prewarm, book, day_of, unmet
+from autoscaling.core.accounts import NOTHING, Account, Booking, Prewarm, book, day_of, unmet
 from autoscaling.core.types import Decision, Observation, Reason, Rung, RungProfile
 from tests.core.lab import RUNGS, T0, lit, seen, spec
 
@@ -100,6 +100,42 @@ def test_a_cold_start_is_counted_with_who_waited() -> None:
     assert (ledger.requests, ledger.cold_requests, ledger.cold_starts) == (4, 3, 1)
     assert ledger.waited_s == pytest.approx(2 * 1 + 3 * 3)
     assert ledger.prewarms == {}
+
+
+@pytest.mark.parametrize("ready", [0, 1])
+def test_every_request_is_in_the_accounts_once(ready: int) -> None:
+    """Of the first observation, of those while Serve does not answer, and of a clock that goes back or stands."""
+    ledger = Ledger()
+    unknown = replace(seen(NOON, arrivals=5), ready=None, starting=None)
+    ledger.book(unknown)
+    ledger.book(lit(NOON + 1, ready, arrivals=2))
+    assert (ledger.requests, ledger.cold_requests) == (7, 0 if ready else 7)
+    for second in range(2, 5):
+        ledger.book(replace(unknown, now_s=NOON + second))
+    assert ledger.requests == 7
+    ledger.book(lit(NOON + 5, 1 - ready, arrivals=1))
+    assert (ledger.requests, ledger.cold_requests) == (23, 0 if ready else 23)
+    ledger.book(lit(NOON + 5, ready, arrivals=3))
+    ledger.book(replace(unknown, now_s=NOON + 4))
+    ledger.book(lit(NOON - 60, ready, arrivals=4))
+    assert ledger.requests == 35
+    ledger.book(lit(NOON - 59, ready))
+    assert ledger.requests == 35
+    assert ledger.cold_starts == 1
+
+
+def test_a_prewarm_is_met_by_what_came_while_serve_did_not_answer() -> None:
+    ledger = Ledger()
+    prewarmed(ledger)
+    ledger.book(replace(lit(NOON + 6, arrivals=1), ready=None))
+    assert ledger.prewarm.hit_s is None
+    ledger.book(lit(NOON + 7), decided(NOON + 7, 1, Reason.KEEP_ALIVE))
+    assert (ledger.prewarm.hit_s, ledger.prewarm.spared_requests) == (NOON + 7, 1)
+
+
+def test_without_accounts_nothing_of_a_model_is_kept_while_serve_does_not_answer() -> None:
+    unknown = replace(seen(NOON, arrivals=5), ready=None)
+    assert book(Account(), spec(), unknown, None, used=False) == (Account(), NOTHING)
 
 
 def prewarmed(ledger: Ledger) -> None:

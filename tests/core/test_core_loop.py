@@ -435,6 +435,53 @@ def test_the_spend_begins_anew_with_the_day() -> None:
     assert loop.spent_gpu_s == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("away_s", [86400.0, -86400.0, 400 * 86400.0])
+def test_a_clock_that_is_in_another_day_for_a_while_forgets_no_spend(away_s: float) -> None:
+    noon = math.floor(T0 / 86400) * 86400 + 43200.0
+    there = world(a=lit(in_flight=1))
+    loop = there.loop(Budget(gpu_s_per_day=5.0), spent=(day_of(noon), 2.0))
+    loop.tick(noon)
+    loop.tick(noon + 2)
+    for second in range(3):
+        loop.tick(noon + away_s + second)
+    assert loop.spent_gpu_s == pytest.approx(2.0)
+    loop.tick(noon + 6)
+    assert loop.spent_gpu_s == pytest.approx(4.0)
+    loop.tick(noon + 8)
+    loop.tick(noon + 9)
+    assert loop.spent_gpu_s == pytest.approx(7.0)
+    there.seen_now["a"] = lit(noon)
+    loop.tick(noon + 10)
+    assert (loop.decisions["a"].replicas, loop.decisions["a"].clamps) == (0, (Reason.SPEND_LIMIT,))
+
+
+def test_a_clock_that_goes_back_over_midnight_goes_on_with_the_old_days_spend() -> None:
+    midnight = (math.floor(T0 / 86400) + 1) * 86400.0
+    there = world(a=lit(in_flight=1))
+    loop = there.loop(Budget(gpu_s_per_day=50.0), spent=(day_of(midnight - 1), 6.0))
+    for at_s in (midnight - 2, midnight + 0.25):
+        loop.tick(at_s)
+    assert loop.spent_gpu_s == pytest.approx(0.25)
+    loop.tick(midnight - 0.25)
+    assert loop.spent_gpu_s == pytest.approx(8.0)
+    for day in range(1, 9):
+        loop.tick(midnight + 86400 * day)
+    loop.tick(midnight - 0.25)
+    assert loop.spent_gpu_s == 0.0
+
+
+def test_what_was_spent_is_made_up_for_once_it_can_be_read() -> None:
+    loop = world(a=lit(in_flight=1)).loop(Budget(gpu_s_per_day=50.0))
+    loop.resume(day_of(T0), 3.0)
+    loop.tick(T0)
+    loop.tick(T0 + 2)
+    loop.resume(day_of(T0), 4.5)
+    loop.resume(day_of(T0 - 86400), 40.0)
+    assert loop.spent_gpu_s == pytest.approx(5.0)
+    loop.resume(day_of(T0), 9.0)
+    assert loop.spent_gpu_s == pytest.approx(9.0)
+
+
 def test_a_prewarm_is_told_as_it_goes_on() -> None:
     there = world(a=seen(last_busy_s=T0 - 5000))
     there.specs_now = {"a": spec("scheduled", model="a", windows=(Window(T0, T0 + 60, 1, source="prewarm"),))}

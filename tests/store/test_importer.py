@@ -99,6 +99,19 @@ def test_windows_that_differ_are_not_spread_beyond_themselves(tmp_path: Path, st
     assert found[60] == {}
 
 
+def test_windows_that_are_too_long_for_the_history_are_refused(tmp_path: Path, store: Store) -> None:
+    """One of them is enough: nothing of the file is lost unsaid."""
+    minute = (NOON - 4 * DAY) / 60
+    lines = (f"{minute},a,1,60", f"{minute + 1},a,100,86400", f"{minute + 1441},a,1,60")
+    path = file(tmp_path, "minute,model,count,window_s", *lines, name="days.csv")
+    with pytest.raises(ConfigError, match=r"days\.csv: it has windows of 86400 s\. Expected 7200 s"):
+        import_file(store, path, Options(), NOON)
+    assert store.models_with_traffic() == []
+    path = file(tmp_path, "minute,model,count,window_s", *(line.replace("86400", "7200") for line in lines))
+    import_file(store, path, Options(), NOON)
+    assert totals(store, "a", NOON)[-1] == 102
+
+
 @pytest.mark.parametrize(
     ("align", "last_s"),
     [("end", NOON), ("day", NOON - 43200 - 3600 * 10), ("week", None), ("auto", None)],

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 
 from autoscaling.core.types import Reason, Rung, State
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, UsageRow
-from autoscaling.live.store import Store
+from autoscaling.live.store import Store, logs
 from tests.store.lab import NOON, FakeClock, Open, decision, second, totals
 
 DAY = 86400.0
@@ -288,6 +288,40 @@ def test_decisions_are_bounded_in_number(open_store: Open, clock: FakeClock) -> 
     assert [row["replicas"] for row in store.decisions("m", 0, NOON + 1, 20_000)] == list(
         range(10_900, 11_000)
     )
+
+
+def test_a_busy_models_decisions_push_out_no_other_models(open_store: Open, clock: FakeClock) -> None:
+    """Of those that have more than their share the oldest go, however many come."""
+    store = open_store(max_decisions=100)
+    store.add_decisions([decision("quiet", NOON - 1000 + i, i) for i in range(5)])
+    for _ in range(3):
+        store.add_decisions([decision("busy", clock.now_s() + i / 1e3, i) for i in range(7000)])
+        store.add_decisions([decision("some", clock.now_s() + i / 1e3, i) for i in range(60)])
+        store.flush()
+        clock.pass_time(61)
+        store.flush()
+    kept = {
+        m: [row["replicas"] for row in store.decisions(m, 0, math.inf, 20_000)]
+        for m in ("quiet", "some", "busy")
+    }
+    assert kept["quiet"] == list(range(5))
+    assert kept["some"] == list(range(13, 60))
+    assert kept["busy"] == list(range(6953, 7000))
+
+
+@pytest.mark.parametrize(
+    ("counts", "most", "share"),
+    [
+        ((), 5, 0),
+        ((3, 4), 7, 4),
+        ((3, 4), 6, 3),
+        ((1, 1, 90, 5), 10, 4),
+        ((1, 9, 9), 10, 4),
+        ((2, 2, 2), 2, 0),
+    ],
+)
+def test_shares_are_fair(counts: tuple[int, ...], most: int, share: int) -> None:
+    assert logs.fair_share(counts, most) == share
 
 
 def test_an_override_is_durable_when_the_call_returns(store: Store, open_store: Open) -> None:

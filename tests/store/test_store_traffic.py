@@ -379,6 +379,17 @@ def test_imports_tell_the_seconds_as_far_as_they_know_them(
         assert silent(at, "two", NOON)[1:] == [([0, 0], [0, 0]), ([0], [0])]
 
 
+@pytest.mark.parametrize("bucket_s", [7200.5, 86400.0, math.inf, math.nan, 0.0])
+def test_an_import_that_no_level_can_show_is_refused(store: Store, bucket_s: float) -> None:
+    """Before anything is recorded: the same source can be imported in shorter windows."""
+    rows = [("m", NOON - 3 * DAY, 100, 0, 0, 0.0)]
+    with pytest.raises(ConfigError, match=r"bucket_s is .*at most 7200"):
+        store.import_traffic(rows, bucket_s, source="days")
+    assert store.known_since_s("m") is None
+    assert store.import_traffic(rows, 7200.0, source="days") == 1
+    assert counts(store, "m", NOON)[3600] == {(NOON - 3 * DAY) // 3600 + i: 50 for i in (0, 1)}
+
+
 def test_what_waited_until_it_was_minutes_tells_no_seconds(
     url: str, open_store: Open, clock: FakeClock
 ) -> None:

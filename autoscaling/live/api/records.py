@@ -13,6 +13,7 @@ from autoscaling.live.api.request import Request
 from autoscaling.live.invalid import InvalidValue
 from autoscaling.live.records import PrewarmRow, UsageRow
 from autoscaling.live.values import Value
+from autoscaling.traffic import LONGEST_WINDOW_S
 
 YEAR_S = 400 * 86400.0
 MAX_POINTS = 5000
@@ -151,7 +152,7 @@ def prewarm_total(rows: Iterable[PrewarmRow]) -> dict[str, Any]:
 class ImportBody(Value):
     """Traffic from elsewhere. A row: model, Unix time, arrivals, input tokens, output tokens, request-seconds."""
 
-    bucket_s: Annotated[float, Field(gt=0, le=DAY_S)]
+    bucket_s: Annotated[float, Field(gt=0, le=LONGEST_WINDOW_S)]
     source: Annotated[str, Field(max_length=200)] = ""
     """A name for these rows: the same name is taken in once, so that a request that is sent again does no harm."""
     rows: Annotated[

@@ -17,7 +17,7 @@ from autoscaling.live.importer.names import Names
 from autoscaling.live.importer.rows import Arrival
 from autoscaling.live.importer.sources import SHOWN, Broken, open_source
 from autoscaling.live.store import Store
-from autoscaling.traffic import LEVELS
+from autoscaling.traffic import LEVELS, LONGEST_WINDOW_S
 from deployments.errors import ConfigError
 
 MOST_BROKEN = 0.1
@@ -90,7 +90,7 @@ class Import:
 
         Raises:
             ConfigError: the file can't be read, is of no known format, has too many broken lines, has no request of a
-                model, or lies in another time.
+                model, windows too long for the history, or lies in another time.
         """
         self.given = 0
         """Rows of the last iteration."""
@@ -163,6 +163,11 @@ class Import:
                 # As those of a store's own history, which lie within its buckets: none is spread over several.
                 report.bucket_s = next((s for s, _ in LEVELS if s >= source.window_s), source.window_s)
             report.last_s = last_start_s + source.window_s
+            if source.window_s > LONGEST_WINDOW_S:
+                raise ConfigError(
+                    f"{self._path}: it has windows of {source.window_s:g} s. Expected {LONGEST_WINDOW_S:g} s (two "
+                    "hours) at most: longer ones don't say when requests come. Nothing was imported."
+                )
         report.lines, report.broken, report.broken_shown = source.lines, broken.count, broken.shown
         if report.broken > MOST_BROKEN * report.lines:
             raise ConfigError(

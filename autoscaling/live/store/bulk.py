@@ -18,6 +18,8 @@ from autoscaling.live.store import journal
 from autoscaling.live.store.database import insert_into, least, upsert
 from autoscaling.live.store.mirror import KEPT_S, STEPS
 from autoscaling.live.store.schema import AMOUNTS, SILENT, imports, traffic
+from autoscaling.traffic import LONGEST_WINDOW_S
+from deployments.errors import ConfigError
 
 IN_MEMORY = 50_000
 """Buckets that are added up in memory before they go to the temporary table."""
@@ -38,7 +40,7 @@ staging = Table(
 
 @dataclass(slots=True)
 class Staged:
-    """An import under way."""
+    """An import under way. ConfigError where no level can show what came in so many seconds."""
 
     now_s: float
     bucket_s: float
@@ -46,6 +48,13 @@ class Staged:
     refused: Counter[str] = field(default_factory=Counter)
     first_s: dict[str, float] = field(default_factory=dict)
     """model -> its first time."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.bucket_s <= LONGEST_WINDOW_S:
+            raise ConfigError(
+                f"import: bucket_s is {self.bucket_s:g}. Expected more than 0 and at most {LONGEST_WINDOW_S:g}, twice "
+                "the coarsest bucket of the history."
+            )
 
     @property
     def levels(self) -> dict[int, int]:

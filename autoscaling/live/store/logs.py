@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from sqlalchemy import Connection, Table, delete, func, insert, or_, select
@@ -175,11 +176,48 @@ def read_usage(
     ]
 
 
+def fair_share(counts: Iterable[int], most: int) -> int:
+    """The largest share of each, so that min(count, share) add up to `most` at most; the largest count if all fit."""
+    ascending = sorted(counts)
+    left = most
+    for place, count in enumerate(ascending):
+        share = left // (len(ascending) - place)
+        if count > share:
+            return share
+        left -= count
+    return max(ascending, default=0)
+
+
+def _prune_surplus(connection: Connection, most: int, at_once: int) -> int:
+    """Deletes the oldest decisions of the models that have more than their share of `most`. Returns how many."""
+    table = schema.decisions
+    first, last = connection.execute(select(func.min(table.c.id), func.max(table.c.id))).one()
+    # Nearly always there can't be as many: to count them all takes a while.
+    if last is None or last - first < most:
+        return 0
+    counted = select(table.c.model, func.count()).group_by(table.c.model)
+    counts = {row[0]: int(row[1]) for row in connection.execute(counted)}
+    share = fair_share(counts.values(), most)
+    deleted = 0
+    for model, count in sorted(counts.items()):
+        surplus = min(count - share, at_once - deleted)
+        if surplus > 0:
+            oldest = (
+                select(table.c.id)
+                .where(table.c.model == model)
+                .order_by(table.c.made_s, table.c.id)
+                .limit(surplus)
+            )
+            deleted += connection.execute(delete(table).where(table.c.id.in_(oldest))).rowcount
+    return deleted
+
+
 def prune(connection: Connection, now_s: float, day: str, max_decisions: int) -> bool:
     """Deletes a bounded number of the oldest rows that are kept no longer.
 
     Args:
         day: the first UTC day, YYYY-MM-DD, of which usage is kept.
+        max_decisions: how many decisions are kept; beyond it those of the models that have the most go.
 
     Returns:
         Whether more is left to do.
@@ -189,10 +227,9 @@ def prune(connection: Connection, now_s: float, day: str, max_decisions: int) ->
         return now_s - KEPT_DAYS[name] * DAY_S
 
     decisions, overrides = schema.decisions, schema.overrides
-    newest = connection.scalar(select(func.max(decisions.c.id))) or 0
-    old = or_(decisions.c.made_s < before("decisions"), decisions.c.id <= newest - max_decisions)
-    ids = select(decisions.c.id).where(old).limit(PRUNED_AT_ONCE)
+    ids = select(decisions.c.id).where(decisions.c.made_s < before("decisions")).limit(PRUNED_AT_ONCE)
     deleted = connection.execute(delete(decisions).where(decisions.c.id.in_(ids))).rowcount
+    deleted += _prune_surplus(connection, max_decisions, PRUNED_AT_ONCE - deleted)
     connection.execute(delete(schema.cold_starts).where(schema.cold_starts.c.ready_s < before("cold_starts")))
     connection.execute(delete(schema.prewarms).where(schema.prewarms.c.begun_s < before("prewarms")))
     connection.execute(

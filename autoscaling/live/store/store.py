@@ -74,7 +74,7 @@ class Store:
             url: sqlite:///path or postgresql+psycopg://user@host/database.
             commit_every_s: how often the thread commits.
             max_pending: how many records may wait while the database is away.
-            max_decisions: how many decisions are kept at most; the newest are.
+            max_decisions: how many decisions are kept at most; then the oldest of the models that have the most go.
 
         Raises:
             ConfigError: the URL is wrong, or the database was written by a newer Relight.
@@ -215,7 +215,7 @@ class Store:
             rows: (model, time_s, arrivals, input_tokens, output_tokens, busy_s), each for what came in the `bucket_s`
                 seconds from `time_s`. Read once, in bounded memory. A row of zeros says that the model was watched.
             bucket_s: levels with shorter buckets than this stay unknown for that time, except that a bucket may be
-                spread evenly over two of the level below it.
+                spread evenly over two of the level below it. At most LONGEST_WINDOW_S.
             source: a name for what is imported. The same name is never imported twice.
 
         Returns:
@@ -223,6 +223,7 @@ class Store:
             `health`. 0 if `source` was imported before.
 
         Raises:
+            ConfigError: no level can show what came in `bucket_s` seconds. Nothing was imported.
             StoreUnavailable: nothing was imported.
         """
         staged = bulk.Staged(self._clock.now_s(), bucket_s)
