@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from autoscaling.core.types import Rung
+from autoscaling.core.types import Rung, State
 from autoscaling.live import intake, planner
 from autoscaling.live.planner import Planner
 from autoscaling.live.store import database
-from tests.controller.lab import World, serve_view, setup
+from tests.controller.lab import Forecasts, World, serve_view, setup
 
 
 @contextmanager
@@ -116,3 +116,65 @@ def test_a_store_that_stays_away_does_not_keep_traffic_out(
         world.clock.go(intake.WAIT_S)
         world.tick(controller)
         assert controller._active.observations["m"].arrivals == 3
+
+
+# What the forecaster learned of the fleet
+
+LEARNED = State("fleet", {"round": 7.0}, histogram=(0.5, 1.5))
+
+
+def learn(world: World, state: State = LEARNED) -> None:
+    """A controller's life, in which its forecaster comes to know that."""
+    with world.planner() as controller:
+        world.forecasts.learned = state
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        controller.store.flush()
+    world.forecasts = Forecasts()
+
+
+def test_what_the_fleet_had_learned_outlives_the_controller(tmp_path: Path) -> None:
+    """Before the first fit. And who has learned nothing yet, or can't forecast, takes nothing away."""
+    world = World(tmp_path, setup())
+    with world.planner():
+        assert world.forecasts.restored == []
+    learn(world)
+    for _ in range(2):
+        with world.planner() as controller:
+            assert world.forecasts.restored == [LEARNED]
+            world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        world.forecasts = Forecasts()
+    made = world.make_forecasts
+    world.make_forecasts = lambda store, horizon_s: planner.NoForecasts("there is no numpy")
+    with world.planner() as controller:
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+    world.make_forecasts = made
+    with world.planner():
+        assert world.forecasts.restored == [LEARNED]
+
+
+def test_what_the_fleet_has_learned_is_written_once_a_minute_at_most(tmp_path: Path) -> None:
+    world = World(tmp_path, setup())
+    with world.planner() as controller:
+        world.forecasts.learned = LEARNED
+        world.tick(controller, planner.LEARNED_EVERY_S - 1)
+        assert planner.FLEET_KEY not in controller.store.states()
+        world.tick(controller)
+        assert controller.store.states()[planner.FLEET_KEY] == LEARNED
+
+
+def test_what_the_fleet_had_learned_is_made_up_for_and_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the store is away its successor learns little, and must not take that for what is kept."""
+    monkeypatch.setattr(planner, "STORE_WAIT_S", 0.0)
+    world = World(tmp_path, setup())
+    learn(world)
+    with locked(tmp_path) as other, world.planner() as controller:
+        world.forecasts.learned = State("fleet", {"round": 1.0})
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        assert world.forecasts.restored == []
+        other.execute("ROLLBACK")
+        assert controller.store.flush()
+        world.tick(controller)
+        assert world.forecasts.restored == [LEARNED]
+        assert controller.store.states()[planner.FLEET_KEY] == LEARNED
