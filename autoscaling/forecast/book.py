@@ -100,6 +100,13 @@ class Book:
             page.ended.clear()
             return seen
 
+    def choose_again(self) -> None:
+        """Have each model's next fit choose its forecaster anew, though little has come: what they go by is another."""
+        with self._lock:
+            for page in self._pages.values():
+                if page.fitted is not None:
+                    page.fitted = replace(page.fitted, chosen_at=0)
+
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """None where nothing was learned. May be up to MAX_STALE_S old; its `made_s` says so."""
         with self._lock:

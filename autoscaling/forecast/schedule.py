@@ -80,6 +80,14 @@ class Schedule:
         """Whether each model had its turn."""
         return all(turn.tried for turn in self.turns.values())
 
+    def hurry(self, now_s: float) -> None:
+        """Fit again each that was fitted, as soon as there is time: what they have in common is another now."""
+        for turn in self.turns.values():
+            if turn.fitted_s is not None and not turn.running:
+                # Not as thoroughly as when nothing presses.
+                turn.waits_for_change = False
+                turn.due_s = min(turn.due_s, now_s)
+
     def next(self, now_s: float) -> Next | None:
         """The one to fit now, which then counts as running."""
         best: tuple[int, float, str] | None = None

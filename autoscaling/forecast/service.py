@@ -14,7 +14,6 @@ from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import FittedModel, Job, fit_full, fit_simple, fit_standard
 from autoscaling.forecast.kept import UnusableError
 from autoscaling.forecast.pool import Pool
-from autoscaling.forecast.prior import Prior
 from autoscaling.forecast.schedule import REFIT_S, Next, Schedule
 from autoscaling.forecast.worker import Answer, Fitter, Task, Worker
 from autoscaling.ports import Clock
@@ -152,6 +151,7 @@ class ForecastService:
         try:
             while not self._closing.is_set():
                 self._keep_workers()
+                self._take_together()
                 self._give_out()
                 self._take_in()
                 self._end_late()
@@ -172,6 +172,21 @@ class ForecastService:
             except OSError as error:
                 self._error = f"no process can be started: {error}"
                 self._restart_s = now_s + RESTART_S
+
+    def _take_together(self) -> None:
+        """What the models have in common by now, every POOL_S."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._pooled_s < POOL_S:
+            return
+        self._pooled_s = now_s
+        with self._lock:
+            complete = self._schedule.all_tried
+        fits = self._book.fits().values()
+        if self._pool.next((fit.share for fit in fits), now_s, complete=complete):
+            if self._pool.prior.hazard.knows:
+                self._book.choose_again()
+            with self._lock:
+                self._schedule.hurry(now_s)
 
     def _give_out(self) -> None:
         for worker in self._workers:
@@ -204,16 +219,7 @@ class ForecastService:
                 reason = f"no traffic to be had: {type(error).__name__}: {error}"
                 self._schedule.put_off(model, self._clock.monotonic_s(), reason)
             return None
-        return Job(traffic, self._clock.now_s(), horizon_s, self._fleet())
-
-    def _fleet(self) -> Prior:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._pooled_s >= POOL_S:
-            self._pooled_s = now_s
-            with self._lock:
-                complete = self._schedule.all_tried
-            self._pool.next((fit.share for fit in self._book.fits().values()), now_s, complete=complete)
-        return self._pool.prior
+        return Job(traffic, self._clock.now_s(), horizon_s, self._pool.prior)
 
     def _take_in(self) -> None:
         connections = {worker.connection: worker for worker in self._workers}

@@ -11,12 +11,13 @@ from made_traffic import DAY_S, START_S, Floats, traffic
 
 from autoscaling.core.codec import from_json, to_json
 from autoscaling.core.types import State
+from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard
 from autoscaling.forecast.hazard import LEAST_SILENCES, ROUNDS, Rows, Told, bands, design, offset
 from autoscaling.forecast.kept import OLDEST_S, UnusableError, to_prior, to_state
 from autoscaling.forecast.pool import KEPT_EVERY_S, Pool
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
-from autoscaling.forecast.schedule import Schedule
+from autoscaling.forecast.schedule import Next, Schedule
 
 NOW_S = START_S + 5 * DAY_S
 MODELS = 8
@@ -243,12 +244,68 @@ def test_what_comes_late_is_used_where_less_is_known(state: State, prior: Prior)
     assert pool.prior.hazard.round == 1
     pool.restore(state, NOW_S)
     assert pool.prior.hazard.knows
-    # The fits before it tell nothing of where it goes from there.
-    pool.next([each.share for each in first_fits(NO_FLEET)], 30.0, complete=True)
+    # The fits before it tell nothing of where it goes from there, and are to be made again.
+    assert pool.next([each.share for each in first_fits(NO_FLEET)], 30.0, complete=True)
+    assert not pool.next([each.share for each in first_fits(NO_FLEET)], 60.0, complete=True)
     assert pool.prior.hazard.round == prior.hazard.round
     assert pool.prior.hazard.knows
     pool.restore(changed(state, round=99.0), NOW_S)
     assert pool.prior.hazard.round == prior.hazard.round
+
+
+def test_a_fleet_with_history_takes_its_first_steps_one_after_the_other() -> None:
+    """Each asks for fits around it, up to the first around what is known; then they are made as they come.
+
+    One that knows little waits for more.
+    """
+    pool = Pool()
+    asked = []
+    for step in range(ROUNDS + 2):
+        shares = [each.share for each in first_fits(pool.prior)]
+        asked.append(pool.next(shares, 30.0 * step, complete=True))
+        assert pool.prior.hazard.round == step + 1
+        assert not pool.next(shares, 30.0 * step + 15, complete=True)
+    assert asked == [True] * (ROUNDS + 1) + [False]
+    assert pool.prior.hazard.knows
+    young = Pool()
+    assert not young.next([fit.share for fit in first_fits(NO_FLEET)[:1]], 0.0, complete=True)
+    assert young.prior.hazard.round == 1
+
+
+def test_whose_regression_is_another_chooses_anew_though_little_has_come() -> None:
+    """What was chosen by its first coefficients would stand until there are half as many silences more."""
+    book = Book()
+    first, *_ = first_fits(NO_FLEET)
+    book.install("m", first)
+    later_s = NOW_S + 900
+    again, anew = [], []
+    for found in (again, anew):
+        fit = fit_standard(Job(traffic(times(0), later_s), later_s, 60.0, NO_FLEET, book.begin_fit("m")))
+        assert fit is not None
+        found.append(fit)
+        book.choose_again()
+    assert again[0].scores["next_arrival"] is first.scores["next_arrival"]
+    assert anew[0].scores["next_arrival"] is not first.scores["next_arrival"]
+    assert anew[0].chosen_at == first.known_silences
+
+
+def test_after_a_restart_nothing_is_hurried(state: State) -> None:
+    pool = Pool()
+    pool.restore(state, NOW_S)
+    assert not pool.next([each.share for each in first_fits(pool.prior)], 0.0, complete=True)
+
+
+def test_who_is_hurried_comes_after_the_new_ones_and_not_thoroughly() -> None:
+    schedule = Schedule(3)
+    schedule.watch(["a", "b"])
+    for model in ("a", "b"):
+        schedule.next(0.0)
+        schedule.done(model, 0.0, wants_full=True, sticky=False, effort=1, cost_s=0.01)
+    schedule.watch(["a", "b", "new"])
+    schedule.hurry(30.0)
+    assert [schedule.next(30.0) for _ in range(4)] == [Next("new", 1), Next("a", 1), Next("b", 1), None]
+    schedule.hurry(31.0)
+    assert schedule.next(31.0) is None  # all of them are being fitted
 
 
 def test_each_model_has_had_its_turn_whatever_came_of_it() -> None:
