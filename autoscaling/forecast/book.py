@@ -41,6 +41,8 @@ class Page:
     """That ended since the last fit began."""
     ended: deque[Silence] = field(default_factory=lambda: deque(maxlen=MOST))
     """Those silences, to the second."""
+    given: tuple[Silence, ...] = ()
+    """Earlier ones, which no fit that was installed has learned from: one that failed had them, or one has them now."""
     error: str = ""
 
 
@@ -83,15 +85,27 @@ class Book:
                 page.recent = recent
                 page.log.clear()
             page.fitted, page.shown, page.error = fitted, None, ""
+            page.given = ()
 
     def begin_fit(self, model: str) -> Seen:
-        """Count what comes from here on as not yet learned from."""
+        """Count what comes from here on as not yet learned from.
+
+        What is handed out is handed out again until a fit is installed: one that fails has learned nothing.
+        """
         with self._lock:
             page = self._pages.setdefault(model, Page())
-            seen = Seen(page.fitted, tuple(page.ended), page.recent)
+            page.given = (*page.given, *page.ended)[-MOST:]
+            seen = Seen(page.fitted, page.given, page.recent)
             page.arrivals, page.silences = 0.0, 0
             page.ended.clear()
             return seen
+
+    def choose_again(self) -> None:
+        """Have each model's next fit choose its forecaster anew, though little has come: what they go by is another."""
+        with self._lock:
+            for page in self._pages.values():
+                if page.fitted is not None:
+                    page.fitted = replace(page.fitted, chosen_at=0)
 
     def forecast(self, model: str, now_s: float) -> Forecast | None:
         """None where nothing was learned. May be up to MAX_STALE_S old; its `made_s` says so."""

@@ -276,4 +276,4 @@ def _expanded(  # noqa: PLR0917 - what `learn` was given
         # Nothing that came after the silence began: it would tell how it ended.
         day=same_time(active_s, time_s, begin[at]),
     )
-    return expand(rows, ended, hi - lo, regression, until_s)
+    return expand(rows, ended, hi - lo, regression, until_s, begin_s=begin[at] + lo)

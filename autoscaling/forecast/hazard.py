@@ -274,6 +274,31 @@ class Deferred(Expansion):
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """How well a regression foretold what it had not seen: see Expansion."""
+
+    foretold: Floats
+    """Requests that it expected in each of the bands, shape (BANDS,)."""
+    came: Floats
+    """Those that did come, shape (BANDS,)."""
+    until_s: float
+    """What happened up to then is in."""
+
+    def faded(self, now_s: float) -> Told:
+        """Weighing less by its age, as in `Expansion.faded`."""
+        weight = 0.5 ** (LATELY * max(0.0, now_s - self.until_s) / HALF_LIFE_S)
+        return Told(self.foretold * weight, self.came * weight, self.until_s)
+
+    @property
+    def correction(self) -> Floats:
+        """See Regression.correction."""
+        return np.asarray(np.log((self.came + BAND_STRENGTH) / (self.foretold + BAND_STRENGTH)))
+
+
+UNTOLD = Told(np.zeros(BANDS), np.zeros(BANDS), -np.inf)
+
+
+@dataclass(frozen=True, slots=True)
 class Regression:
     """What the fleet has learned."""
 
@@ -286,6 +311,11 @@ class Regression:
     correction: Floats = field(default_factory=lambda: np.zeros(BANDS))
     """What is added to the log hazard in each of the bands, shape (BANDS,): by how much the regression was wrong there
     (recalibration; for survival models by groups of predicted risk: Demler et al. 2015, Statistics in Medicine 34)."""
+    told: Told = UNTOLD
+    """What `correction` is made from."""
+    earlier: Told = UNTOLD
+    """The part of `told` that the process before this one saw. Its coefficients were learned from what came up to then:
+    that they foretell that well says nothing, and is not told again."""
 
     @property
     def knows(self) -> bool:
@@ -299,7 +329,7 @@ class Regression:
         """
         upper = np.zeros(len(_UPPER[0]))
         slope = np.zeros(FEATURES)
-        foretold, came = np.zeros(BANDS), np.zeros(BANDS)
+        foretold, came, until_s = np.zeros(BANDS), np.zeros(BANDS), -np.inf
         silences = new = 0.0
         for part in parts:
             upper += part.curvature
@@ -308,22 +338,27 @@ class Regression:
             new += part.silences * (part.round == self.round)
             foretold += part.foretold
             came += part.came
-        correction = np.log((came + BAND_STRENGTH) / (foretold + BAND_STRENGTH))
+            until_s = max(until_s, part.until_s)
+        earlier = self.earlier.faded(until_s)
+        told = Told(foretold + earlier.foretold, came + earlier.came, until_s)
+        correction = told.correction
         if new < silences / 2 or silences <= 0:
             same = np.array_equal(correction, self.correction)
-            return self if same else replace(self, correction=correction)
+            return self if same else replace(self, correction=correction, told=told)
         curvature = np.zeros((FEATURES, FEATURES))
         curvature[_UPPER] = upper
         curvature += np.triu(curvature, 1).T + RIDGE * np.eye(FEATURES)
         step = np.linalg.solve(curvature, slope) - self.coefficients
         step *= min(1.0, MOST_STEP / max(float(np.abs(step).max()), 1e-9))
-        return Regression(self.coefficients + step, self.round + 1, silences, correction)
+        return Regression(
+            self.coefficients + step, self.round + 1, silences, correction, told, earlier=self.earlier
+        )
 
 
 def expand(
-    rows: Rows, ended: Floats, exposure_s: Floats, regression: Regression, until_s: float
+    rows: Rows, ended: Floats, exposure_s: Floats, regression: Regression, until_s: float, *, begin_s: Floats
 ) -> Expansion:
-    """Of rows, whether a request ended each, and for how long each was at risk. Shape (n,) each."""
+    """Of rows, whether a request ended each, for how long each was at risk, and from when on. Shape (n,) each."""
     x = design(rows)
     log_rate = clipped(offset(rows.age_s) + x @ regression.coefficients, LOG_LEAST, LOG_MOST)
     expected = exposure_s * np.exp(log_rate)
@@ -335,18 +370,18 @@ def expand(
         float(ended.sum()),
         until_s,
         regression.round,
-        *_told(rows.age_s, log_rate, ended, expected, regression),
+        *_told(bands(rows.age_s, log_rate), ended, expected, begin_s, regression),
     )
 
 
 def _told(
-    age_s: Floats, log_rate: Floats, ended: Floats, expected: Floats, regression: Regression
+    where: Floats, ended: Floats, expected: Floats, begin_s: Floats, regression: Regression
 ) -> tuple[Floats, Floats]:
     """By bands: what was expected, and what came. Of a regression that knows nothing yet, nothing."""
     if not regression.knows:
         return np.zeros(BANDS, np.float32), np.zeros(BANDS, np.float32)
-    where = bands(age_s, log_rate)
-    foretold, came = (np.bincount(where, each, BANDS) for each in (expected, ended))
+    unseen = begin_s >= regression.earlier.until_s
+    foretold, came = (np.bincount(where, each * unseen, BANDS) for each in (expected, ended))
     return foretold.astype(np.float32), came.astype(np.float32)
 
 

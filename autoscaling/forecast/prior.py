@@ -49,11 +49,11 @@ def pooled(shares: Iterable[Share], before: Prior = NO_FLEET) -> Prior:
     """The mean over the models (a mixture, which the single model's posterior mean shrinks to: empirical Bayes).
 
     A model with few gaps weighs less, and the default distribution weighs as one model, so that a fleet of two is not
-    taken for the world. The regression goes a step on from `before`'s.
+    taken for the world. The regression goes a step on from `before`'s; without any model, that is what is known.
     """
     shares = list(shares)
     if not shares:
-        return NO_FLEET
+        return before
     hazards = [share.hazard for share in shares if share.hazard is not None]
     latest_s = max((hazard.until_s for hazard in hazards), default=0.0)
     weights = np.asarray([share.gap_count / (share.gap_count + 10.0) for share in shares])

@@ -28,6 +28,8 @@ class Turn:
     waits_for_change: bool = True
     """Whether it is not yet known to have changed since its last fit."""
     running: bool = False
+    tried: bool = False
+    """Whether it had its turn, whatever came of it."""
     ceiling: int = 0
     """The most thorough fitter that it may have: an index, 0 is the most thorough."""
     ceiling_until_s: float = 0.0
@@ -73,6 +75,19 @@ class Schedule:
             turn.waits_for_change = False
             turn.due_s = min(turn.due_s, now_s + SETTLE_S)
 
+    @property
+    def all_tried(self) -> bool:
+        """Whether each model had its turn."""
+        return all(turn.tried for turn in self.turns.values())
+
+    def hurry(self, now_s: float) -> None:
+        """Fit again each that was fitted, as soon as there is time: what they have in common is another now."""
+        for turn in self.turns.values():
+            if turn.fitted_s is not None and not turn.running:
+                # Not as thoroughly as when nothing presses.
+                turn.waits_for_change = False
+                turn.due_s = min(turn.due_s, now_s)
+
     def next(self, now_s: float) -> Next | None:
         """The one to fit now, which then counts as running."""
         best: tuple[int, float, str] | None = None
@@ -102,7 +117,7 @@ class Schedule:
         turn = self.turns.get(model)
         if turn is None:
             return
-        turn.running = False
+        turn.running, turn.tried = False, True
         turn.fitted_s = now_s
         turn.waits_for_change = True
         # Never more than a tenth of a process for one model.
@@ -121,7 +136,7 @@ class Schedule:
         """It has no traffic to learn from."""
         turn = self.turns.get(model)
         if turn is not None:
-            turn.running, turn.waits_for_change = False, True
+            turn.running, turn.tried, turn.waits_for_change = False, True, True
             turn.due_s = now_s + NOTHING_S * self._jitter(model)
 
     def failed(self, model: str, now_s: float, effort: int, reason: str) -> bool:
@@ -136,6 +151,7 @@ class Schedule:
         turn.ceiling_until_s = now_s + BACKOFF_S
         turn.sticky = False
         last = effort + 1 >= self._efforts
+        turn.tried = turn.tried or last
         turn.due_s = now_s + (self._refit_s * self._jitter(model) if last else 0.0)
         return not last
 
@@ -143,7 +159,7 @@ class Schedule:
         """It could not be tried, through no fault of a fitter's."""
         turn = self.turns.get(model)
         if turn is not None:
-            turn.running = False
+            turn.running, turn.tried = False, True
             turn.failures = [reason]
             turn.due_s = now_s + 30.0 * self._jitter(model)
 

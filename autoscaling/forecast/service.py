@@ -9,10 +9,11 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
 
-from autoscaling.core.types import Forecast
+from autoscaling.core.types import Forecast, State
 from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import FittedModel, Job, fit_full, fit_simple, fit_standard
-from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
+from autoscaling.forecast.kept import UnusableError
+from autoscaling.forecast.pool import Pool
 from autoscaling.forecast.schedule import REFIT_S, Next, Schedule
 from autoscaling.forecast.worker import Answer, Fitter, Task, Worker
 from autoscaling.ports import Clock
@@ -63,7 +64,8 @@ class ForecastService:
         self._cpu_s = 0.0
         self._restart_s = float("-inf")
         self._error = ""
-        self._prior, self._prior_s = NO_FLEET, -POOL_S
+        self._pool, self._pooled_s = Pool(), -POOL_S
+        self._notice = ""
 
     def start(self) -> None:
         """Begin to fit. Once only."""
@@ -71,6 +73,17 @@ class ForecastService:
             raise RuntimeError("the forecast service was started before")
         self._thread = threading.Thread(target=self._run, name="relight-forecasts", daemon=True)
         self._thread.start()
+
+    def restore(self, state: State) -> None:
+        """Go on from what `kept` gave another process, best before `start`. Where that can't be, `health` says why."""
+        try:
+            self._pool.restore(state, self._clock.now_s())
+        except UnusableError as error:
+            self._notice = f"what the fleet had learned is not used: {error}"
+
+    def kept(self) -> State | None:
+        """What a restart is to go on from; the same as before until that is worth writing, None while there is none."""
+        return self._pool.kept
 
     def close(self) -> None:
         """End the processes and wait until they are gone."""
@@ -121,6 +134,7 @@ class ForecastService:
             return {
                 "ok": alive and not self._error,
                 "error": self._error or None,
+                "notice": self._notice or None,
                 "models": len(turns),
                 "fitted": len(fits),
                 "waiting": waiting,
@@ -137,6 +151,7 @@ class ForecastService:
         try:
             while not self._closing.is_set():
                 self._keep_workers()
+                self._take_together()
                 self._give_out()
                 self._take_in()
                 self._end_late()
@@ -157,6 +172,21 @@ class ForecastService:
             except OSError as error:
                 self._error = f"no process can be started: {error}"
                 self._restart_s = now_s + RESTART_S
+
+    def _take_together(self) -> None:
+        """What the models have in common by now, every POOL_S."""
+        now_s = self._clock.monotonic_s()
+        if now_s - self._pooled_s < POOL_S:
+            return
+        self._pooled_s = now_s
+        with self._lock:
+            complete = self._schedule.all_tried
+        fits = self._book.fits().values()
+        if self._pool.next((fit.share for fit in fits), now_s, complete=complete):
+            if self._pool.prior.hazard.knows:
+                self._book.choose_again()
+            with self._lock:
+                self._schedule.hurry(now_s)
 
     def _give_out(self) -> None:
         for worker in self._workers:
@@ -189,14 +219,7 @@ class ForecastService:
                 reason = f"no traffic to be had: {type(error).__name__}: {error}"
                 self._schedule.put_off(model, self._clock.monotonic_s(), reason)
             return None
-        return Job(traffic, self._clock.now_s(), horizon_s, self._fleet())
-
-    def _fleet(self) -> Prior:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._prior_s >= POOL_S:
-            self._prior = pooled((fit.share for fit in self._book.fits().values()), self._prior)
-            self._prior_s = now_s
-        return self._prior
+        return Job(traffic, self._clock.now_s(), horizon_s, self._pool.prior)
 
     def _take_in(self) -> None:
         connections = {worker.connection: worker for worker in self._workers}

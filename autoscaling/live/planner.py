@@ -46,7 +46,8 @@ log = logging.getLogger("ray.serve")
 SPECS_EVERY_S = 10.0
 """How often overrides are read again though nobody said that they changed: another process may share the database."""
 WINDOWS_AHEAD_S = 2 * 86400.0
-CAPACITY_EVERY_S = 60.0
+LEARNED_EVERY_S = 60.0
+"""How often what is learned is written, where it changed."""
 UNCLAIMED_AFTER_S = 5.0
 """How long a gateway has to tell of a start before it is taken for one that nobody waited for."""
 KNOWN_FOR_S = 3600.0
@@ -54,6 +55,8 @@ KNOWN_FOR_S = 3600.0
 STARTS_BACK_S = 90 * 86400.0
 OPEN_PREWARM_S = 32 * 86400.0
 CAPACITY_PREFIX = "capacity:"
+FLEET_KEY = "fleet:"
+"""Under which the store keeps what the forecaster learned of all models, beside the models' states."""
 LEAST_HORIZON_S = 60.0
 STORE_WAIT_S = 10.0
 """For how long a start waits for a store that can't be reached: a database that is restarted, a file that is locked."""
@@ -65,6 +68,8 @@ class ForecastService(ForecastSource, Protocol):
     def start(self) -> None: ...
     def close(self) -> None: ...
     def watch(self, models: Sequence[str]) -> None: ...
+    def restore(self, state: State) -> None: ...
+    def kept(self) -> State | None: ...
     def arrived(self, model: str, time_s: float, count: int) -> None: ...
     def health(self) -> Mapping[str, Any]: ...
 
@@ -83,6 +88,13 @@ class NoForecasts:
 
     def watch(self, models: Sequence[str]) -> None:
         """Nothing."""
+
+    def restore(self, state: State) -> None:
+        """Nothing."""
+
+    def kept(self) -> State | None:
+        """None: what was kept stays."""
+        return None
 
     def arrived(self, model: str, time_s: float, count: int) -> None:
         """Nothing."""
@@ -164,7 +176,7 @@ class Planner:
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
         self._roomless: frozenset[str] = frozenset()
-        self._capacity_at_s = clock.monotonic_s()
+        self._learned_at_s = clock.monotonic_s()
         self._last_tick_s: float | None = None
         self._tick_ms = 0.0
         self._executor = ThreadPoolExecutor(4, thread_name_prefix="relight-warm")
@@ -177,7 +189,7 @@ class Planner:
         self.intake = Intake(self.store, clock.now_s)
         self._restore(states)
         kept = self._kept()
-        self.forecasts = self._start_forecasts(forecasts)
+        self.forecasts = self._start_forecasts(forecasts, states.get(FLEET_KEY))
         self._publisher = Publisher(self._put_plan, clock, every_s=setup.plan_every_s)
         self._nodes = nodes or NodeRequests(request_nodes)
         self._waits = NodeWaits(metrics.models, clock.monotonic_s, setup.node_wait_s)
@@ -264,6 +276,8 @@ class Planner:
                 self.store.put_prewarm(replace(row, ended_s=now_s))
         for model in self._base:
             self._metrics.restore(model, _last_arrival_s(self.store, model, now_s))
+        if (state := self.store.states().get(FLEET_KEY)) is not None:
+            self.forecasts.restore(state)
         self._owes = False
 
     def _open_prewarms(self, rows: Sequence[PrewarmRow]) -> list[Prewarm]:
@@ -306,11 +320,13 @@ class Planner:
                     self._errors["plan"] = repr(error)
 
     def _start_forecasts(
-        self, make: Callable[[Store, Callable[[str], float]], ForecastService]
+        self, make: Callable[[Store, Callable[[str], float]], ForecastService], learned: State | None
     ) -> ForecastService:
         try:
             service = make(self.store, self.horizon_s)
             service.watch(list(self._base))
+            if learned is not None:
+                service.restore(learned)
             service.start()
         except Exception as error:
             log.exception("there will be no forecasts")
@@ -437,7 +453,7 @@ class Planner:
         self._try("tokens", lambda: self._settle_tokens(now_s))
         self._active.tick(now_s)
         self._try("shadows", lambda: self._tick_shadows(now_s))
-        self._try("capacity", self._keep_capacity)
+        self._try("learned", self._keep_learned)
         self._last_tick_s, self._tick_ms = now_s, 1e3 * (self._clock.monotonic_s() - began_s)
 
     def _try(self, what: str, call: Callable[[], None]) -> None:
@@ -462,13 +478,17 @@ class Planner:
         if rows:
             self.store.add_traffic(rows)
 
-    def _keep_capacity(self) -> None:
-        if self._clock.monotonic_s() - self._capacity_at_s < CAPACITY_EVERY_S:
+    def _keep_learned(self) -> None:
+        if self._clock.monotonic_s() - self._learned_at_s < LEARNED_EVERY_S:
             return
-        self._capacity_at_s = self._clock.monotonic_s()
+        self._learned_at_s = self._clock.monotonic_s()
         with self._lock:
             states = self._metrics.capacity.states()
-        self.store.put_states({CAPACITY_PREFIX + model: state for model, state in states.items()})
+        kept = {CAPACITY_PREFIX + model: state for model, state in states.items()}
+        # Before what is in the store was read, it would be replaced by what was learned since.
+        if not self._owes and (fleet := self.forecasts.kept()) is not None:
+            kept[FLEET_KEY] = fleet
+        self.store.put_states(kept)
 
     # SpecSource
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from autoscaling.core.plan import Plan
-from autoscaling.core.types import Forecast, Rung, Spec
+from autoscaling.core.types import Forecast, Rung, Spec, State
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.metrics import LiveMetrics, ServeView
 from autoscaling.live.nodes import Bundle, Node, NodeRequests
@@ -128,6 +128,8 @@ class Forecasts:
     def __init__(self) -> None:
         self.says: dict[str, Forecast] = {}
         self.arrivals: list[tuple[str, float, int]] = []
+        self.learned: State | None = None
+        self.restored: list[State] = []
 
     def start(self) -> None:
         """Nothing."""
@@ -137,6 +139,12 @@ class Forecasts:
 
     def watch(self, models: Sequence[str]) -> None:
         """Nothing."""
+
+    def restore(self, state: State) -> None:
+        self.restored.append(state)
+
+    def kept(self) -> State | None:
+        return self.learned
 
     def arrived(self, model: str, time_s: float, count: int) -> None:
         self.arrivals.append((model, time_s, count))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from autoscaling.core.types import Rung
+from autoscaling.core.types import Rung, State
+from autoscaling.forecast.hazard import ROUNDS
+from autoscaling.forecast.service import POOL_S, ForecastService
 from autoscaling.live import intake, planner
 from autoscaling.live.planner import Planner
-from autoscaling.live.store import database
-from tests.controller.lab import World, serve_view, setup
+from autoscaling.live.store import Store, database
+from tests.controller.lab import NOW_S, Forecasts, World, serve_view, setup
 
 
 @contextmanager
@@ -135,3 +140,138 @@ def test_after_days_one_request_lights_one_replica(tmp_path: Path, away_s: float
         for _ in range(5):
             world.tick(controller)
         assert controller._active.decisions["m"].replicas == lit
+
+
+# What the forecaster learned of the fleet
+
+LEARNED = State("fleet", {"round": 7.0}, histogram=(0.5, 1.5))
+
+
+def learn(world: World, state: State = LEARNED) -> None:
+    """A controller's life, in which its forecaster comes to know that."""
+    with world.planner() as controller:
+        world.forecasts.learned = state
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        controller.store.flush()
+    world.forecasts = Forecasts()
+
+
+def test_what_the_fleet_had_learned_outlives_the_controller(tmp_path: Path) -> None:
+    """Before the first fit. And who has learned nothing yet, or can't forecast, takes nothing away."""
+    world = World(tmp_path, setup())
+    with world.planner():
+        assert world.forecasts.restored == []
+    learn(world)
+    for _ in range(2):
+        with world.planner() as controller:
+            assert world.forecasts.restored == [LEARNED]
+            world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        world.forecasts = Forecasts()
+    made = world.make_forecasts
+    world.make_forecasts = lambda store, horizon_s: planner.NoForecasts("there is no numpy")
+    with world.planner() as controller:
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+    world.make_forecasts = made
+    with world.planner():
+        assert world.forecasts.restored == [LEARNED]
+
+
+def test_what_the_fleet_has_learned_is_written_once_a_minute_at_most(tmp_path: Path) -> None:
+    world = World(tmp_path, setup())
+    with world.planner() as controller:
+        world.forecasts.learned = LEARNED
+        world.tick(controller, planner.LEARNED_EVERY_S - 1)
+        assert planner.FLEET_KEY not in controller.store.states()
+        world.tick(controller)
+        assert controller.store.states()[planner.FLEET_KEY] == LEARNED
+
+
+def test_what_the_fleet_had_learned_is_made_up_for_and_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the store is away its successor learns little, and must not take that for what is kept."""
+    monkeypatch.setattr(planner, "STORE_WAIT_S", 0.0)
+    world = World(tmp_path, setup())
+    learn(world)
+    with locked(tmp_path) as other, world.planner() as controller:
+        world.forecasts.learned = State("fleet", {"round": 1.0})
+        world.tick(controller, planner.LEARNED_EVERY_S + 1)
+        assert world.forecasts.restored == []
+        other.execute("ROLLBACK")
+        assert controller.store.flush()
+        world.tick(controller)
+        assert world.forecasts.restored == [LEARNED]
+        assert controller.store.states()[planner.FLEET_KEY] == LEARNED
+
+
+MODELS = ("m1", "m2", "m3")
+
+
+def forecasting(folder: Path) -> World:
+    """With the real forecaster, whose processes have all the time they need."""
+    folder.mkdir(exist_ok=True)
+    world = World(folder, *map(setup, MODELS))
+
+    def make(store: Store, horizon_s: Callable[[str], float]) -> ForecastService:
+        def traffic(model: str) -> Any:
+            return store.traffic(model, world.clock.now_s())
+
+        return ForecastService(traffic, horizon_s, world.clock, time_budget_s=1e6)
+
+    world.make_forecasts = make
+    return world
+
+
+def import_history(world: World) -> None:
+    """Two days of requests, a quarter of an hour apart on average."""
+    random = np.random.default_rng(3)
+    store = Store.open(world.section["store"], clock=world.clock)
+    seconds = {model: NOW_S - np.cumsum(random.gamma(0.6, 1500.0, 200)) for model in MODELS}
+    store.import_traffic(
+        [(model, float(s), 1, 0, 0, 1.0) for model in MODELS for s in np.floor(seconds[model][::-1])], 1.0
+    )
+    store.close()
+
+
+def until(said: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if said():
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError("it never came")
+
+
+def by_the_fleet(controller: Planner) -> int:
+    """How many models were judged by the fleet's regression too."""
+    service = controller.forecasts
+    assert isinstance(service, ForecastService)
+    return sum("fleet" in service.scores(model).get("next_arrival", {}) for model in MODELS)
+
+
+def fits(controller: Planner) -> int:
+    return int(controller.forecasts.health()["fits"])
+
+
+def test_history_teaches_the_fleet_within_minutes_and_who_is_killed_leaves_it_to_the_next(
+    tmp_path: Path,
+) -> None:
+    """The first fit of each model goes by it then."""
+    world = forecasting(tmp_path / "one")
+    import_history(world)
+    with world.planner() as controller:
+        for done in range(len(MODELS), len(MODELS) * ROUNDS + 1, len(MODELS)):
+            until(lambda done=done: fits(controller) >= done)  # type: ignore[misc]
+            assert by_the_fleet(controller) == 0
+            world.clock.go(POOL_S + 1)
+        until(lambda: by_the_fleet(controller) == len(MODELS))
+        assert fits(controller) == len(MODELS) * (ROUNDS + 1)
+        world.tick(controller, planner.LEARNED_EVERY_S)
+        assert controller.store.flush()
+        # As a process that is killed leaves it.
+        shutil.copytree(world.folder, tmp_path / "two")
+    after = forecasting(tmp_path / "two")
+    after.clock = world.clock
+    with after.planner() as controller:
+        until(lambda: fits(controller) == len(MODELS))
+        until(lambda: by_the_fleet(controller) == len(MODELS))
+        assert fits(controller) == len(MODELS)

@@ -7,13 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from made_traffic import DAY_S, START_S, Floats, exact, traffic
+from made_traffic import DAY_S, START_S, Floats, exact, fitted, traffic
 
 from autoscaling.forecast import arrival_choice
 from autoscaling.forecast.book import Book
 from autoscaling.forecast.calibration import Calibrated
 from autoscaling.forecast.fit import FittedModel, Job, Seen, fit_standard, share_at
-from autoscaling.forecast.gap_record import EMPTY, Silence, active, learn, own_hazard, rates_at, silences_in
+from autoscaling.forecast.gap_record import (
+    EMPTY,
+    MOST,
+    Silence,
+    active,
+    learn,
+    own_hazard,
+    rates_at,
+    silences_in,
+)
 from autoscaling.forecast.hazard import BANDS, LEAST_SILENCES, NOTHING, ROUNDS, Expansion, Regression, bands
 from autoscaling.forecast.history import THETAS_S, Recent, arrived, history_of
 from autoscaling.forecast.prior import NO_FLEET, Prior, pooled
@@ -187,7 +196,22 @@ def test_the_book_hands_a_fit_the_silences_since_the_last_one() -> None:
     assert [(each.begin_s - START_S, each.end_s - START_S) for each in seen.ended] == [(5, 100), (104, 400)]
     assert seen.recent is not None
     assert seen.recent.last_s == START_S + 400
+    book.install("m", fitted(sessions(0), START_S + DAY_S))
     assert book.begin_fit("m").ended == ()
+
+
+def test_what_a_fit_that_failed_was_given_the_next_one_gets() -> None:
+    """Oldest first, with what has come since, and no more than is learned from at once."""
+    book = Book()
+    for time_s in (0.0, 100.0, 200.0):
+        book.arrived("m", START_S + time_s, 1)
+    book.begin_fit("m")
+    book.arrived("m", START_S + 400, 1)
+    ended = [each.end_s - START_S for each in book.begin_fit("m").ended]
+    assert ended == [100, 200, 400]
+    for i in range(MOST + 10):
+        book.arrived("m", START_S + 1000 + 60 * i, 1)
+    assert len(book.begin_fit("m").ended) == len(book.begin_fit("m").ended) == MOST
 
 
 def test_a_fit_goes_on_where_the_one_before_ended() -> None:

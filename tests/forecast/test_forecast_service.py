@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import bad_fitters
 import numpy as np
@@ -15,9 +16,12 @@ import psutil
 import pytest
 from made_traffic import DAY_S, START_S, bursts, fitted, poisson, traffic
 
-from autoscaling.core.types import Forecast
+from autoscaling.core.types import Forecast, State
 from autoscaling.forecast.book import Book
 from autoscaling.forecast.fit import fit_full, fit_simple, fit_standard
+from autoscaling.forecast.hazard import LEAST_SILENCES, NOTHING, ROUNDS, UNTOLD, Regression
+from autoscaling.forecast.kept import to_state
+from autoscaling.forecast.prior import NO_FLEET
 from autoscaling.forecast.schedule import Schedule
 from autoscaling.forecast.service import ForecastService
 from autoscaling.forecast.worker import Fitter, Worker
@@ -51,11 +55,14 @@ def start() -> Iterator[Start]:
     def begin(
         models: Sequence[str],
         fitters: Sequence[Fitter] = (fit_full, fit_standard, fit_simple),
+        kept: State | None = None,
         **options: float,
     ) -> ForecastService:
         service = ForecastService(store, lambda _: 10.0, Clock(), fitters=fitters, **options)  # type: ignore[arg-type]
         started.append(service)
         service.watch(models)
+        if kept is not None:
+            service.restore(kept)
         service.start()
         return service
 
@@ -121,6 +128,34 @@ def test_when_every_fitter_fails_there_is_no_forecast_and_the_reason(start: Star
     until(lambda: "a" in service.health()["failing"])
     assert "can't be read: ValueError: made elsewhere" in service.health()["failing"]["a"]
     assert service.forecast("a", NOW_S) is None
+
+
+def learned() -> State:
+    """What a fleet with enough silences leaves."""
+    hazard = Regression(
+        NOTHING.coefficients, ROUNDS, 2 * LEAST_SILENCES, told=replace(UNTOLD, until_s=NOW_S - 60)
+    )
+    return to_state(replace(NO_FLEET, models=9, hazard=hazard))
+
+
+def test_a_restart_goes_by_what_the_fleet_had_learned_from_the_first_fit_on(start: Start) -> None:
+    service = start(["a"], kept=learned())
+    forecast(service, "a")
+    assert "fleet" in service.scores("a")["next_arrival"]
+    assert service.health()["notice"] is None
+    unknowing = start(["a"])
+    forecast(unknowing, "a")
+    assert "fleet" not in unknowing.scores("a")["next_arrival"]
+
+
+def test_what_can_not_be_used_is_told_and_fits_begin_from_nothing(start: Start) -> None:
+    service = start(["a"], kept=replace(learned(), histogram=(float("nan"),)))
+    forecast(service, "a")
+    assert "fleet" not in service.scores("a")["next_arrival"]
+    assert service.health()["notice"] == (
+        "what the fleet had learned is not used: it is broken: numbers are missing, or not finite"
+    )
+    assert service.health()["ok"]
 
 
 def test_a_store_that_is_away_is_told_and_tried_again() -> None:
