@@ -38,6 +38,7 @@ VERBS = {
     "simulator": ("bench.simulator", 1, "the simulator: its speed and memory, on real traces"),
     "fidelity": ("bench.fidelity", 1, "is the simulator right: the same traffic live and simulated"),
     "policies": ("bench.policies", 1, "is our policy the best: all of them on real traces, with the bars"),
+    "jobs": ("bench.jobs", 1, "jobs at fixed times of the day, simulated: how long they wait"),
     "memory": ("bench.memory", 5, "what each process holds, dark, lit and parked"),
 }
 
