@@ -129,7 +129,7 @@ class Profile:
     deadline_s: float = 600.0
     """How long a request may wait before it is turned away."""
     queue_limit: float = math.inf
-    """How many requests of one model may wait."""
+    """How many requests of one model may wait. Whoever is one too many counts as having waited until the deadline."""
     slo_s: float = 5.0
     """A request that waits longer has missed the SLO."""
     handoff_s: float = 0.0
@@ -142,6 +142,14 @@ class Profile:
     stop_s: float = 0.0
     """How long a replica without requests still holds its GPUs when it is let go, while Serve ends it."""
     price_per_gpu_h: float = GPU_PRICES_PER_H["H100"]
+
+    def __post_init__(self) -> None:
+        """Raises ProfileError."""
+        if self.deadline_s == math.inf and self.queue_limit < math.inf:
+            raise ProfileError(
+                f"profile.queue_limit: {self.queue_limit:g} goes with a finite deadline_s only: "
+                f"who is turned away counts as having waited for that long"
+            )
 
     def rungs(self, gpus_per_replica: float, *, park: bool = True) -> tuple[RungProfile, ...]:
         """As a controller that has measured them would say, lowest first."""

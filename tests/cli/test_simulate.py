@@ -563,6 +563,10 @@ PROFILES = [
     ('{"starts": {"template": Infinity}}', "starts.template.delay_s.[0]: inf is not a number"),
     ('{"engine": {"slowdown": [1, 0]}}', "engine.slowdown: [1, 0] must be above 0"),
     ('{"engine": {"service_s": NaN}}', "engine.service_s: nan is not a number"),
+    (
+        '{"deadline_s": Infinity, "queue_limit": 2}',
+        "profile.queue_limit: 2 goes with a finite deadline_s only",
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.sim.cluster import VirtualModel
-from autoscaling.sim.events import FINISHED
+from autoscaling.sim.events import CELLS, FINISHED, FLOATS, NOW, WHOLES, count_wait
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile, Start
 from autoscaling.sim.queueing import REJECTED, WAITED_S, Queue
@@ -175,6 +175,16 @@ def test_no_queue_at_all_still_serves_who_finds_a_free_replica() -> None:
     queue.feed(np.asarray([1.0, 2.0, 20.0]), np.full(3, 5.0))
     queue.advance(100.0)
     assert (queue.n[REJECTED], queue.n[FINISHED]) == (1, 2)
+
+
+@pytest.mark.parametrize("waited_s", [1e12, math.inf])
+def test_the_longest_waits_share_the_last_cell(waited_s: float) -> None:
+    """Where a wait has no end, too, and nothing is written beyond the histogram."""
+    memory = np.zeros(2 * CELLS, np.int64)
+    f, n = np.zeros(FLOATS), np.zeros(WHOLES, np.int64)
+    f[NOW] = 5.0
+    count_wait(0, np.asarray([5.0]), np.zeros(1, np.uint8), f, n, memory[:CELLS], waited_s)
+    assert np.flatnonzero(memory).tolist() == [CELLS - 1]
 
 
 @pytest.mark.parametrize("seed", range(6))
