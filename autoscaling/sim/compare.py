@@ -15,6 +15,7 @@ from functools import partial
 from itertools import islice
 
 from autoscaling.core.policies import POLICIES, wrong_choice
+from autoscaling.core.policies.following import IDLE
 from autoscaling.core.types import Spec
 from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
@@ -80,7 +81,10 @@ class Variant:
         if self.policy == ORACLE:
             # Who knows what comes needs no time to see that less would do.
             params = {"stable_s": 0.0, **params}
-        kept = spec.params if spec.policy == policy else {}
+        kept = dict(spec.params) if spec.policy == policy else {}
+        if "keep_alive_s" in fields and policy in KEEPS:
+            # The parameter goes before the field: what is set here would do nothing.
+            kept.pop(IDLE.name, None)
         for name in _WHOLE:
             if name in fields:
                 fields[name] = int(fields[name])
@@ -113,8 +117,14 @@ def check(variant: Variant) -> None:
             raise SettingError(f"{name}: {value:g} must be above 0")
         if value < 0 and name != "priority":
             raise SettingError(f"{name}: {value:g} must not be negative")
-    if variant.policy == BEST_FIXED and "keep_alive_s" in variant.settings:
-        raise SettingError("keep_alive_s: best-fixed finds it; set it for keep-alive")
+    for name in ("keep_alive_s", IDLE.name):
+        if variant.policy == BEST_FIXED and name in variant.settings:
+            raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")
+    if policy in KEEPS and {"keep_alive_s", IDLE.name} <= variant.settings.keys():
+        raise SettingError(
+            f"keep_alive_s: {variant.settings['keep_alive_s']:g} does nothing beside {IDLE.name}, "
+            f"{variant.settings[IDLE.name]:g}; set one of them"
+        )
 
 
 MOST = {"wait_cost": 1e12, "max_replicas": 1e5, "gpus_per_replica": 1e5}

@@ -514,7 +514,12 @@ WRONG = [
     ((*KEEP, "--set", "wait_cost=1e308"), "wait_cost: 1e+308 is above 1e+12"),
     ((*KEEP, "--set", "max_replicas=1e9"), "max_replicas: 1e+09 is above 100000"),
     ((*KEEP, "--set", "gpus_per_replica=1e308"), "gpus_per_replica: 1e+308 is above 100000"),
-    (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "best-fixed finds it"),
+    (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "keep_alive_s: best-fixed finds it"),
+    (("--policy", "best-fixed", "--set", "idle_s=3"), "idle_s: best-fixed finds it"),
+    (
+        (*KEEP, "--set", "keep_alive_s=3", "--set", "idle_s=4"),
+        "keep_alive_s: 3 does nothing beside idle_s, 4; set one of them",
+    ),
     ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
     ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),
     ((*KEEP, "--price", "L4=1e308"), "--price: 'L4=1e308' is not TYPE=NUMBER"),

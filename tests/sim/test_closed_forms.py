@@ -133,6 +133,21 @@ def test_best_fixed_is_the_best_of_those_that_are_tried() -> None:
         assert best.total.total_cost_gpu_s <= other.total.total_cost_gpu_s
 
 
+@pytest.mark.parametrize("policy", ["keep-alive", "reactive"])
+def test_a_keep_alive_that_is_set_goes_before_the_idle_time_of_a_model(policy: str) -> None:
+    """The models' own `idle_s` would go before it, and each row of a sweep would be the same."""
+    rows = lab.requests([0.0, 200.0, 400.0])
+    own = Base(rows, Setup(profile=lab.profile()), spec=lab.spec(policy=policy, params={"idle_s": 30.0}))
+    plain = Base(rows, own.setup, spec=lab.spec(policy=policy))
+    for keep_s, cold in ((10.0, 3), (1000.0, 1)):
+        variant = Variant(policy, {"keep_alive_s": keep_s})
+        assert simulate(own, variant).total == simulate(plain, variant).total
+        assert simulate(own, variant).total.cold_starts == cold
+    assert simulate(own, Variant("best-fixed")).total == simulate(plain, Variant("best-fixed")).total
+    # What nothing is set beside stays.
+    assert simulate(own, Variant(policy)).params == {"idle_s": 30.0}
+
+
 def test_a_dense_poisson_stream_on_fixed_replicas_waits_as_erlang_says() -> None:
     # The whole way, cluster and loop: four replicas that are always there.
     times = lab.poisson(3.0, 30_000)
