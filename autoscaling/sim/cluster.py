@@ -100,6 +100,19 @@ class VirtualModel:
         """A request waits or is in progress, or is known to come."""
         return self.queue.unanswered
 
+    def answers(self, now_s: float, patience_s: float) -> bool:
+        """The same, and within that time something happened to a request, or will: by itself, or as a start ends."""
+        starts_s = self._starts[0][0] if self._starts else math.inf
+        happened_s = float(self.queue.f[LAST_BUSY])
+        return self.unanswered and (
+            min(self.queue.next_s(), starts_s) < now_s + patience_s or now_s < happened_s + patience_s
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether there can be a replica at all."""
+        return self.pool.gpus is None or self.devices <= self.pool.gpus
+
     def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
         """All that happens up to the last tick before `before_s`, or to the first at which what was decided does not
         stand for the requests that are queued or in flight, if ticks have no more to do than to count them.
@@ -348,8 +361,9 @@ class VirtualModel:
         self._rest.measure(now_s)
         self.queue.measure(now_s)
 
-    def close(self, now_s: float) -> None:
-        """What is still open is charged until now."""
+    def close(self, now_s: float, patience_s: float = 0.0) -> None:
+        """What is still open is charged until now; who was never answered as having waited that long at least."""
+        self.queue.close(patience_s)
         self._rest.close(now_s)
         for _, begun_s, _ in self._starts:
             self.used.starting(begun_s, now_s, self.gpus)

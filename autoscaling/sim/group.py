@@ -34,6 +34,7 @@ from autoscaling.sim.queueing import (
 from autoscaling.sim.report import ModelReport, figures
 
 PATIENCE_S = 86400.0
+"""How long a replay goes on after the trace with nothing that happens to a request that waits."""
 HOUR_S = 3600.0
 
 
@@ -131,8 +132,17 @@ class Group:
 
     @property
     def answers(self) -> bool:
-        """The same, and something is still to happen within a day."""
-        return self.unanswered and self._due_s() < self._clock.now_s() + PATIENCE_S
+        """The same, and it may yet be answered.
+
+        A policy's own timers may begin a start, or end a replica whose GPUs another waits for; but some are always
+        due, so that they count for as long only as something happened to a request.
+        """
+        now_s = self._clock.now_s()
+        return (
+            self.unanswered
+            and self._due_s() < now_s + PATIENCE_S
+            and any(model.answers(now_s, PATIENCE_S) for model in self.models.values())
+        )
 
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""
@@ -218,7 +228,7 @@ class Group:
             self._measure()
         for model in self.models.values():
             model.advance(end_s)
-            model.close(end_s)
+            model.close(end_s, PATIENCE_S)
         if self._sample_s is not None:
             self._sample(end_s)
 

@@ -29,7 +29,7 @@ class Figures:
     rejected: int = 0
     """Turned away: the queue was full, or the deadline passed."""
     waited_s: float = 0.0
-    """From a request's coming to a replica's beginning with it, over all; the deadline where it was turned away."""
+    """Until a replica began with a request, over all; the deadline if it was turned away, the end if never answered."""
     cold_waited_s: float = 0.0
     """The same of the cold requests."""
     wait_mean_s: float = 0.0
