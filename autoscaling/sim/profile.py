@@ -123,7 +123,8 @@ class Profile:
     gpus: float | None = None
     """GPUs of the cluster; None: as many as are asked for."""
     parked_engines: int | None = None
-    """Engines that memory has room for, over all models; the one that was used longest ago makes room. None: all."""
+    """Engines that memory has room for, over all models; the one that was used longest ago makes room. None: all.
+    0: models have no parked rung."""
     start_failures: float = 0.0
     """Share of the starts that fail after their time, and are begun anew."""
     deadline_s: float = 600.0
@@ -145,6 +146,12 @@ class Profile:
 
     def __post_init__(self) -> None:
         """Raises ProfileError."""
+        if self.parked_engines is not None and self.parked_engines != int(self.parked_engines):
+            raise ProfileError(f"profile.parked_engines: {self.parked_engines!r} is not a whole number")
+        if self.parked_engines == 0 and self.base == Rung.PARKED:
+            raise ProfileError(
+                "profile.base: parked, though parked_engines is 0; it must be cold to template"
+            )
         if self.deadline_s == math.inf and self.queue_limit < math.inf:
             raise ProfileError(
                 f"profile.queue_limit: {self.queue_limit:g} goes with a finite deadline_s only: "
@@ -155,7 +162,8 @@ class Profile:
         """As a controller that has measured them would say, lowest first."""
         found: list[RungProfile] = []
         for rung in sorted(self.starts):
-            if rung == Rung.PARKED and not park:
+            # Where there is no room, an engine that was warmed for it would be given up at once, and warmed again.
+            if rung == Rung.PARKED and not (park and self.parked_engines != 0):
                 continue
             start = self.starts[rung]
             found.append(

@@ -568,6 +568,8 @@ PROFILES = [
     ('{"starts": {"template": Infinity}}', "starts.template.delay_s.[0]: inf is not a number"),
     ('{"engine": {"slowdown": [1, 0]}}', "engine.slowdown: [1, 0] must be above 0"),
     ('{"engine": {"service_s": NaN}}', "engine.service_s: nan is not a number"),
+    ('{"parked_engines": 0.5}', "profile.parked_engines: 0.5 is not a whole number"),
+    ('{"parked_engines": 0, "base": "parked"}', "profile.base: parked, though parked_engines is 0"),
     (
         '{"deadline_s": Infinity, "queue_limit": 2}',
         "profile.queue_limit: 2 goes with a finite deadline_s only",

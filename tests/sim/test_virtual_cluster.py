@@ -261,6 +261,17 @@ def test_memory_holds_so_many_parked_engines_and_the_oldest_makes_room() -> None
     assert {m.model: m.starts_by_rung for m in none.models}["a"] == {"template": 2}
 
 
+@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
+def test_without_room_no_engine_is_warmed_to_be_parked(policy: str) -> None:
+    """Nothing but starts from the template, each of which a request needed."""
+    rows = lab.requests(np.arange(20) * 900.0)
+    made = lab.profile(starts=PARKING, parked_engines=0)
+    report = replay(rows, {"m": lab.spec(policy=policy)}, Setup(made))
+    never = lab.run(rows, replace(made, parked_engines=None), policy=policy, park=False)
+    assert report.total == never.total
+    assert report.total.starting_gpu_s == 30.0 * report.total.starts
+
+
 # Serve's own ways
 
 
