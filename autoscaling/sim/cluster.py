@@ -253,7 +253,7 @@ class VirtualModel:
     @property
     def _applies_s(self) -> float:
         """What a decision takes until Serve acts on it."""
-        return self.profile.wake_s if self.profile.apply_s is None else self.profile.apply_s
+        return self.profile.applies_s
 
     def _acts(self, now_s: float, delay_s: float) -> None:
         """Serve does what it was told at a turn of its control loop."""

@@ -171,7 +171,7 @@ def simulate(
         return _best(compare(base, fixed(variant), processes=processes))
     setup = base.setup
     oracle = (
-        Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s)
+        Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s, acts_s=setup.profile.applies_s)
         if variant.policy == ORACLE
         else None
     )

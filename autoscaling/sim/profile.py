@@ -176,6 +176,11 @@ class Profile:
             )
         return (*found, RungProfile(Rung.SERVING, 0.0, 0.0, gpus_per_replica))
 
+    @property
+    def applies_s(self) -> float:
+        """`apply_s`, whichever way it is said."""
+        return self.wake_s if self.apply_s is None else self.apply_s
+
     def two_states(self, delay_s: float) -> Profile:
         """Dark or lit, with one cold start time."""
         return dataclasses.replace(self, starts={Rung.TEMPLATE: Start((delay_s,))}, base=Rung.TEMPLATE)
