@@ -154,8 +154,8 @@ class Profile:
             )
         if self.deadline_s == math.inf and self.queue_limit < math.inf:
             raise ProfileError(
-                f"profile.queue_limit: {self.queue_limit:g} goes with a finite deadline_s only: "
-                f"who is turned away counts as having waited for that long"
+                f"profile.queue_limit: {self.queue_limit:g} goes with a finite deadline_s only, which whoever is "
+                "turned away counts as having waited; with deadline_s Infinity it must be Infinity"
             )
 
     def rungs(self, gpus_per_replica: float, *, park: bool = True) -> tuple[RungProfile, ...]:
@@ -201,6 +201,11 @@ def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gp
     if "price_per_gpu_h" in data:
         return profile
     return dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
+
+
+def named_in(path: str | Path) -> frozenset[str]:
+    """Which fields a file that `load_profile` has read says itself."""
+    return frozenset(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def parse_profile(data: object) -> Profile:
@@ -293,4 +298,4 @@ def _rung(name: object, where: str) -> Rung:
     return rung
 
 
-__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile"]
+__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "named_in", "parse_profile"]

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sqlite3
@@ -271,6 +272,61 @@ class TestFleet:
         limits = "limits: {max_queued: 1}\n    scaling: {policy: keep-alive"
         fleet.write_text(FLEET.replace("scaling: {policy: keep-alive", limits).partition("  - id: big")[0])
         assert report("simulate", trace, "--fleet", fleet, *TWO_STATES)["total"]["rejected"] == 2
+
+    @pytest.fixture
+    def limited(self, fleet: Path) -> Path:
+        """small's second in the queue is one too many, big's first waits no longer than 5 s; starts take 30 s."""
+        small = FLEET.replace(
+            "scaling: {", "limits: {max_queued: 1, request_deadline_s: 100}\n    scaling: {"
+        )
+        fleet.write_text(small.replace("scaling:\n", "limits: {request_deadline_s: 5}\n    scaling:\n"))
+        return fleet
+
+    @pytest.mark.parametrize(
+        ("profile", "rejected", "waited_s"),
+        [
+            ({"slo_s": 7}, {"small": 2, "big": 1}, {"small": 30 + 2 * 100, "big": 5}),
+            ({"deadline_s": 200}, {"small": 2, "big": 0}, {"small": 30 + 2 * 200, "big": 30}),
+            ({"queue_limit": 9}, {"small": 0, "big": 1}, {"small": 30 + 29 + 28, "big": 5}),
+            (
+                {"queue_limit": math.inf, "deadline_s": math.inf},
+                {"small": 0, "big": 0},
+                {"small": 87, "big": 30},
+            ),
+        ],
+        ids=["neither", "deadline", "queue", "both"],
+    )
+    def test_each_model_has_its_own_limits_but_for_what_a_profile_names(
+        self,
+        limited: Path,
+        tmp_path: Path,
+        profile: dict[str, float],
+        rejected: dict[str, int],
+        waited_s: dict[str, float],
+    ) -> None:
+        trace = self.written(tmp_path, "0,small\n1,small\n2,small\n7300,big\n")
+        file = tmp_path / "profile.json"
+        file.write_text(json.dumps({**profile, "wake_s": 0}))
+        for policy in ((), KEEP):
+            found = report("simulate", trace, "--fleet", limited, "--profile", file, *policy, *TWO_STATES)
+            models = {each["model"]: each for each in found["models"]}
+            assert {name: each["rejected"] for name, each in models.items()} == rejected
+            for name, each in models.items():
+                assert each["waited_s"] == pytest.approx(waited_s[name], rel=0.1)
+
+    def test_an_endless_deadline_asks_for_an_endless_queue(self, limited: Path, tmp_path: Path) -> None:
+        file = tmp_path / "profile.json"
+        file.write_text('{"deadline_s": Infinity}')
+        said = fails("simulate", self.written(tmp_path, "0,small\n"), "--fleet", limited, "--profile", file)
+        assert "limits of small: profile.queue_limit: 1 goes with a finite deadline_s only" in said
+
+    def test_a_profile_that_names_gpus_goes_before_the_budget(self, fleet: Path, tmp_path: Path) -> None:
+        trace, file = self.written(tmp_path, "0,small\n0,big\n"), tmp_path / "profile.json"
+        fleet.write_text(FLEET + "controller: {gpu_budget: 2}\n")
+        for text, waits in (("{}", True), ('{"gpus": null}', False), ('{"gpus": 3}', False)):
+            file.write_text(text)
+            found = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES, "--profile", file)
+            assert (found["total"]["wait_max_s"] > 60) == waits
 
     def test_a_trace_of_other_models_is_an_error(self, fleet: Path, tmp_path: Path) -> None:
         said = fails("simulate", self.written(tmp_path, "0,x\n"), "--fleet", fleet)
