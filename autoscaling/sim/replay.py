@@ -249,6 +249,7 @@ class Replay:
         specs = [spec for part in parts for spec in part.specs]
         costs = {spec.wait_cost for spec in specs}
         kept = {spec.keep_alive_s for spec in specs}
+        park = {spec.park for spec in specs}
         policies = {spec.policy for spec in specs}
         params = {tuple(sorted(spec.params.items())) for spec in specs}
         notes = sorted({error for part in parts for error in part.errors})
@@ -277,6 +278,7 @@ class Replay:
             seed=setup.seed,
             wait_cost=costs.pop() if len(costs) == 1 else math.nan,
             keep_alive_s=kept.pop() if len(kept) == 1 else math.nan,
+            park=park.pop() if len(park) == 1 else None,
             measured_from_s=begin_s + setup.measure_from_s,
             until_s=end_s,
             total=together(models),

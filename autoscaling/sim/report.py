@@ -104,6 +104,8 @@ class Report:
     until_s: float
     total: Figures
     models: tuple[ModelReport, ...]
+    park: bool | None = None
+    """None where models differ."""
     scale: float = 1.0
     slo_s: float = 0.0
     price_per_gpu_h: float = 0.0
@@ -126,6 +128,7 @@ class Report:
             "seed": self.seed,
             "wait_cost": None if math.isnan(self.wait_cost) else self.wait_cost,
             "keep_alive_s": None if math.isnan(self.keep_alive_s) else self.keep_alive_s,
+            "park": self.park,
             "measured_from_s": self.measured_from_s,
             "until_s": self.until_s,
             "scale": self.scale,

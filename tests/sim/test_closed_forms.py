@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from autoscaling.core.types import Rung
-from autoscaling.sim.compare import Base, Variant, simulate
+from autoscaling.sim.compare import KEEP_ALIVES_S, Base, Variant, compare, fixed, simulate
 from autoscaling.sim.profile import Engine, Start
 from autoscaling.sim.queueing import Queue, waited_quantile_s
 from autoscaling.sim.replay import Setup
@@ -131,6 +132,24 @@ def test_best_fixed_is_the_best_of_those_that_are_tried() -> None:
     for keep_s in (0.0, 60.0, 600.0, 3600.0):
         other = simulate(base, Variant("keep-alive", {"keep_alive_s": keep_s}))
         assert best.total.total_cost_gpu_s <= other.total.total_cost_gpu_s
+
+
+@pytest.mark.parametrize(("cost_per_s", "parks"), [(0.5, False), (0.001, True)])
+def test_best_fixed_parks_where_that_is_cheaper(cost_per_s: float, parks: bool) -> None:
+    made = lab.profile(starts={Rung.TEMPLATE: Start((30.0,)), Rung.PARKED: Start((2.0,), cost_per_s)})
+    base = Base(lab.requests(np.arange(9) * 3600.0), Setup(profile=made), spec=lab.spec())
+    variants = [Variant("best-fixed", settings) for settings in ({}, {"park": 1.0}, {"park": 0.0})]
+    free, parked, dark = compare(base, variants, processes=1)
+    assert free.total == (parked if parks else dark).total
+    assert free.total.total_cost_gpu_s < (dark if parks else parked).total.total_cost_gpu_s
+    assert (free.park, parked.park, dark.park) == (parks, True, False)
+    label = "best-fixed (keep_alive_s=0)" if parks else "best-fixed (keep_alive_s=0, park=0)"
+    assert variants[0].label_of(free) == label
+    assert variants[2].label_of(dark) == "best-fixed (park=0, keep_alive_s=0)"
+    # Where nothing can be parked, it is not tried.
+    plain = replace(base, setup=Setup(profile=made.two_states(30.0)))
+    assert len(fixed(variants[0], base)) == 2 * len(fixed(variants[1], base)) == 2 * len(KEEP_ALIVES_S)
+    assert len(fixed(variants[0], plain)) == len(KEEP_ALIVES_S)
 
 
 @pytest.mark.parametrize("policy", ["keep-alive", "reactive"])
