@@ -23,9 +23,9 @@ class Figures:
     requests: int = 0
     """That came, whatever became of them."""
     cold_requests: int = 0
-    """Those that came while no replica was ready."""
+    """Those that came while no replica was ready, but for those that a full queue turned away."""
     cold_starts: int = 0
-    """Starts from zero that at least one request waited for, whatever began them."""
+    """Spans without a ready replica in which a request came to wait, whether or not a start ended them."""
     rejected: int = 0
     """Turned away: the queue was full, or the deadline passed."""
     waited_s: float = 0.0

@@ -48,6 +48,11 @@ def told(found: VirtualModel, now_s: float, replicas: int, rung: Rung = Rung.TEM
 # A GPU budget
 
 
+def test_a_span_without_a_replica_is_one_cold_start_though_none_can_begin() -> None:
+    report = two([lab.Row(10.0 * i, name) for i in range(9) for name in "ab"], lab.profile(gpus=0.0))
+    assert (report.total.cold_starts, report.total.starts) == (2, 0)
+
+
 def test_a_model_waits_for_the_gpu_that_another_holds() -> None:
     # a: 10 to 40 starting, 40 to 140 working. b asks at 20, gets the GPU when a has ended, and starts then.
     rows = [lab.Row(10.0, "a", exec_s=100.0), lab.Row(20.0, "b", exec_s=5.0)]
@@ -164,6 +169,8 @@ def test_a_full_queue_turns_away_and_those_turned_away_do_not_fill_it() -> None:
     rows = lab.requests([10.0, 11.0, 12.0, 13.0, 14.0, 41.0, 42.0])
     report = lab.run(rows, lab.profile(queue_limit=2, deadline_s=100.0))
     assert report.total.rejected == 4
+    # Of those that found no replica only the two that waited for one are cold.
+    assert (report.total.cold_requests, report.total.cold_starts) == (2, 1)
     assert report.total.waited_s == pytest.approx((40 - 10) + (45 - 11) + (50 - 41) + 4 * 100)
     assert report.total.slo_attainment == 0.0
 
