@@ -38,15 +38,14 @@ NO_TICKS: Floats = np.zeros(0)
 class VirtualModel:
     """One model. Everything up to `now_s` has happened."""
 
-    def __init__(self, spec: Spec, profile: Profile, pool: Pool, *, seed: int, fixed: bool = False) -> None:
-        """`fixed`: the trace says how long its requests took, whatever else was in progress."""
+    def __init__(self, spec: Spec, profile: Profile, pool: Pool, *, seed: int) -> None:
         self.name = spec.model
         self.spec = spec
         self.profile = profile
         self.pool = pool
         self.gpus, self.devices = charge(spec), devices(spec)
         self.queue = Queue(
-            profile.engine.slowdowns(fixed=fixed),
+            profile.engine.slowdowns(),
             deadline_s=profile.deadline_s,
             queue_limit=profile.queue_limit,
             slo_s=profile.slo_s,

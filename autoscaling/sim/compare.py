@@ -172,7 +172,7 @@ def simulate(
         return _best(compare(base, fixed(variant, base), processes=processes))
     setup = base.setup
     oracle = (
-        Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s, acts_s=setup.profile.applies_s)
+        Oracle(setup.profile.engine.slowdowns(), setup.tick_s, acts_s=setup.profile.applies_s)
         if variant.policy == ORACLE
         else None
     )

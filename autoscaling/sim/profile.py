@@ -36,7 +36,7 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Engine:
-    """How long a request takes. A trace's own `exec_s` goes before the tokens."""
+    """How long a request takes. A trace's own `exec_s` goes before the tokens; it, too, is what it takes alone."""
 
     concurrency: int = 16
     """Requests in progress at once in one replica, at most."""
@@ -64,10 +64,10 @@ class Engine:
         tokens_out = output_tokens or (0 if input_tokens else self.output_tokens)
         return tokens_in / self.prefill_tokens_per_s + max(1, tokens_out) * self.decode_s
 
-    def slowdowns(self, *, fixed: bool) -> Floats:
-        """By requests in progress, shape (concurrency + 1,). `fixed`: the trace says how long its requests took."""
+    def slowdowns(self) -> Floats:
+        """How many times longer a request takes than alone, by requests in progress, shape (concurrency + 1,)."""
         count = np.arange(self.concurrency + 1, dtype=np.float64)
-        if fixed or (self.service_s > 0 and not self.slowdown):
+        if self.service_s > 0 and not self.slowdown:
             return np.ones(self.concurrency + 1)
         if self.slowdown:
             known = np.asarray([1.0, *self.slowdown])

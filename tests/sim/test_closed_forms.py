@@ -191,8 +191,14 @@ def test_tokens_become_work_through_the_engines_rates() -> None:
     assert engine.work_s(500, 20, 0.0) == pytest.approx(0.5 + 1.0)
     assert engine.work_s(0, 0, 0.0) == pytest.approx(0.512 + 128 * 0.05)
     assert engine.work_s(500, 20, 7.0) == 7.0
-    assert list(engine.slowdowns(fixed=False)) == pytest.approx([1.0, 1.0, 1.2])
-    assert list(engine.slowdowns(fixed=True)) == [1.0, 1.0, 1.0]
-    assert list(Engine(concurrency=4, slowdown=(1.0, 1.1)).slowdowns(fixed=False)) == pytest.approx(
+    assert list(engine.slowdowns()) == pytest.approx([1.0, 1.0, 1.2])
+    assert list(Engine(concurrency=4, slowdown=(1.0, 1.1)).slowdowns()) == pytest.approx(
         [1.0, 1.0, 1.1, 1.65, 2.2]
     )
+
+
+@pytest.mark.parametrize(("more_s", "takes_s"), [(0.01, 6.0), (0.0, 5.0)])
+def test_what_a_trace_says_of_work_is_of_a_request_alone(more_s: float, takes_s: float) -> None:
+    made = lab.profile(engine=Engine(concurrency=2, decode_s=0.05, decode_per_request_s=more_s))
+    report = lab.run(lab.requests([10.0, 10.0], 5.0), made, target_ongoing_requests=2.0)
+    assert report.total.busy_gpu_s == pytest.approx(takes_s)
