@@ -44,6 +44,7 @@ from autoscaling.sim.compare import (
     simulate,
 )
 from autoscaling.sim.generate import PATTERNS, PatternError, Stream, generate, stream
+from autoscaling.sim.group import Limits
 from autoscaling.sim.html import document
 from autoscaling.sim.prices import GPU_PRICES_PER_H
 from autoscaling.sim.profile import Engine, Profile, ProfileError, Start, load_profile, parse_profile
@@ -61,6 +62,7 @@ __all__ = [
     "Base",
     "Engine",
     "Figures",
+    "Limits",
     "ModelReport",
     "ModelShape",
     "PatternError",

@@ -13,6 +13,7 @@ from autoscaling.commands.failures import WRONG, CommandError
 if TYPE_CHECKING:
     from autoscaling.core.types import Spec, Window
     from autoscaling.sim.compare import Base
+    from autoscaling.sim.group import Limits
     from autoscaling.sim.profile import Profile
     from autoscaling.traces import Source
     from deployments.fleet import Fleet, Model
@@ -37,14 +38,19 @@ def base_of(source: Source, given: Given) -> Base:
     """All that does not differ between policies. Raises CommandError, ConfigError, TraceError."""
     from autoscaling.core.types import Spec
     from autoscaling.sim.compare import Base
+    from autoscaling.sim.profile import named_in
     from autoscaling.sim.replay import Setup
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
     profile = _priced(_profile(source, given, prices), given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
+    limits: Mapping[str, Limits] = {}
     if fleet is not None:
-        profile = _limited(profile, fleet, given)
+        named = frozenset() if given.profile is None else named_in(given.profile)
+        if "gpus" not in named:
+            profile = replace(profile, gpus=fleet.controller.gpu_budget)
+        limits = _limits(profile, fleet, named)
         source = _by_id(source, fleet)
     setup = Setup(
         profile=profile,
@@ -52,6 +58,7 @@ def base_of(source: Source, given: Given) -> Base:
         scale=given.scale,
         measure_from_s=options.duration(given.measure_from, "--measure-from") or 0.0,
         until_s=options.duration(given.until, "--until"),
+        limits=limits,
     )
     spec = Spec(
         "", wait_cost=10.0, max_replicas=64, target_ongoing_requests=float(profile.engine.concurrency)
@@ -136,18 +143,25 @@ def _fleet(file: Path) -> Fleet:
     return load_fleet(file)
 
 
-def _limited(profile: Profile, fleet: Fleet, given: Given) -> Profile:
-    """The fleet's budget and limits, where no profile says its own; the widest limits, where models differ."""
-    if profile.gpus is None and fleet.controller.gpu_budget is not None:
-        profile = replace(profile, gpus=fleet.controller.gpu_budget)
-    if given.profile is not None:
-        return profile
-    limits = [model.limits for model in fleet.models]
-    return replace(
-        profile,
-        deadline_s=max(each.request_deadline_s for each in limits),
-        queue_limit=float(fleet.gateway.max_replicas * max(each.max_queued for each in limits)),
-    )
+def _limits(profile: Profile, fleet: Fleet, named: frozenset[str]) -> dict[str, Limits]:
+    """Each model's own, but for what the profile names. Raises CommandError."""
+    from autoscaling.sim.group import Limits
+    from autoscaling.sim.profile import ProfileError
+
+    found = {}
+    for model in fleet.models:
+        limits = Limits(
+            profile.deadline_s if "deadline_s" in named else model.limits.request_deadline_s,
+            profile.queue_limit
+            if "queue_limit" in named
+            else float(fleet.gateway.max_replicas * model.limits.max_queued),
+        )
+        try:
+            limits.applied(profile)
+        except ProfileError as error:
+            raise CommandError(f"limits of {model.id}: {error}", WRONG) from None
+        found[model.id] = limits
+    return found
 
 
 def _by_id(source: Source, fleet: Fleet) -> Source:

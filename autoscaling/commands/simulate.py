@@ -116,7 +116,8 @@ def _show(report: Report) -> None:
         style="dim",
     )
     if report.policy == "best-fixed":
-        output.say(f"best-fixed is keep_alive_s = {report.keep_alive_s:g}.", style="dim")
+        park = "" if report.park is not False else ", park = 0"
+        output.say(f"best-fixed is keep_alive_s = {report.keep_alive_s:g}{park}.", style="dim")
     if len(models) > MOST_MODELS:
         output.say(f"The {MOST_MODELS} costliest of {len(models)} models; --json has all.", style="dim")
     replaying.said([report])

@@ -38,15 +38,14 @@ NO_TICKS: Floats = np.zeros(0)
 class VirtualModel:
     """One model. Everything up to `now_s` has happened."""
 
-    def __init__(self, spec: Spec, profile: Profile, pool: Pool, *, seed: int, fixed: bool = False) -> None:
-        """`fixed`: the trace says how long its requests took, whatever else was in progress."""
+    def __init__(self, spec: Spec, profile: Profile, pool: Pool, *, seed: int) -> None:
         self.name = spec.model
         self.spec = spec
         self.profile = profile
         self.pool = pool
         self.gpus, self.devices = charge(spec), devices(spec)
         self.queue = Queue(
-            profile.engine.slowdowns(fixed=fixed),
+            profile.engine.slowdowns(),
             deadline_s=profile.deadline_s,
             queue_limit=profile.queue_limit,
             slo_s=profile.slo_s,
@@ -99,6 +98,19 @@ class VirtualModel:
     def unanswered(self) -> bool:
         """A request waits or is in progress, or is known to come."""
         return self.queue.unanswered
+
+    def answers(self, now_s: float, patience_s: float) -> bool:
+        """The same, and within that time something happened to a request, or will: by itself, or as a start ends."""
+        starts_s = self._starts[0][0] if self._starts else math.inf
+        happened_s = float(self.queue.f[LAST_BUSY])
+        return self.unanswered and (
+            min(self.queue.next_s(), starts_s) < now_s + patience_s or now_s < happened_s + patience_s
+        )
+
+    @property
+    def fits(self) -> bool:
+        """Whether there can be a replica at all."""
+        return self.pool.gpus is None or self.devices <= self.pool.gpus
 
     def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
         """All that happens up to the last tick before `before_s`, or to the first at which what was decided does not
@@ -240,7 +252,7 @@ class VirtualModel:
     @property
     def _applies_s(self) -> float:
         """What a decision takes until Serve acts on it."""
-        return self.profile.wake_s if self.profile.apply_s is None else self.profile.apply_s
+        return self.profile.applies_s
 
     def _acts(self, now_s: float, delay_s: float) -> None:
         """Serve does what it was told at a turn of its control loop."""
@@ -348,8 +360,9 @@ class VirtualModel:
         self._rest.measure(now_s)
         self.queue.measure(now_s)
 
-    def close(self, now_s: float) -> None:
-        """What is still open is charged until now."""
+    def close(self, now_s: float, patience_s: float = 0.0) -> None:
+        """What is still open is charged until now; who was never answered as having waited that long at least."""
+        self.queue.close(patience_s)
         self._rest.close(now_s)
         for _, begun_s, _ in self._starts:
             self.used.starting(begun_s, now_s, self.gpus)

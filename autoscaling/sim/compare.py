@@ -15,7 +15,8 @@ from functools import partial
 from itertools import islice
 
 from autoscaling.core.policies import POLICIES, wrong_choice
-from autoscaling.core.types import Spec
+from autoscaling.core.policies.following import IDLE
+from autoscaling.core.types import Rung, Spec
 from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
 from autoscaling.sim.peers import Killed, shared
@@ -26,7 +27,7 @@ from autoscaling.traces import Row, Source, TraceError
 ORACLE, BEST_FIXED = "oracle", "best-fixed"
 EXTRA = {
     ORACLE: "predictive that knows what will come: the bound",
-    BEST_FIXED: "keep-alive with the idle time that was cheapest in hindsight",
+    BEST_FIXED: "keep-alive with the idle time, and parked engines or none, that were cheapest in hindsight",
 }
 KEEP_ALIVES_S = (0, 5, 10, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200, 14400)
 SPEC_FIELDS = (
@@ -65,11 +66,12 @@ class Variant:
         return self.name or (f"{self.policy} ({shown})" if shown else self.policy)
 
     def label_of(self, report: Report) -> str:
-        """The same with what only its report tells: which keep-alive was the best."""
+        """The same with what only its report tells: which keep-alive was the best, and whether without parking."""
         if self.policy == BEST_FIXED and not self.name:
-            return dataclasses.replace(
-                self, settings={**self.settings, "keep_alive_s": report.keep_alive_s}
-            ).label
+            settings = {**self.settings, "keep_alive_s": report.keep_alive_s}
+            if report.park is False:
+                settings["park"] = 0.0
+            return dataclasses.replace(self, settings=settings).label
         return self.label
 
     def applied(self, spec: Spec) -> Spec:
@@ -80,7 +82,10 @@ class Variant:
         if self.policy == ORACLE:
             # Who knows what comes needs no time to see that less would do.
             params = {"stable_s": 0.0, **params}
-        kept = spec.params if spec.policy == policy else {}
+        kept = dict(spec.params) if spec.policy == policy else {}
+        if "keep_alive_s" in fields and policy in KEEPS:
+            # The parameter goes before the field: what is set here would do nothing.
+            kept.pop(IDLE.name, None)
         for name in _WHOLE:
             if name in fields:
                 fields[name] = int(fields[name])
@@ -113,8 +118,14 @@ def check(variant: Variant) -> None:
             raise SettingError(f"{name}: {value:g} must be above 0")
         if value < 0 and name != "priority":
             raise SettingError(f"{name}: {value:g} must not be negative")
-    if variant.policy == BEST_FIXED and "keep_alive_s" in variant.settings:
-        raise SettingError("keep_alive_s: best-fixed finds it; set it for keep-alive")
+    for name in ("keep_alive_s", IDLE.name):
+        if variant.policy == BEST_FIXED and name in variant.settings:
+            raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")
+    if policy in KEEPS and {"keep_alive_s", IDLE.name} <= variant.settings.keys():
+        raise SettingError(
+            f"keep_alive_s: {variant.settings['keep_alive_s']:g} does nothing beside {IDLE.name}, "
+            f"{variant.settings[IDLE.name]:g}; set one of them"
+        )
 
 
 MOST = {"wait_cost": 1e12, "max_replicas": 1e5, "gpus_per_replica": 1e5}
@@ -147,7 +158,7 @@ def simulate(
     *,
     processes: int | None = 1,
 ) -> Report:
-    """One variant. `best-fixed` is tried with every keep-alive.
+    """One variant. `best-fixed` is tried with every keep-alive, and without parking.
 
     Args:
         processes: that share the models among them, and come to the same result as one. None: as many as cores.
@@ -158,10 +169,10 @@ def simulate(
     """
     check(variant)
     if variant.policy == BEST_FIXED:
-        return _best(compare(base, fixed(variant), processes=processes))
+        return _best(compare(base, fixed(variant, base), processes=processes))
     setup = base.setup
     oracle = (
-        Oracle(setup.profile.engine.slowdowns(fixed=False), setup.tick_s)
+        Oracle(setup.profile.engine.slowdowns(), setup.tick_s, acts_s=setup.profile.applies_s)
         if variant.policy == ORACLE
         else None
     )
@@ -285,11 +296,30 @@ def sampled(base: Base, step_s: float) -> Base:
     return replace(base, setup=replace(base.setup, sample_s=step_s))
 
 
-def fixed(variant: Variant) -> list[Variant]:
-    """Of what `best-fixed` is the best."""
+def fixed(variant: Variant, base: Base) -> list[Variant]:
+    """Of what `best-fixed` is the best: keep-alives, with the engines parked that are, and with none.
+
+    A fixed policy parks an engine for as long as its model is dark, and pays for it, however seldom that is asked.
+    """
+    ways: list[Mapping[str, float]] = [variant.settings]
+    if "park" not in variant.settings and _parks(base):
+        ways.append({**variant.settings, "park": 0.0})
     return [
-        Variant("keep-alive", {**variant.settings, "keep_alive_s": float(idle_s)}) for idle_s in KEEP_ALIVES_S
+        Variant("keep-alive", {**way, "keep_alive_s": float(idle_s)})
+        for way in ways
+        for idle_s in KEEP_ALIVES_S
     ]
+
+
+def _parks(base: Base) -> bool:
+    profile = base.setup.profile
+    specs = [base.spec] if base.specs is None else base.specs.values()
+    return (
+        Rung.PARKED in profile.starts
+        and profile.base != Rung.PARKED
+        and profile.parked_engines != 0
+        and any(spec.park for spec in specs)
+    )
 
 
 def compare(
@@ -313,7 +343,7 @@ def compare(
     jobs = [
         (i, base, each)
         for i, variant in enumerate(variants)
-        for each in (fixed(variant) if variant.policy == BEST_FIXED else [variant])
+        for each in (fixed(variant, base) if variant.policy == BEST_FIXED else [variant])
     ]
     found: dict[int, list[Report]] = {}
     for count, (i, report) in enumerate(_run(jobs, processes or len(os.sched_getaffinity(0))), 1):

@@ -53,7 +53,9 @@ def _count_wait(  # noqa: PLR0917 - the loop's own arrays
         f[COLD_WAITED_S] += waited
     cell = 0
     if waited >= LOWEST_S:
-        cell = min(CELLS - 1, 1 + int(math.log(waited / LOWEST_S) / math.log(RATIO)))
+        # The last cell has no end. Compared before it is a whole number, which infinity has none of.
+        place = math.log(waited / LOWEST_S) / math.log(RATIO)
+        cell = 1 + int(place) if place < CELLS - 2 else CELLS - 1
     histogram[cell] += 1
     return waited
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from autoscaling.core.budget import Budget
 from autoscaling.core.types import Spec
@@ -34,7 +34,20 @@ from autoscaling.sim.queueing import (
 from autoscaling.sim.report import ModelReport, figures
 
 PATIENCE_S = 86400.0
+"""How long a replay goes on after the trace with nothing that happens to a request that waits."""
 HOUR_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of one model, in place of the profile's."""
+
+    deadline_s: float
+    queue_limit: float
+
+    def applied(self, profile: Profile) -> Profile:
+        """The profile with these. Raises ProfileError."""
+        return replace(profile, deadline_s=self.deadline_s, queue_limit=self.queue_limit)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,13 @@ class Setup:
     keep_decisions: bool = False
     sample_s: float | None = None
     """How long the steps of the reports' timelines are; None: there are none."""
+    limits: Mapping[str, Limits] = field(default_factory=dict)
+    """By model; of others, the profile's."""
+
+    def profile_of(self, model: str) -> Profile:
+        """With its own limits. Raises ProfileError."""
+        limits = self.limits.get(model)
+        return self.profile if limits is None else limits.applied(self.profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +100,8 @@ class Group:
         profile = setup.profile
         self._pool = Pool(profile.gpus, profile.parked_engines)
         self.models = {
-            name: VirtualModel(spec, profile, self._pool, seed=setup.seed) for name, spec in specs.items()
+            name: VirtualModel(spec, setup.profile_of(name), self._pool, seed=setup.seed)
+            for name, spec in specs.items()
         }
         self._tick_s = float(setup.tick_s)
         self._forecasts = forecasts
@@ -131,8 +152,17 @@ class Group:
 
     @property
     def answers(self) -> bool:
-        """The same, and something is still to happen within a day."""
-        return self.unanswered and self._due_s() < self._clock.now_s() + PATIENCE_S
+        """The same, and it may yet be answered.
+
+        A policy's own timers may begin a start, or end a replica whose GPUs another waits for; but some are always
+        due, so that they count for as long only as something happened to a request.
+        """
+        now_s = self._clock.now_s()
+        return (
+            self.unanswered
+            and self._due_s() < now_s + PATIENCE_S
+            and any(model.answers(now_s, PATIENCE_S) for model in self.models.values())
+        )
 
     def feed(self, name: str, times: Floats, work: Floats) -> None:
         """More requests of one model."""
@@ -218,7 +248,7 @@ class Group:
             self._measure()
         for model in self.models.values():
             model.advance(end_s)
-            model.close(end_s)
+            model.close(end_s, PATIENCE_S)
         if self._sample_s is not None:
             self._sample(end_s)
 
@@ -328,4 +358,4 @@ def _gpu_s(model: VirtualModel) -> float:
     return used.starting_s + held_s + used.stopping_s + used.parked_s + used.node_s
 
 
-__all__ = ["Group", "Sample", "Setup"]
+__all__ = ["Group", "Limits", "Sample", "Setup"]

@@ -16,16 +16,25 @@ SURE_S = 0.5
 HORIZON_S = 7 * 86400.0
 STEP_S = 10.0
 QUANTILES = (0.5, 0.99)
+WITHIN_S = 0.1
+"""Of a decision's way to its effect: for so much the upper quantile by which starts are begun leaves time."""
 
 
 class Oracle:
     """`Foresight` that knows every request. With the policy `predictive` it is the cheapest that its rules can do.
 
-    It is told of each request a tick early, since what is decided at a tick takes effect there.
+    It is told of each request a tick early, since what is decided at a tick takes effect there, and of everything
+    earlier by what a decision takes to act.
     """
 
     def __init__(
-        self, slowdown: Floats, tick_s: float = 1.0, *, share: float = 1.0, over_s: float = 0.0
+        self,
+        slowdown: Floats,
+        tick_s: float = 1.0,
+        *,
+        acts_s: float = 0.0,
+        share: float = 1.0,
+        over_s: float = 0.0,
     ) -> None:
         """`slowdown` as in `queueing`: how much longer requests take in a full replica counts in the demand.
 
@@ -34,6 +43,7 @@ class Oracle:
         much. Two numbers bring it to a lower SLO attainment instead.
 
         Args:
+            acts_s: from a decision to its effect.
             share: of the demand that is told of.
             over_s: tell of the mean demand over so many seconds, not of its peaks: requests may wait about as long.
         """
@@ -43,6 +53,7 @@ class Oracle:
         self.settles_s = 0.0
         self._slow = float(slowdown[-1])
         self._tick_s = tick_s
+        self._acts_s = max(0.0, acts_s - WITHIN_S)
         self._share = share
         self._over_s = over_s
         self._times: dict[str, Floats] = {}
@@ -58,11 +69,11 @@ class Oracle:
         """All that will ever come."""
         self._times[model] = times
         self._at[model] = 0
-        moments = np.concatenate([times, times + work * self._slow])
+        moments = np.concatenate([times - self._acts_s, times + work * self._slow])
         order = np.argsort(moments, kind="stable")
         load = np.cumsum(np.where(order < len(times), 1, -1))
         moments = moments[order]
-        first_s = math.floor(float(times[0]) / STEP_S) * STEP_S
+        first_s = math.floor(float(moments[0]) / STEP_S) * STEP_S
         demand = (
             _means(moments, load, first_s, self._over_s) if self._over_s else _peaks(moments, load, first_s)
         )
@@ -98,7 +109,7 @@ class Oracle:
         if at >= len(times):
             never = NextArrival(now_s, (0.0, HORIZON_S), (1.0, 1.0))
             return Forecast(now_s, "oracle", never, demand, fitted_s=math.inf)
-        gap_s = max(SURE_S, float(times[at]) - now_s - self._tick_s)
+        gap_s = max(SURE_S, float(times[at]) - now_s - self._tick_s - self._acts_s)
         batch = int(np.searchsorted(times, times[at] + 5.0)) - at
         curve = NextArrival(
             now_s, (0.0, gap_s, gap_s + SURE_S, max(HORIZON_S, 2 * gap_s)), (1.0, 1.0, 0.0, 0.0)

@@ -36,7 +36,7 @@ class ProfileError(ValueError):
 
 @dataclass(frozen=True)
 class Engine:
-    """How long a request takes. A trace's own `exec_s` goes before the tokens."""
+    """How long a request takes. A trace's own `exec_s` goes before the tokens; it, too, is what it takes alone."""
 
     concurrency: int = 16
     """Requests in progress at once in one replica, at most."""
@@ -64,10 +64,10 @@ class Engine:
         tokens_out = output_tokens or (0 if input_tokens else self.output_tokens)
         return tokens_in / self.prefill_tokens_per_s + max(1, tokens_out) * self.decode_s
 
-    def slowdowns(self, *, fixed: bool) -> Floats:
-        """By requests in progress, shape (concurrency + 1,). `fixed`: the trace says how long its requests took."""
+    def slowdowns(self) -> Floats:
+        """How many times longer a request takes than alone, by requests in progress, shape (concurrency + 1,)."""
         count = np.arange(self.concurrency + 1, dtype=np.float64)
-        if fixed or (self.service_s > 0 and not self.slowdown):
+        if self.service_s > 0 and not self.slowdown:
             return np.ones(self.concurrency + 1)
         if self.slowdown:
             known = np.asarray([1.0, *self.slowdown])
@@ -123,13 +123,14 @@ class Profile:
     gpus: float | None = None
     """GPUs of the cluster; None: as many as are asked for."""
     parked_engines: int | None = None
-    """Engines that memory has room for, over all models; the one that was used longest ago makes room. None: all."""
+    """Engines that memory has room for, over all models; the one that was used longest ago makes room. None: all.
+    0: models have no parked rung."""
     start_failures: float = 0.0
     """Share of the starts that fail after their time, and are begun anew."""
     deadline_s: float = 600.0
     """How long a request may wait before it is turned away."""
     queue_limit: float = math.inf
-    """How many requests of one model may wait."""
+    """How many requests of one model may wait. Whoever is one too many counts as having waited until the deadline."""
     slo_s: float = 5.0
     """A request that waits longer has missed the SLO."""
     handoff_s: float = 0.0
@@ -143,11 +144,26 @@ class Profile:
     """How long a replica without requests still holds its GPUs when it is let go, while Serve ends it."""
     price_per_gpu_h: float = GPU_PRICES_PER_H["H100"]
 
+    def __post_init__(self) -> None:
+        """Raises ProfileError."""
+        if self.parked_engines is not None and self.parked_engines != int(self.parked_engines):
+            raise ProfileError(f"profile.parked_engines: {self.parked_engines!r} is not a whole number")
+        if self.parked_engines == 0 and self.base == Rung.PARKED:
+            raise ProfileError(
+                "profile.base: parked, though parked_engines is 0; it must be cold to template"
+            )
+        if self.deadline_s == math.inf and self.queue_limit < math.inf:
+            raise ProfileError(
+                f"profile.queue_limit: {self.queue_limit:g} goes with a finite deadline_s only, which whoever is "
+                "turned away counts as having waited; with deadline_s Infinity it must be Infinity"
+            )
+
     def rungs(self, gpus_per_replica: float, *, park: bool = True) -> tuple[RungProfile, ...]:
         """As a controller that has measured them would say, lowest first."""
         found: list[RungProfile] = []
         for rung in sorted(self.starts):
-            if rung == Rung.PARKED and not park:
+            # Where there is no room, an engine that was warmed for it would be given up at once, and warmed again.
+            if rung == Rung.PARKED and not (park and self.parked_engines != 0):
                 continue
             start = self.starts[rung]
             found.append(
@@ -159,6 +175,11 @@ class Profile:
                 )
             )
         return (*found, RungProfile(Rung.SERVING, 0.0, 0.0, gpus_per_replica))
+
+    @property
+    def applies_s(self) -> float:
+        """`apply_s`, whichever way it is said."""
+        return self.wake_s if self.apply_s is None else self.apply_s
 
     def two_states(self, delay_s: float) -> Profile:
         """Dark or lit, with one cold start time."""
@@ -180,6 +201,11 @@ def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gp
     if "price_per_gpu_h" in data:
         return profile
     return dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
+
+
+def named_in(path: str | Path) -> frozenset[str]:
+    """Which fields a file that `load_profile` has read says itself."""
+    return frozenset(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
 def parse_profile(data: object) -> Profile:
@@ -272,4 +298,4 @@ def _rung(name: object, where: str) -> Rung:
     return rung
 
 
-__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile"]
+__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "named_in", "parse_profile"]

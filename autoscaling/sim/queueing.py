@@ -200,6 +200,13 @@ class Queue:
         n = self.n
         return bool(n[WAITING] or n[IN_FLIGHT] or n[TAIL] < n[END])
 
+    def close(self, least_s: float) -> None:
+        """Whoever still waits has waited in vain until now, and for so long at least."""
+        head, tail = int(self.n[HEAD]), int(self.n[TAIL])
+        for i in range(head, tail):
+            if self.work[i] >= 0.0 and self.times[i] >= self.limits[2]:
+                events.count_wait(i, self.times, self.cold, self.f, self.n, self.histogram, least_s)
+
     def measure(self, from_s: float) -> None:
         """What was counted until now is forgotten; requests that come from then on count."""
         self.limits[2] = from_s

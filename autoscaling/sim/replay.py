@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from autoscaling.core.seen import devices
 from autoscaling.core.types import Decision, Spec
 from autoscaling.sim import compiled
 from autoscaling.sim.arrivals import PIECE, Piece, pieces
+from autoscaling.sim.events import ARRIVED
 from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.group import Group, Sample, Setup
 from autoscaling.sim.peers import Alone, Peers
@@ -69,6 +71,11 @@ class _Part:
     specs: list[Spec]
     errors: list[str]
     stuck: list[str]
+    """Models with requests that were never answered."""
+    working: list[str]
+    """Models with requests in progress, which the end cut off."""
+    large: list[str]
+    """Models that were asked and of which no replica fits."""
     timeline: dict[str, tuple[Sample, ...]]
     failures: Mapping[str, str]
     fits: int
@@ -242,14 +249,24 @@ class Replay:
         specs = [spec for part in parts for spec in part.specs]
         costs = {spec.wait_cost for spec in specs}
         kept = {spec.keep_alive_s for spec in specs}
+        park = {spec.park for spec in specs}
         policies = {spec.policy for spec in specs}
         params = {tuple(sorted(spec.params.items())) for spec in specs}
         notes = sorted({error for part in parts for error in part.errors})
         stuck = sorted((name for part in parts for name in part.stuck), key=place)
         if stuck:
             notes.append(
-                f"requests were never answered, for nothing was going to start: {', '.join(stuck[:5])}"
+                "requests were never answered, for no start was to end within a day; each counts as having waited "
+                f"until the end, and a day at least: {', '.join(stuck[:5])}"
             )
+        working = sorted((name for part in parts for name in part.working), key=place)
+        if working:
+            notes.append(f"requests were still in progress at the end: {', '.join(working[:5])}")
+        large = sorted({name for part in parts for name in part.large}, key=place)
+        if large:
+            gpus = {spec.model: devices(spec) for spec in specs}
+            takes = ", ".join(f"{name} takes {gpus[name]:g}" for name in large[:5])
+            notes.append(f"no replica fits into {setup.profile.gpus:g} GPUs: {takes}")
         if self._left_out:
             notes.append(f"{len(self._left_out)} models of the trace are not in the fleet and were left out")
         failures = {model: error for part in parts for model, error in part.failures.items()}
@@ -261,6 +278,7 @@ class Replay:
             seed=setup.seed,
             wait_cost=costs.pop() if len(costs) == 1 else math.nan,
             keep_alive_s=kept.pop() if len(kept) == 1 else math.nan,
+            park=park.pop() if len(park) == 1 else None,
             measured_from_s=begin_s + setup.measure_from_s,
             until_s=end_s,
             total=together(models),
@@ -275,6 +293,7 @@ class Replay:
     def _part(self) -> _Part:
         price = self._setup.profile.price_per_gpu_h
         groups = self.groups
+        models = {name: model for group in groups.values() for name, model in group.models.items()}
         return _Part(
             models=[
                 group.report(name, self._specs[name].wait_cost, price)
@@ -283,9 +302,9 @@ class Replay:
             ],
             specs=list(self._specs.values()),
             errors=[f"{what}: {error}" for group in groups.values() for what, error in group.errors.items()],
-            stuck=[
-                name for group in groups.values() for name, model in group.models.items() if model.unanswered
-            ],
+            stuck=[name for name, model in models.items() if model.queue.queued],
+            working=[name for name, model in models.items() if model.queue.in_flight],
+            large=[name for name, model in models.items() if not model.fits and model.queue.n[ARRIVED]],
             timeline={
                 name: tuple(samples) for group in groups.values() for name, samples in group.samples.items()
             },

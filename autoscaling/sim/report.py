@@ -23,13 +23,13 @@ class Figures:
     requests: int = 0
     """That came, whatever became of them."""
     cold_requests: int = 0
-    """Those that came while no replica was ready."""
+    """Those that came while no replica was ready, but for those that a full queue turned away."""
     cold_starts: int = 0
-    """Starts from zero that at least one request waited for, whatever began them."""
+    """Spans without a ready replica in which a request came to wait, whether or not a start ended them."""
     rejected: int = 0
     """Turned away: the queue was full, or the deadline passed."""
     waited_s: float = 0.0
-    """From a request's coming to a replica's beginning with it, over all; the deadline where it was turned away."""
+    """Until a replica began with a request, over all; the deadline if it was turned away, the end if never answered."""
     cold_waited_s: float = 0.0
     """The same of the cold requests."""
     wait_mean_s: float = 0.0
@@ -104,6 +104,8 @@ class Report:
     until_s: float
     total: Figures
     models: tuple[ModelReport, ...]
+    park: bool | None = None
+    """None where models differ."""
     scale: float = 1.0
     slo_s: float = 0.0
     price_per_gpu_h: float = 0.0
@@ -126,6 +128,7 @@ class Report:
             "seed": self.seed,
             "wait_cost": None if math.isnan(self.wait_cost) else self.wait_cost,
             "keep_alive_s": None if math.isnan(self.keep_alive_s) else self.keep_alive_s,
+            "park": self.park,
             "measured_from_s": self.measured_from_s,
             "until_s": self.until_s,
             "scale": self.scale,

@@ -50,6 +50,9 @@ def _report(more: dict[str, Any]) -> dict[str, Any]:
                 ["number", "null"], "GPU-seconds for a second of waiting; null where models differ."
             ),
             "keep_alive_s": _field(["number", "null"], "The specs' own; null where models differ."),
+            "park": _field(
+                ["boolean", "null"], "Whether dark models' engines may be parked; null where models differ."
+            ),
             "measured_from_s": _field(
                 "number", "Unix seconds: what came before was learned from and is not counted."
             ),

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import re
 import sqlite3
@@ -272,6 +273,61 @@ class TestFleet:
         fleet.write_text(FLEET.replace("scaling: {policy: keep-alive", limits).partition("  - id: big")[0])
         assert report("simulate", trace, "--fleet", fleet, *TWO_STATES)["total"]["rejected"] == 2
 
+    @pytest.fixture
+    def limited(self, fleet: Path) -> Path:
+        """small's second in the queue is one too many, big's first waits no longer than 5 s; starts take 30 s."""
+        small = FLEET.replace(
+            "scaling: {", "limits: {max_queued: 1, request_deadline_s: 100}\n    scaling: {"
+        )
+        fleet.write_text(small.replace("scaling:\n", "limits: {request_deadline_s: 5}\n    scaling:\n"))
+        return fleet
+
+    @pytest.mark.parametrize(
+        ("profile", "rejected", "waited_s"),
+        [
+            ({"slo_s": 7}, {"small": 2, "big": 1}, {"small": 30 + 2 * 100, "big": 5}),
+            ({"deadline_s": 200}, {"small": 2, "big": 0}, {"small": 30 + 2 * 200, "big": 30}),
+            ({"queue_limit": 9}, {"small": 0, "big": 1}, {"small": 30 + 29 + 28, "big": 5}),
+            (
+                {"queue_limit": math.inf, "deadline_s": math.inf},
+                {"small": 0, "big": 0},
+                {"small": 87, "big": 30},
+            ),
+        ],
+        ids=["neither", "deadline", "queue", "both"],
+    )
+    def test_each_model_has_its_own_limits_but_for_what_a_profile_names(
+        self,
+        limited: Path,
+        tmp_path: Path,
+        profile: dict[str, float],
+        rejected: dict[str, int],
+        waited_s: dict[str, float],
+    ) -> None:
+        trace = self.written(tmp_path, "0,small\n1,small\n2,small\n7300,big\n")
+        file = tmp_path / "profile.json"
+        file.write_text(json.dumps({**profile, "wake_s": 0}))
+        for policy in ((), KEEP):
+            found = report("simulate", trace, "--fleet", limited, "--profile", file, *policy, *TWO_STATES)
+            models = {each["model"]: each for each in found["models"]}
+            assert {name: each["rejected"] for name, each in models.items()} == rejected
+            for name, each in models.items():
+                assert each["waited_s"] == pytest.approx(waited_s[name], rel=0.1)
+
+    def test_an_endless_deadline_asks_for_an_endless_queue(self, limited: Path, tmp_path: Path) -> None:
+        file = tmp_path / "profile.json"
+        file.write_text('{"deadline_s": Infinity}')
+        said = fails("simulate", self.written(tmp_path, "0,small\n"), "--fleet", limited, "--profile", file)
+        assert "limits of small: profile.queue_limit: 1 goes with a finite deadline_s only" in said
+
+    def test_a_profile_that_names_gpus_goes_before_the_budget(self, fleet: Path, tmp_path: Path) -> None:
+        trace, file = self.written(tmp_path, "0,small\n0,big\n"), tmp_path / "profile.json"
+        fleet.write_text(FLEET + "controller: {gpu_budget: 2}\n")
+        for text, waits in (("{}", True), ('{"gpus": null}', False), ('{"gpus": 3}', False)):
+            file.write_text(text)
+            found = report("simulate", trace, "--fleet", fleet, *KEEP, *TWO_STATES, "--profile", file)
+            assert (found["total"]["wait_max_s"] > 60) == waits
+
     def test_a_trace_of_other_models_is_an_error(self, fleet: Path, tmp_path: Path) -> None:
         said = fails("simulate", self.written(tmp_path, "0,x\n"), "--fleet", fleet)
         assert "none of its models is in the fleet, which has small, big; its first is 'x'" in said
@@ -514,7 +570,12 @@ WRONG = [
     ((*KEEP, "--set", "wait_cost=1e308"), "wait_cost: 1e+308 is above 1e+12"),
     ((*KEEP, "--set", "max_replicas=1e9"), "max_replicas: 1e+09 is above 100000"),
     ((*KEEP, "--set", "gpus_per_replica=1e308"), "gpus_per_replica: 1e+308 is above 100000"),
-    (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "best-fixed finds it"),
+    (("--policy", "best-fixed", "--set", "keep_alive_s=3"), "keep_alive_s: best-fixed finds it"),
+    (("--policy", "best-fixed", "--set", "idle_s=3"), "idle_s: best-fixed finds it"),
+    (
+        (*KEEP, "--set", "keep_alive_s=3", "--set", "idle_s=4"),
+        "keep_alive_s: 3 does nothing beside idle_s, 4; set one of them",
+    ),
     ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
     ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),
     ((*KEEP, "--price", "L4=1e308"), "--price: 'L4=1e308' is not TYPE=NUMBER"),
@@ -563,6 +624,12 @@ PROFILES = [
     ('{"starts": {"template": Infinity}}', "starts.template.delay_s.[0]: inf is not a number"),
     ('{"engine": {"slowdown": [1, 0]}}', "engine.slowdown: [1, 0] must be above 0"),
     ('{"engine": {"service_s": NaN}}', "engine.service_s: nan is not a number"),
+    ('{"parked_engines": 0.5}', "profile.parked_engines: 0.5 is not a whole number"),
+    ('{"parked_engines": 0, "base": "parked"}', "profile.base: parked, though parked_engines is 0"),
+    (
+        '{"deadline_s": Infinity, "queue_limit": 2}',
+        "profile.queue_limit: 2 goes with a finite deadline_s only",
+    ),
 ]
 
 

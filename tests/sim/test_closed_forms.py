@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from autoscaling.core.types import Rung
-from autoscaling.sim.compare import Base, Variant, simulate
+from autoscaling.sim.compare import KEEP_ALIVES_S, Base, Variant, compare, fixed, simulate
 from autoscaling.sim.profile import Engine, Start
 from autoscaling.sim.queueing import Queue, waited_quantile_s
 from autoscaling.sim.replay import Setup
@@ -133,6 +134,39 @@ def test_best_fixed_is_the_best_of_those_that_are_tried() -> None:
         assert best.total.total_cost_gpu_s <= other.total.total_cost_gpu_s
 
 
+@pytest.mark.parametrize(("cost_per_s", "parks"), [(0.5, False), (0.001, True)])
+def test_best_fixed_parks_where_that_is_cheaper(cost_per_s: float, parks: bool) -> None:
+    made = lab.profile(starts={Rung.TEMPLATE: Start((30.0,)), Rung.PARKED: Start((2.0,), cost_per_s)})
+    base = Base(lab.requests(np.arange(9) * 3600.0), Setup(profile=made), spec=lab.spec())
+    variants = [Variant("best-fixed", settings) for settings in ({}, {"park": 1.0}, {"park": 0.0})]
+    free, parked, dark = compare(base, variants, processes=1)
+    assert free.total == (parked if parks else dark).total
+    assert free.total.total_cost_gpu_s < (dark if parks else parked).total.total_cost_gpu_s
+    assert (free.park, parked.park, dark.park) == (parks, True, False)
+    label = "best-fixed (keep_alive_s=0)" if parks else "best-fixed (keep_alive_s=0, park=0)"
+    assert variants[0].label_of(free) == label
+    assert variants[2].label_of(dark) == "best-fixed (park=0, keep_alive_s=0)"
+    # Where nothing can be parked, it is not tried.
+    plain = replace(base, setup=Setup(profile=made.two_states(30.0)))
+    assert len(fixed(variants[0], base)) == 2 * len(fixed(variants[1], base)) == 2 * len(KEEP_ALIVES_S)
+    assert len(fixed(variants[0], plain)) == len(KEEP_ALIVES_S)
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "reactive"])
+def test_a_keep_alive_that_is_set_goes_before_the_idle_time_of_a_model(policy: str) -> None:
+    """The models' own `idle_s` would go before it, and each row of a sweep would be the same."""
+    rows = lab.requests([0.0, 200.0, 400.0])
+    own = Base(rows, Setup(profile=lab.profile()), spec=lab.spec(policy=policy, params={"idle_s": 30.0}))
+    plain = Base(rows, own.setup, spec=lab.spec(policy=policy))
+    for keep_s, cold in ((10.0, 3), (1000.0, 1)):
+        variant = Variant(policy, {"keep_alive_s": keep_s})
+        assert simulate(own, variant).total == simulate(plain, variant).total
+        assert simulate(own, variant).total.cold_starts == cold
+    assert simulate(own, Variant("best-fixed")).total == simulate(plain, Variant("best-fixed")).total
+    # What nothing is set beside stays.
+    assert simulate(own, Variant(policy)).params == {"idle_s": 30.0}
+
+
 def test_a_dense_poisson_stream_on_fixed_replicas_waits_as_erlang_says() -> None:
     # The whole way, cluster and loop: four replicas that are always there.
     times = lab.poisson(3.0, 30_000)
@@ -157,8 +191,14 @@ def test_tokens_become_work_through_the_engines_rates() -> None:
     assert engine.work_s(500, 20, 0.0) == pytest.approx(0.5 + 1.0)
     assert engine.work_s(0, 0, 0.0) == pytest.approx(0.512 + 128 * 0.05)
     assert engine.work_s(500, 20, 7.0) == 7.0
-    assert list(engine.slowdowns(fixed=False)) == pytest.approx([1.0, 1.0, 1.2])
-    assert list(engine.slowdowns(fixed=True)) == [1.0, 1.0, 1.0]
-    assert list(Engine(concurrency=4, slowdown=(1.0, 1.1)).slowdowns(fixed=False)) == pytest.approx(
+    assert list(engine.slowdowns()) == pytest.approx([1.0, 1.0, 1.2])
+    assert list(Engine(concurrency=4, slowdown=(1.0, 1.1)).slowdowns()) == pytest.approx(
         [1.0, 1.0, 1.1, 1.65, 2.2]
     )
+
+
+@pytest.mark.parametrize(("more_s", "takes_s"), [(0.01, 6.0), (0.0, 5.0)])
+def test_what_a_trace_says_of_work_is_of_a_request_alone(more_s: float, takes_s: float) -> None:
+    made = lab.profile(engine=Engine(concurrency=2, decode_s=0.05, decode_per_request_s=more_s))
+    report = lab.run(lab.requests([10.0, 10.0], 5.0), made, target_ongoing_requests=2.0)
+    assert report.total.busy_gpu_s == pytest.approx(takes_s)

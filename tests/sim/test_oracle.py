@@ -35,6 +35,30 @@ def test_it_is_the_least_that_serves_everybody_at_once() -> None:
     assert least <= total.gpu_s <= least + 5 * (2 * STEP_S + START_S / 32 + 1)
 
 
+@pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("acts_s", [0.5, 2.0, 7.5])
+@pytest.mark.parametrize("name", ["apply_s", "wake_s"])
+def test_nobody_waits_for_the_way_of_a_decision(name: str, acts_s: float, most: int) -> None:
+    """It is begun as much earlier as that takes, and costs only so much more."""
+    gaps_s = np.random.default_rng(1).exponential(400.0, 100)
+    rows = lab.requests([0.0, *(gaps_s.cumsum() + 600.0)], exec_s=3.0 if most == 1 else 90.0)
+    engine = Engine(concurrency=1 if most == 1 else 2)
+    at_once, late = (
+        simulate(
+            Base(
+                rows,
+                Setup(profile=lab.profile(4.0, engine=engine, **way), measure_from_s=500.0),
+                spec=lab.spec(max_replicas=most),
+            ),
+            Variant("oracle"),
+        ).total
+        for way in ({}, {name: acts_s})
+    )
+    assert (late.cold_starts, late.slo_attainment) == (0, 1.0)
+    # Each replica idles for as long before its request, and stays for as long after it.
+    assert late.gpu_s <= at_once.gpu_s + 2 * (acts_s + 1.0) * late.starts
+
+
 @pytest.mark.parametrize(("share", "over_s"), [(1.0, 0.0), (0.5, 0.0), (1.0, 60.0), (0.5, 60.0)])
 def test_it_tells_of_as_much_as_it_is_asked_to(share: float, over_s: float) -> None:
     oracle = Oracle(np.ones(2), share=share, over_s=over_s)

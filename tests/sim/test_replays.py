@@ -22,6 +22,7 @@ from autoscaling.sim.report import Report
 from autoscaling.traces import Row
 from tests.sim import lab
 
+DAY_S = 86400.0
 VARYING = {Rung.TEMPLATE: Start((10.0, 30.0, 50.0))}
 
 
@@ -295,6 +296,10 @@ def test_a_request_that_nothing_will_answer_ends_the_replay_and_is_told() -> Non
     assert report.total.requests == 2
     assert report.until_s - report.measured_from_s < 3600
     assert any("never answered" in note for note in report.notes)
+    # It has waited all the same: to answer nobody must not be the cheapest.
+    assert report.total.rejected == 0
+    assert report.total.waited_s == report.total.cold_waited_s == 2 * DAY_S
+    assert (report.total.slo_attainment, report.total.wait_max_s) == (0.0, DAY_S)
     # With a deadline it is turned away.
     report = lab.run(lab.requests([10.0, 20.0]), lab.profile(deadline_s=600.0), max_replicas=0)
     assert report.total.rejected == 2
@@ -326,6 +331,47 @@ def test_a_regular_job_is_awaited(every_days: int, days: int, learned_days: int,
     assert figures.requests == len([day for day in when if day >= learned_days])
     assert figures.cold_starts <= cold
     assert figures.gpu_s < figures.requests * 60
+
+
+def test_who_is_never_answered_has_waited_until_the_end() -> None:
+    """From when it is measured only, and beside such as were answered and turned away."""
+    rows = [
+        *lab.requests([0.0, 10.0, 3600.0]),
+        lab.Row(7200.0, "end", exec_s=5.0),
+        lab.Row(3 * DAY_S, "end", exec_s=5.0),
+    ]
+    made = lab.profile(deadline_s=math.inf)
+    specs = {"m": lab.spec(max_replicas=0), "end": lab.spec("end")}
+    report = replay(rows, specs, Setup(made, measure_from_s=5.0))
+    figures = {each.model: each.figures for each in report.models}
+    lasts_s = report.until_s - report.measured_from_s + 5.0
+    assert figures["m"].waited_s == pytest.approx(2 * lasts_s - 10.0 - 3600.0)
+    assert figures["end"].waited_s == pytest.approx(2 * lab.START_S)
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
+def test_a_start_that_takes_years_keeps_no_replay_alive(policy: str) -> None:
+    """Though a deadline is still to pass, and the policy's own timers are always due within a day."""
+    made = Profile(starts={Rung.TEMPLATE: Start((1e11,))}, deadline_s=1e12)
+    rows = [*lab.requests(np.arange(24) * 3600.0)]
+    report = replay(rows, lambda model: lab.spec(model, policy=policy), Setup(made))
+    assert report.until_s - report.measured_from_s < 3 * DAY_S
+    assert report.total.waited_s >= 24 * DAY_S
+    assert any("no start was to end within a day" in note for note in report.notes)
+
+
+def test_a_replica_that_fits_nowhere_is_told() -> None:
+    specs = {name: lab.spec(name, gpus_per_replica=gpus) for name, gpus in (("large", 2.0), ("small", 1.0))}
+    rows = [*lab.requests([0.0], model="small"), *lab.requests([9.0], model="large")]
+    report = replay(rows, specs, Setup(lab.profile(gpus=1.0, deadline_s=60.0)))
+    assert report.notes == ("no replica fits into 1 GPUs: large takes 2",)
+    assert report.total.rejected == 1
+
+
+def test_a_request_that_takes_days_is_cut_off_and_told() -> None:
+    report = lab.run(lab.requests([0.0], exec_s=9 * DAY_S))
+    assert report.until_s - report.measured_from_s < 2 * DAY_S
+    assert report.notes == ("requests were still in progress at the end: m",)
 
 
 def test_looks_at_forecasts_keep_no_replay_alive() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.sim.cluster import VirtualModel
-from autoscaling.sim.events import FINISHED
+from autoscaling.sim.events import CELLS, FINISHED, FLOATS, NOW, WHOLES, count_wait
 from autoscaling.sim.pool import Pool
 from autoscaling.sim.profile import Profile, Start
 from autoscaling.sim.queueing import REJECTED, WAITED_S, Queue
@@ -46,6 +46,11 @@ def told(found: VirtualModel, now_s: float, replicas: int, rung: Rung = Rung.TEM
 
 
 # A GPU budget
+
+
+def test_a_span_without_a_replica_is_one_cold_start_though_none_can_begin() -> None:
+    report = two([lab.Row(10.0 * i, name) for i in range(9) for name in "ab"], lab.profile(gpus=0.0))
+    assert (report.total.cold_starts, report.total.starts) == (2, 0)
 
 
 def test_a_model_waits_for_the_gpu_that_another_holds() -> None:
@@ -164,6 +169,8 @@ def test_a_full_queue_turns_away_and_those_turned_away_do_not_fill_it() -> None:
     rows = lab.requests([10.0, 11.0, 12.0, 13.0, 14.0, 41.0, 42.0])
     report = lab.run(rows, lab.profile(queue_limit=2, deadline_s=100.0))
     assert report.total.rejected == 4
+    # Of those that found no replica only the two that waited for one are cold.
+    assert (report.total.cold_requests, report.total.cold_starts) == (2, 1)
     assert report.total.waited_s == pytest.approx((40 - 10) + (45 - 11) + (50 - 41) + 4 * 100)
     assert report.total.slo_attainment == 0.0
 
@@ -175,6 +182,16 @@ def test_no_queue_at_all_still_serves_who_finds_a_free_replica() -> None:
     queue.feed(np.asarray([1.0, 2.0, 20.0]), np.full(3, 5.0))
     queue.advance(100.0)
     assert (queue.n[REJECTED], queue.n[FINISHED]) == (1, 2)
+
+
+@pytest.mark.parametrize("waited_s", [1e12, math.inf])
+def test_the_longest_waits_share_the_last_cell(waited_s: float) -> None:
+    """Where a wait has no end, too, and nothing is written beyond the histogram."""
+    memory = np.zeros(2 * CELLS, np.int64)
+    f, n = np.zeros(FLOATS), np.zeros(WHOLES, np.int64)
+    f[NOW] = 5.0
+    count_wait(0, np.asarray([5.0]), np.zeros(1, np.uint8), f, n, memory[:CELLS], waited_s)
+    assert np.flatnonzero(memory).tolist() == [CELLS - 1]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -249,6 +266,17 @@ def test_memory_holds_so_many_parked_engines_and_the_oldest_makes_room() -> None
     none = two(rows, replace(made, parked_engines=0))
     assert none.total.parked_gpu_s == 0.0
     assert {m.model: m.starts_by_rung for m in none.models}["a"] == {"template": 2}
+
+
+@pytest.mark.parametrize("policy", ["keep-alive", "predictive"])
+def test_without_room_no_engine_is_warmed_to_be_parked(policy: str) -> None:
+    """Nothing but starts from the template, each of which a request needed."""
+    rows = lab.requests(np.arange(20) * 900.0)
+    made = lab.profile(starts=PARKING, parked_engines=0)
+    report = replay(rows, {"m": lab.spec(policy=policy)}, Setup(made))
+    never = lab.run(rows, replace(made, parked_engines=None), policy=policy, park=False)
+    assert report.total == never.total
+    assert report.total.starting_gpu_s == 30.0 * report.total.starts
 
 
 # Serve's own ways

@@ -111,7 +111,7 @@ def rated(engine: Engine, work_s: float, found: Sequence[Cycle]) -> Engine:
     if together:
         batch = together[0].batch
         ratio = max(1.0, statistics.median(c.answer_s for c in together) / alone_s)
-        known = engine.slowdowns(fixed=False)[1:]
+        known = engine.slowdowns()[1:]
         at = float(known[min(batch, len(known)) - 1])
         if at > 1.0:
             slowdown = tuple(

@@ -239,7 +239,7 @@ def run(prepared: Prepared, cold_s: float, variant: Variant, forecasts: Foresigh
         origin_s=ORIGIN_S,
     )
     if variant.policy == "oracle":
-        forecasts = Oracle(profile.engine.slowdowns(fixed=False), TICK_S)
+        forecasts = Oracle(profile.engine.slowdowns(), TICK_S)
     spec = variant.applied(
         Spec("", wait_cost=10.0, max_replicas=MOST, target_ongoing_requests=float(case.concurrency))
     )
