@@ -6,7 +6,6 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +17,7 @@ from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
 from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
-from autoscaling.sim.peers import Killed, shared
+from autoscaling.sim.peers import Killed, follow, forking, shared
 from autoscaling.sim.replay import Setup, SpecOf, replay
 from autoscaling.sim.report import Report, priced
 from autoscaling.traces import Row, Source, TraceError
@@ -333,10 +332,12 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
     # Forked: what is imported and compiled is so once. Nothing here has threads that could hold a lock.
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
-        min(processes, len(jobs)), multiprocessing.get_context("fork"), initializer=_quietly
+        min(processes, len(jobs)), multiprocessing.get_context("fork"), initializer=follow
     )
     try:
-        for done in as_completed([pool.submit(_job, job) for job in jobs]):
+        with forking():
+            submitted = [pool.submit(_job, job) for job in jobs]
+        for done in as_completed(submitted):
             yield done.result()
     except BrokenProcessPool:
         raise Killed from None
@@ -346,11 +347,6 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
             if child not in before:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def _quietly() -> None:
-    """Who interrupts the command interrupts the parent, which ends the pool."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _job(job: tuple[int, Base, Variant]) -> tuple[int, Report]:
