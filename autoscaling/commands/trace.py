@@ -129,7 +129,7 @@ def convert(
     source = replaying.source_of(file, store, window=window, model=model, mapping=mapping, skip_bad=skip_bad)
     length_s = options.duration(per_window, "--per-window")
     until_s = options.duration(until, "--until")
-    replaying.writable(out, "OUT")
+    replaying.writable({"OUT": out}, replaying.inputs(file, store))
     with replaying.wrong(), _written(out) as target, replaying.progress("converting"):
         read = sorted(source.unordered()) if sort and isinstance(source, Trace | LogSource) else source.rows()
         rows = cut(read, until_s)
@@ -162,7 +162,7 @@ def generate(
     """
     from autoscaling.sim import generate as synthetic
 
-    replaying.writable(out, "--out")
+    replaying.writable({"--out": out}, {})
     with replaying.wrong():
         made = [synthetic.stream(text) for text in streams]
         names = [each.model for each in made]

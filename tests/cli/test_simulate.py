@@ -479,6 +479,21 @@ class TestWriting:
             arguments[0], file, *arguments[1:], "/proc/x"
         )
 
+    def test_what_it_reads_is_not_written_over(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        file = requests(tmp_path, [0])
+        before, link = file.read_text(), tmp_path / "link"
+        link.symlink_to(file)
+        fleet = tmp_path / "fleet.yaml"
+        fleet.write_text(FLEET)
+        for option, path, more in (
+            ("TRACE", file, ()),
+            ("TRACE", link, ()),
+            ("--fleet", fleet, ("--fleet", fleet)),
+        ):
+            said = fails(arguments[0], file, *arguments[1:], path, *more)
+            assert f"{arguments[-1]}: {path} is what {option} names too" in said
+        assert file.read_text() == before
+
     def test_a_link_stays_one_and_so_does_a_pipe(
         self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
     ) -> None:
@@ -498,6 +513,23 @@ class TestWriting:
         assert json.loads(os.read(reader, 1 << 20))
         assert pipe.is_fifo()
         os.close(reader)
+
+
+def test_two_outputs_are_two_files(tmp_path: Path) -> None:
+    file, out = requests(tmp_path, [0]), tmp_path / "out"
+    for one, other in ((out, out), (out, tmp_path / "." / "out"), ("-", "-")):
+        said = fails("compare", file, "--policies", "keep-alive", "--json", one, "--report", other)
+        assert f"--json: {one} is what --report names too" in said
+    assert not out.exists()
+    says("compare", file, "--policies", "keep-alive", "--json", "/dev/null", "--report", "/dev/null")
+
+
+def test_a_store_is_not_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "relight.db"
+    file.write_text("x")
+    said = fails("simulate", "--from-store", f"sqlite:///{file}", *KEEP, "--json", file)
+    assert f"--json: {file} is what --from-store names too" in said
+    assert file.read_text() == "x"
 
 
 WRONG = [

@@ -168,6 +168,12 @@ class TestConversion:
         said = says("trace", "convert", file, "-", "--sort", "--until", "5s")
         assert [row["timestamp_s"] for row in rows(said)] == ["3", "5"]
 
+    def test_a_trace_is_not_written_over(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [1])
+        before = file.read_text()
+        assert f"OUT: {file} is what TRACE names too" in fails("trace", "convert", file, file)
+        assert file.read_text() == before
+
     def test_a_name_that_ends_in_gz_is_packed(self, tmp_path: Path) -> None:
         out = tmp_path / "x.csv.gz"
         says("trace", "convert", requests(tmp_path, [1]), out)
