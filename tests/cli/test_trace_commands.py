@@ -86,6 +86,12 @@ class TestFormats:
         ]
         assert rows(says("trace", "convert", file, "-", "--window", "5m"))[0]["window_s"] == "300"
 
+    def test_space_around_a_name_is_none_of_it(self, tmp_path: Path) -> None:
+        file = tmp_path / "t.csv"
+        for text in ("timestamp_s, model\n5, a\n6,a \n", "minute, model, count\n5, a, 1\n6,a ,1\n"):
+            file.write_text(text)
+            assert [row["model"] for row in rows(says("trace", "convert", file, "-"))] == ["a", "a"]
+
     def test_functions_of_azure(self, tmp_path: Path) -> None:
         file = tmp_path / "invocations_per_function_md.anon.d02.csv"
         file.write_text(functions({1: 2, 1440: 1}, {1: 5}))
@@ -206,6 +212,11 @@ BAD = {
     ),
     "no-window": ("minute,model,count,window_s\n1,a,3,0\n", "window_s must be above 0"),
     "too-many": ("minute,model,count\n1,a,1000000000000\n", "is not a whole number from 0 to 100,000,000"),
+    "twice": (
+        "timestamp_s,model,exec_s,model\n1,a,2,b\n",
+        "t.csv:1: there are 2 columns 'model', and may be one",
+    ),
+    "blank": ("timestamp_s,model\n1,  \n", "t.csv:2: '1,  ': model '' is not a name of printable characters"),
     "nameless": ("timestamp_s,model\n1,\n", "model '' is not a name of printable characters"),
     "short": ("timestamp_s,model,exec_s\n1,a\n", "t.csv:2: '1,a': it has 2 columns, the header 3"),
     "unsorted": ("timestamp_s,model\n5,a\n3,b\n", "t.csv:3: '3,b': b at 3 s breaks the order of times"),
