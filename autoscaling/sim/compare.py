@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from numbers import Real
 
 from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.types import Spec
@@ -90,6 +91,9 @@ class Variant:
 
 def check(variant: Variant) -> None:
     """Raises SettingError."""
+    for name, value in variant.settings.items():
+        if not isinstance(value, Real):
+            raise SettingError(f"{name}: {value!r} is not a number")
     policy = {ORACLE: "predictive", BEST_FIXED: "keep-alive"}.get(variant.policy, variant.policy)
     if policy not in POLICIES:
         names = sorted([*POLICIES, *EXTRA])
@@ -133,6 +137,15 @@ class Base:
     spec: Spec = field(default_factory=lambda: Spec("", wait_cost=10.0, max_replicas=64))
     prices: Mapping[str, float] = field(default_factory=dict)
     """What a GPU costs an hour, of models that it does not cost what the profile says."""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a trace that can't be read again and again."""
+        given: object = self.trace
+        if isinstance(given, str) or not (isinstance(given, Sequence) or hasattr(given, "rows")):
+            raise TypeError(
+                f"trace: {type(given).__name__!r} is neither a source (`open_source`) nor a list of rows; what can be "
+                "read once only, as `generate` gives it, must be made a list"
+            )
 
     def spec_of(self, model: str) -> Spec:
         """As given, before any variant."""

@@ -228,6 +228,15 @@ class TestFleet:
         file.write_text("timestamp_s,model\n" + rows)
         return file
 
+    def test_its_schedules_last_until_the_end_of_the_longest_window(
+        self, fleet: Path, tmp_path: Path
+    ) -> None:
+        """Not of the last one that begins: at 01:00 the first of these two goes on."""
+        trace = tmp_path / "t.csv"
+        trace.write_text("minute,model,count,window_s\n0,big,400,86400\n2,small,1,60\n")
+        (_, big) = report("simulate", trace, "--fleet", fleet, *TWO_STATES)["models"]
+        assert big["idle_gpu_s"] + big["busy_gpu_s"] > 2 * 3600
+
     def test_its_models_under_their_own_policies(self, fleet: Path, trace: Path) -> None:
         found = report("simulate", trace, "--fleet", fleet, *TWO_STATES)
         small, big = found["models"]
@@ -632,6 +641,38 @@ def test_rows_of_a_list_are_a_source_too() -> None:
 
     base = sim.Base([Row(0.0, "m", exec_s=1.0)])
     assert sim.simulate(base, sim.Variant("keep-alive")).trace == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([Row(10.0, "a"), Row(5.0, "b")], "b at 5 s breaks the order of times: the row before it is of 10 s"),
+        ([Row(0.0, "a"), Row(float("nan"), "b")], "b at nan s breaks the order of times"),
+        ([Row(10.0, "a", 5)], "a at 10 s: requests: 5 come in no time; with window_s 0 it must be 1"),
+    ],
+    ids=["order", "nan", "window"],
+)
+def test_bad_rows_of_a_list_are_one_clear_error(rows: list[Row], words: str) -> None:
+    """As those of a file, and not counted as something else."""
+    from autoscaling import simulator as sim
+
+    with pytest.raises(sim.TraceError, match=re.escape(words)):
+        sim.simulate(sim.Base(rows), sim.Variant("keep-alive"))
+    with pytest.raises(sim.TraceError, match=re.escape(words)):
+        sim.describe(rows)
+
+
+def test_what_is_given_from_python_is_looked_at() -> None:
+    from autoscaling import simulator as sim
+
+    once: Any = sim.generate([sim.stream("a=poisson")], 3600.0)
+    with pytest.raises(TypeError, match=r"trace: 'generator' is neither a source .* must be made a list"):
+        sim.Base(once)
+    text: Any = "60"
+    base = sim.Base([Row(0.0, "m")])
+    for name in ("keep_alive_s", "idle_s"):
+        with pytest.raises(sim.SettingError, match=f"{name}: '60' is not a number"):
+            sim.simulate(base, sim.Variant("keep-alive", {name: text}))
 
 
 def test_the_api_page_runs() -> None:
