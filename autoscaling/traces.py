@@ -19,7 +19,8 @@ import math
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,11 @@ class Source(Protocol):
         """As reports call it."""
         ...
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What else the reader should know of the last reading."""
+        ...
+
     def rows(self) -> Iterator[Row]:
         """In the order of their times. Raises TraceError."""
         ...
@@ -69,6 +75,11 @@ class Trace:
     def name(self) -> str:
         """The file's."""
         return str(self.path)
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """None."""
+        return ()
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times. Raises TraceError at the first bad row, unless those are skipped and counted."""
@@ -260,4 +271,13 @@ def until(rows: Iterable[Row], until_s: float | None) -> Iterator[Row]:
         yield row
 
 
-__all__ = ["Row", "Source", "Trace", "TraceError", "open_trace", "until"]
+NAMED = 5
+
+
+def busiest(requests: Counter[str]) -> str:
+    """`a (30), b (2)`: the names of the most requests, with how many each has, and how many names there are beside."""
+    named = ", ".join(f"{name} ({count:,})" for name, count in requests.most_common(NAMED))
+    return f"{named} and {len(requests) - NAMED:,} more" if len(requests) > NAMED else named
+
+
+__all__ = ["Row", "Source", "Trace", "TraceError", "busiest", "open_trace", "until"]

@@ -260,6 +260,7 @@ def _finished(report: Report, base: Base) -> Report:
             report,
             trace="" if isinstance(source, Sequence) else source.name,
             skipped_rows=0 if isinstance(source, Sequence) else source.bad,
+            notes=(*report.notes, *notes_of(source)),
             scale=setup.scale,
             slo_s=setup.profile.slo_s,
             price_per_gpu_h=setup.profile.price_per_gpu_h,
@@ -271,7 +272,7 @@ def _finished(report: Report, base: Base) -> Report:
 def _why_nothing(report: Report, base: Base) -> str:
     first = next(iter(rows_of(base.trace)), None)
     if first is None:
-        return "it holds no requests"
+        return "; ".join(["it holds no requests", *notes_of(base.trace)])
     if base.specs is not None and not any(row.model in base.specs for row in rows_of(base.trace)):
         return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
     if base.setup.measure_from_s > 0:
@@ -285,6 +286,11 @@ def _why_nothing(report: Report, base: Base) -> str:
 def rows_of(trace: Source | Sequence[Row]) -> Iterable[Row]:
     """In the order of time."""
     return trace if isinstance(trace, Sequence) else trace.rows()
+
+
+def notes_of(trace: Source | Sequence[Row]) -> Sequence[str]:
+    """Of its last reading."""
+    return () if isinstance(trace, Sequence) else trace.notes
 
 
 def name_of(trace: Source | Sequence[Row]) -> str:

@@ -244,13 +244,25 @@ class TestFleet:
         # By its id and by its alias; 30 s don't bridge 100 s.
         assert (small["requests"], small["cold_starts"]) == (2, 2)
         assert found["policy"] == "mixed"
-        assert found["notes"] == ["1 models of the trace are not in the fleet and were left out"]
+        assert found["notes"] == [
+            "left out, as the fleet does not have their models: 1 of the requests, of 1 model: other (1)"
+        ]
         # Lit by its schedule, on two GPUs for an hour.
         assert (big["requests"], big["cold_starts"]) == (1, 0)
         assert big["price_per_gpu_h"] == 3.0
         assert small["price_per_gpu_h"] == 0.7
         assert small["cost"] == pytest.approx(small["gpu_s"] / 3600 * 0.7)
         assert found["total"]["cost"] == pytest.approx(small["cost"] + big["cost"])
+
+    def test_whose_requests_were_left_out_is_said(self, fleet: Path, tmp_path: Path) -> None:
+        """Windows count as the requests in them; the busiest models are named."""
+        trace = tmp_path / "t.csv"
+        others = "".join(f"{i},other{i},{10 * i}\n" for i in range(1, 8))
+        trace.write_text("minute,model,count\n0,small,1\n" + others)
+        words = "280 of the requests, of 7 models: other7 (70), other6 (60), other5 (50), other4 (40), other3 (30)"
+        for jobs in (1, 2):
+            found = report("simulate", trace, "--fleet", fleet, "--jobs", jobs)
+            assert [note.partition(": ")[2] for note in found["notes"]] == [f"{words} and 2 more"]
 
     def test_one_policy_for_all(self, fleet: Path, trace: Path) -> None:
         found = report("simulate", trace, "--fleet", fleet, *KEEP, "--set", "keep_alive_s=200")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.sim_lab import fails, requests, run, says
+from tests.cli.sim_lab import fails, report, requests, run, says
 
 CLF = '10.0.0.1 - - [10/Oct/2025:13:55:{second} +0200] "{method} {path} HTTP/1.1" {status} 20 "-" "-" 1.250\n'
 
@@ -112,6 +112,22 @@ class TestFormats:
         assert [(row["model"], row["exec_s"]) for row in found] == [("embed", "1.25"), ("chat", "1.25")]
         found = rows(says("trace", "convert", file, "-", "--map", "/v1/chat*=chat"))
         assert [row["model"] for row in found] == ["chat"]
+
+    def test_requests_that_no_path_stands_for_are_said(self, tmp_path: Path) -> None:
+        file, mapped = tmp_path / "access.log", ("--map", "/v1/chat*=chat")
+        file.write_text(FORMATS["access.log"][0])
+        words = "left out, as no --map and no --model stands for them: 1 of the requests: /v1/embeddings (1)"
+        assert words in says("trace", "describe", file, *mapped)
+        assert words in run("trace", "convert", file, "-", *mapped).stderr
+        assert report("simulate", file, "--policy", "keep-alive", *mapped)["notes"] == [words]
+        (found,) = report("compare", file, "--policies", "keep-alive", *mapped)
+        assert found["notes"] == [words]
+        nothing = ("--map", "/nothing=chat")
+        words = (
+            "it holds no requests; left out, as no --map and no --model stands for them: 2 of the requests: "
+        )
+        for command in (("trace", "describe"), ("simulate",)):
+            assert words in fails(*command, file, *nothing)
 
     def test_what_is_written_reads_the_same(self, tmp_path: Path) -> None:
         for name, text in {
