@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from autoscaling.ports import Clock
-from autoscaling.traces import Row, Source, TraceError, open_trace
+from autoscaling.traces import Row, Source, TraceError, busiest, open_trace
 
 if TYPE_CHECKING:
     from autoscaling.core.types import Rung
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SHUFFLED_BY = 4096
 """By how many lines a log may be out of order: a request is written when it ends."""
 MOST_STARTS = 10_000
+NAMES_KEPT = 1000
 
 
 def open_source(
@@ -83,6 +85,18 @@ class LogSource:
     bad: int = 0
     left_out: int = 0
     """Requests that no model stands for, of the last reading."""
+    left_out_names: Counter[str] = field(default_factory=Counter)
+    """Names and paths of these; of the first NAMES_KEPT that differ."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """That requests were left out, and which."""
+        if not self.left_out:
+            return ()
+        return (
+            f"left out, as no --map and no --model stands for them: {self.left_out:,} of the requests: "
+            f"{busiest(self.left_out_names)}",
+        )
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""
@@ -103,6 +117,7 @@ class LogSource:
 
         broken = Broken()
         self.left_out = 0
+        self.left_out_names.clear()
         reading = self.log.arrivals("reading", None, broken)
         while True:
             try:
@@ -117,6 +132,9 @@ class LogSource:
             model = self.names.model_of(arrival.name, names_models=self.log.names_models)
             if model is None or not arrival.count:
                 self.left_out += arrival.count
+                known = arrival.name in self.left_out_names or len(self.left_out_names) < NAMES_KEPT
+                if known and arrival.count:
+                    self.left_out_names[arrival.name] += arrival.count
                 continue
             each_in, each_out = (
                 round(tokens / arrival.count) for tokens in (arrival.input_tokens, arrival.output_tokens)
@@ -208,6 +226,11 @@ class StoredSource:
             stack.callback(store.close)
             yield store
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """None."""
+        return ()
+
     def starts(self) -> dict[Rung | None, list[float]]:
         """Rung -> seconds of the newest starts that were measured from there."""
         return self._starts
@@ -272,6 +295,11 @@ class Renamed:
     def bad(self) -> int:
         """The source's."""
         return self.source.bad
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """The source's."""
+        return self.source.notes
 
     def rows(self) -> Iterator[Row]:
         """In the order of their times."""

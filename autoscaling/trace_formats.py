@@ -44,14 +44,12 @@ def _requests(header: list[str], window_s: float, model: str) -> Make:
     at, width = {name: i for i, name in enumerate(header)}, len(header)
     t, m = at["timestamp_s"], at["model"]
     tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
-    names: set[str] = set()
+    names = _Names()
 
     def make(cells: list[str]) -> Row:
         if len(cells) != width:
             check_width(cells, width)
-        time_s, name = _plain_time(cells[t]), cells[m]
-        if name not in names:
-            names.add(model_name(name))
+        time_s, name = _plain_time(cells[t]), names[cells[m]]
         return Row(
             _time(cells[t], "timestamp_s") if time_s is None else time_s,
             name,
@@ -70,7 +68,7 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
     t, m, n = at["minute"], at["model"], at["count"]
     tokens_in, tokens_out, worked = at.get("input_tokens"), at.get("output_tokens"), at.get("exec_s")
     varies, length = at.get("cv"), at.get("window_s")
-    names: set[str] = set()
+    names = _Names()
     minutes = _Minutes()
 
     def make(cells: list[str]) -> Row:
@@ -81,9 +79,7 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
             raise ValueError(
                 f"window_s must be above 0 and at most {LONGEST_WINDOW_S:.0f}, a year; it is {lasts_s:g}"
             )
-        time_s, name = minutes[cells[t]], cells[m]
-        if name not in names:
-            names.add(model_name(name))
+        time_s, name = minutes[cells[t]], names[cells[m]]
         return Row(
             time_s,
             name,
@@ -96,6 +92,14 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
         )
 
     return make
+
+
+class _Names(dict[str, str]):
+    """Models that cells name, each looked at once."""
+
+    def __missing__(self, text: str) -> str:
+        name = self[text] = model_name(text.strip())
+        return name
 
 
 class _Minutes(dict[str, float]):
@@ -148,6 +152,11 @@ def _azure_llm(header: list[str], window_s: float, model: str) -> Make:
     return make
 
 
+COLUMNS = frozenset(
+    {"timestamp_s", "model", "input_tokens", "output_tokens", "exec_s", "minute", "count", "cv", "window_s"}
+    | {"TIMESTAMP", "ContextTokens", "GeneratedTokens", "Trigger", "HashFunction"}
+)
+"""Those that are read, of all CSV formats."""
 FORMATS: dict[str, Callable[[list[str], float, str], Make]] = {
     "requests": _requests,
     "windows": _windows,
@@ -237,4 +246,4 @@ def count(text: str | float, name: str) -> int:
     return int(value)
 
 
-__all__ = ["FORMATS", "Make", "Row", "check_width", "count", "model_name", "mooncake"]
+__all__ = ["COLUMNS", "FORMATS", "Make", "Row", "check_width", "count", "model_name", "mooncake"]

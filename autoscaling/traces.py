@@ -19,14 +19,15 @@ import math
 import re
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from autoscaling.trace_formats import FORMATS, Make, Row, check_width, count, model_name, mooncake
+from autoscaling.trace_formats import COLUMNS, FORMATS, Make, Row, check_width, count, model_name, mooncake
 
 _LATE = "breaks the order of times (`relight trace convert --sort` restores it): the row before it is of"
 
@@ -46,6 +47,11 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """As reports call it."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What else the reader should know of the last reading."""
         ...
 
     def rows(self) -> Iterator[Row]:
@@ -70,6 +76,11 @@ class Trace:
         """The file's."""
         return str(self.path)
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """None."""
+        return ()
+
     def rows(self) -> Iterator[Row]:
         """In the order of their times. Raises TraceError at the first bad row, unless those are skipped and counted."""
         return self._read(ordered=True)
@@ -90,7 +101,7 @@ class Trace:
                 reader, make = _Lines(file), partial(mooncake, model=self.model)
             else:
                 reader = csv.reader(file)
-                make = FORMATS[self.format](_header(reader), self.window_s, self.model)
+                make = FORMATS[self.format](_header(self.path, reader), self.window_s, self.model)
             before_s = -math.inf
             # Everything in one frame, for it is done for each of many million rows.
             while True:
@@ -113,7 +124,7 @@ class Trace:
     def _functions(self, file: TextIO) -> Iterator[Row]:
         """A line is a function's whole day, so all of it is read first: 8 bytes for each minute with requests."""
         reader = csv.reader(file)
-        header = _header(reader)
+        header = _header(self.path, reader)
         first, minutes = header.index("1"), len(header) - header.index("1")
         trigger, function = header.index("Trigger"), header.index("HashFunction")
         day = re.search(r"\.d(\d+)\.", self.path.name)
@@ -218,8 +229,12 @@ def _opened(path: Path) -> Iterator[TextIO]:
         raise TraceError(f"{path}: can't be read: {error.strerror or error}") from None
 
 
-def _header(reader: _Reader) -> list[str]:
-    return [name.strip() for name in next(reader)]
+def _header(path: Path, reader: _Reader) -> list[str]:
+    found = [name.strip() for name in next(reader)]
+    for name in COLUMNS.intersection(found):
+        if found.count(name) > 1:
+            raise TraceError(f"{path}:1: there are {found.count(name)} columns {name!r}, and may be one")
+    return found
 
 
 def _format(path: Path, first: str) -> str:
@@ -256,4 +271,13 @@ def until(rows: Iterable[Row], until_s: float | None) -> Iterator[Row]:
         yield row
 
 
-__all__ = ["Row", "Source", "Trace", "TraceError", "open_trace", "until"]
+NAMED = 5
+
+
+def busiest(requests: Counter[str]) -> str:
+    """`a (30), b (2)`: the names of the most requests, with how many each has, and how many names there are beside."""
+    named = ", ".join(f"{name} ({count:,})" for name, count in requests.most_common(NAMED))
+    return f"{named} and {len(requests) - NAMED:,} more" if len(requests) > NAMED else named
+
+
+__all__ = ["Row", "Source", "Trace", "TraceError", "busiest", "open_trace", "until"]

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -33,6 +41,50 @@ class CommandError(Exception):
         self.code = code
 
 
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+"""What service managers, containers and terminals that are closed send: by default it ends a process on the spot."""
+
+
+@contextmanager
+def _unwound() -> Iterator[None]:
+    """Whoever is ended from outside takes back what it has begun, as when it is interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there may handlers be set
+        return
+    # What is ignored, as under nohup, stays so.
+    mine = [each for each in ENDING if signal.getsignal(each) == signal.SIG_DFL]
+    for each in mine:
+        signal.signal(each, _end)
+    try:
+        yield
+    finally:
+        for each in mine:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Why a standard output takes no more. Commands tell of the other files that they write themselves."""
+
+
+def _printed() -> None:
+    """What was printed is out, or why it is not is known before the command is done."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _forget_output() -> None:
+    """What the standard output did not take is not tried again when the process ends."""
+    try:
+        _printed()
+    except OSError:
+        with Path(os.devnull).open("wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
+
+
 class Commands(TyperGroup):
     """The root of the command line: every error of a command becomes one message and its exit code."""
 
@@ -40,8 +92,16 @@ class Commands(TyperGroup):
         from deployments.errors import ConfigError
 
         try:
-            with AFTERWARDS:
-                return super().invoke(ctx)
+            with _unwound(), AFTERWARDS:
+                found = super().invoke(ctx)
+                _printed()
+                return found
+        except OSError as error:
+            if error.errno not in FULL or error.filename is not None:
+                raise
+            _forget_output()
+            typer.echo(f"The standard output can't be written: {error.strerror}", err=True)
+            raise typer.Exit(FAILED) from None
         except CommandError as error:
             typer.echo(error.message, err=True)
             raise typer.Exit(error.code) from None

@@ -176,9 +176,60 @@ TABLE = {
 }
 
 
-def writable(path: Path | None, option: str) -> None:
-    """That a file can be written there is known before hours of work, for it is begun. Raises CommandError."""
-    if path is None or str(path) == "-":
+def writable(outputs: dict[str, Path | None], inputs: dict[str, Path | None]) -> None:
+    """That files can be written there is known before hours of work, for they are begun. Raises CommandError.
+
+    Args:
+        outputs: by the option that names each; what is None is not asked for.
+        inputs: what the command reads, none of which it may write over.
+    """
+    for option, path in outputs.items():
+        if path is not None:
+            for other, known in {**inputs, **outputs}.items():
+                if other != option and known is not None and _same(path, known):
+                    raise CommandError(
+                        f"{option}: {path} is what {other} names too; name another file", WRONG
+                    )
+            _begun(path, option)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one file. What is no plain file, as /dev/null, may be written twice, but not the output."""
+    if "-" in (str(one), str(other)):
+        return str(one) == str(other)
+    try:
+        one, other = one.resolve(), other.resolve()
+        if not (one.exists() and other.exists()):
+            return one == other
+        return one.samefile(other) and one.is_file()
+    except (OSError, RuntimeError):
+        return False
+
+
+def inputs(
+    trace: Path | None,
+    store: str | None = None,
+    fleet: Path | None = None,
+    profile: Path | None = None,
+    cold_start: str | None = None,
+) -> dict[str, Path | None]:
+    """The files that a command reads, by the option that names each. Raises ConfigError for what is no store's URL."""
+    database = None
+    if store is not None:
+        from autoscaling.live.store.database import parse_url
+
+        _, database = parse_url(store)
+    return {
+        "TRACE": trace,
+        "--from-store": database,
+        "--fleet": fleet,
+        "--profile": profile,
+        "--cold-start": Path(cold_start) if cold_start is not None and Path(cold_start).is_file() else None,
+    }
+
+
+def _begun(path: Path, option: str) -> None:
+    if str(path) == "-":
         return
     if path.is_dir() or not path.parent.is_dir():
         what = "a folder" if path.is_dir() else f"in no folder: there is no {path.parent}"

@@ -188,14 +188,14 @@ def _specs(fleet: Fleet, source: Source, until_s: float | None) -> dict[str, Spe
 
 
 def _span(source: Source, until_s: float | None) -> tuple[float, float]:
-    """Unix seconds of the first and the last row, as the replay places them."""
+    """Unix seconds of the first row and of the latest end of any window, as the replay places them."""
     from autoscaling.sim.arrivals import ORIGIN_S, UNIX_S
     from autoscaling.traces import until
 
     first_s = last_s = 0.0
     for count, row in enumerate(until(source.rows(), until_s)):
         first_s = row.time_s if count == 0 else first_s
-        last_s = row.time_s + row.window_s
+        last_s = max(last_s, row.time_s + row.window_s)
     origin_s = 0.0 if first_s > UNIX_S else ORIGIN_S
     return first_s + origin_s, last_s + origin_s
 

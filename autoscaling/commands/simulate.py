@@ -82,7 +82,7 @@ def simulate(
     if schema:
         options.print_json(report_schema())
         return
-    replaying.writable(out, "--json")
+    replaying.writable({"--json": out}, replaying.inputs(trace, from_store, fleet, profile, cold_start))
     settings = replaying.settings(set_)
     source = replaying.source_of(
         trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad
@@ -169,8 +169,10 @@ def compare(
     if schema:
         options.print_json(comparison_schema())
         return
-    replaying.writable(out, "--json")
-    replaying.writable(report, "--report")
+    replaying.writable(
+        {"--json": out, "--report": report},
+        replaying.inputs(trace, from_store, fleet, profile, cold_start),
+    )
     variants = _variants(policies, sweep, replaying.settings(set_))
     source = replaying.source_of(
         trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad

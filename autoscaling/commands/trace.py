@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from autoscaling.commands import options, output, replaying, times
 from autoscaling.commands.failures import FAILED, WRONG, CommandError
+
+if TYPE_CHECKING:
+    from autoscaling.traces import Source
 
 trace_app = typer.Typer(help="Look at, convert and make traces of requests.", no_args_is_help=True)
 MOST_MODELS = 30
@@ -57,7 +60,7 @@ def describe(
     with replaying.wrong(), replaying.progress("reading"):
         shape = shape_of(cut(source.rows(), until_s), seed, scale)
     if not shape.requests:
-        raise CommandError(f"{source.name}: it holds no requests", WRONG)
+        raise _nothing(source)
     if as_json:
         options.print_json(shape.to_plain())
         return
@@ -90,8 +93,14 @@ def describe(
     )
     if source.bad:
         output.say(f"{output.count(source.bad, 'bad row')} skipped.", style="yellow")
+    for note in source.notes:
+        output.say(note, style="yellow")
     if len(ranked) > MOST_MODELS:
         output.say(f"The {MOST_MODELS} busiest of them are shown; --json has all.", style="dim")
+
+
+def _nothing(source: Source) -> CommandError:
+    return CommandError(f"{source.name}: " + "; ".join(["it holds no requests", *source.notes]), WRONG)
 
 
 @trace_app.command("convert")
@@ -129,14 +138,16 @@ def convert(
     source = replaying.source_of(file, store, window=window, model=model, mapping=mapping, skip_bad=skip_bad)
     length_s = options.duration(per_window, "--per-window")
     until_s = options.duration(until, "--until")
-    replaying.writable(out, "OUT")
+    replaying.writable({"OUT": out}, replaying.inputs(file, store))
     with replaying.wrong(), _written(out) as target, replaying.progress("converting"):
         read = sorted(source.unordered()) if sort and isinstance(source, Trace | LogSource) else source.rows()
         rows = cut(read, until_s)
         count = _write(rows if length_s is None else _windows(rows, length_s), target)
         if not count:
-            raise CommandError(f"{source.name}: it holds no requests", WRONG)
+            raise _nothing(source)
     _told(f"{count:,} rows" + (f", {source.bad:,} bad ones skipped" if source.bad else ""))
+    for note in source.notes:
+        _told(note)
 
 
 @trace_app.command("generate")
@@ -162,7 +173,7 @@ def generate(
     """
     from autoscaling.sim import generate as synthetic
 
-    replaying.writable(out, "--out")
+    replaying.writable({"--out": out}, {})
     with replaying.wrong():
         made = [synthetic.stream(text) for text in streams]
         names = [each.model for each in made]

@@ -72,7 +72,7 @@ def tune(
     from autoscaling.commands.setups import Given, base_of
     from autoscaling.sim import tune as tuning
 
-    replaying.writable(write, "--out")
+    replaying.writable({"--out": write}, replaying.inputs(trace, from_store, fleet, profile, cold_start))
     settings = replaying.settings(set_)
     until_s = options.duration(learn_until, "--learn-until")
     source = replaying.source_of(

@@ -72,6 +72,17 @@ class _Reading:
         self.random: dict[str, np.random.Generator] = {}
 
     def take(self, row: Row) -> None:
+        # Files were looked at when they were read; a list of rows was not.
+        if not row.time_s >= self.last_s:
+            raise TraceError(
+                f"{row.model} at {row.time_s:.10g} s breaks the order of times: the row before it is of "
+                f"{self.last_s:.10g} s"
+            )
+        if row.window_s == 0.0 and row.requests != 1:
+            raise TraceError(
+                f"{row.model} at {row.time_s:.10g} s: requests: {row.requests} come in no time; with window_s 0 "
+                "it must be 1"
+            )
         if self.origin_s is None:
             self.origin_s = 0.0 if row.time_s > UNIX_S else ORIGIN_S
         self.last_s = row.time_s

@@ -6,20 +6,20 @@ import dataclasses
 import math
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from numbers import Real
 
 from autoscaling.core.policies import POLICIES, wrong_choice
 from autoscaling.core.policies.following import IDLE
 from autoscaling.core.types import Rung, Spec
 from autoscaling.sim.forecasts import Foresight
 from autoscaling.sim.oracle import Oracle
-from autoscaling.sim.peers import Killed, shared
+from autoscaling.sim.peers import Killed, follow, forking, shared
 from autoscaling.sim.replay import Setup, SpecOf, replay
 from autoscaling.sim.report import Report, priced
 from autoscaling.traces import Row, Source, TraceError
@@ -96,6 +96,9 @@ class Variant:
 
 def check(variant: Variant) -> None:
     """Raises SettingError."""
+    for name, value in variant.settings.items():
+        if not isinstance(value, Real):
+            raise SettingError(f"{name}: {value!r} is not a number")
     policy = {ORACLE: "predictive", BEST_FIXED: "keep-alive"}.get(variant.policy, variant.policy)
     if policy not in POLICIES:
         names = sorted([*POLICIES, *EXTRA])
@@ -145,6 +148,15 @@ class Base:
     spec: Spec = field(default_factory=lambda: Spec("", wait_cost=10.0, max_replicas=64))
     prices: Mapping[str, float] = field(default_factory=dict)
     """What a GPU costs an hour, of models that it does not cost what the profile says."""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for a trace that can't be read again and again."""
+        given: object = self.trace
+        if isinstance(given, str) or not (isinstance(given, Sequence) or hasattr(given, "rows")):
+            raise TypeError(
+                f"trace: {type(given).__name__!r} is neither a source (`open_source`) nor a list of rows; what can be "
+                "read once only, as `generate` gives it, must be made a list"
+            )
 
     def spec_of(self, model: str) -> Spec:
         """As given, before any variant."""
@@ -259,6 +271,7 @@ def _finished(report: Report, base: Base) -> Report:
             report,
             trace="" if isinstance(source, Sequence) else source.name,
             skipped_rows=0 if isinstance(source, Sequence) else source.bad,
+            notes=(*report.notes, *notes_of(source)),
             scale=setup.scale,
             slo_s=setup.profile.slo_s,
             price_per_gpu_h=setup.profile.price_per_gpu_h,
@@ -270,7 +283,7 @@ def _finished(report: Report, base: Base) -> Report:
 def _why_nothing(report: Report, base: Base) -> str:
     first = next(iter(rows_of(base.trace)), None)
     if first is None:
-        return "it holds no requests"
+        return "; ".join(["it holds no requests", *notes_of(base.trace)])
     if base.specs is not None and not any(row.model in base.specs for row in rows_of(base.trace)):
         return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
     if base.setup.measure_from_s > 0:
@@ -284,6 +297,11 @@ def _why_nothing(report: Report, base: Base) -> str:
 def rows_of(trace: Source | Sequence[Row]) -> Iterable[Row]:
     """In the order of time."""
     return trace if isinstance(trace, Sequence) else trace.rows()
+
+
+def notes_of(trace: Source | Sequence[Row]) -> Sequence[str]:
+    """Of its last reading."""
+    return () if isinstance(trace, Sequence) else trace.notes
 
 
 def name_of(trace: Source | Sequence[Row]) -> str:
@@ -363,10 +381,12 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
     # Forked: what is imported and compiled is so once. Nothing here has threads that could hold a lock.
     before = multiprocessing.active_children()
     pool = ProcessPoolExecutor(
-        min(processes, len(jobs)), multiprocessing.get_context("fork"), initializer=_quietly
+        min(processes, len(jobs)), multiprocessing.get_context("fork"), initializer=follow
     )
     try:
-        for done in as_completed([pool.submit(_job, job) for job in jobs]):
+        with forking():
+            submitted = [pool.submit(_job, job) for job in jobs]
+        for done in as_completed(submitted):
             yield done.result()
     except BrokenProcessPool:
         raise Killed from None
@@ -376,11 +396,6 @@ def _run(jobs: list[tuple[int, Base, Variant]], processes: int) -> Iterator[tupl
             if child not in before:
                 child.terminate()
         pool.shutdown(cancel_futures=True)
-
-
-def _quietly() -> None:
-    """Who interrupts the command interrupts the parent, which ends the pool."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _job(job: tuple[int, Base, Variant]) -> tuple[int, Report]:

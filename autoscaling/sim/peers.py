@@ -5,10 +5,13 @@ Knows of processes and pipes only: what is brought together is its callers' matt
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
 
@@ -97,8 +100,9 @@ def shared(work: Callable[[Peers], T], processes: int) -> T:
         for index in range(1, processes)
     ]
     try:
-        for other in others:
-            other.start()
+        with forking():
+            for other in others:
+                other.start()
         for _, theirs in pipes:
             theirs.close()
         return work(_First([ours for ours, _ in pipes]))
@@ -114,8 +118,7 @@ def shared(work: Callable[[Peers], T], processes: int) -> T:
 def _serve(
     work: Callable[[Peers], Any], index: int, count: int, pipes: Sequence[tuple[Connection, Connection]]
 ) -> None:
-    # Who interrupts the command interrupts the first process, which ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow()
     for at, (ours, theirs) in enumerate(pipes, 1):
         ours.close()
         if at != index:
@@ -123,11 +126,43 @@ def _serve(
     first = pipes[index - 1][1]
     try:
         work(_Other(index, count, first))
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         os._exit(1)  # the first process has gone
     except Exception as error:  # noqa: BLE001 - told to the first process, which raises it
-        first.send((f"{type(error).__name__}: {error}", None))
+        with contextlib.suppress(ConnectionError):
+            first.send((f"{type(error).__name__}: {error}", None))
     first.close()
 
 
-__all__ = ["Alone", "Killed", "Peers", "shared"]
+ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
+"""Of Linux's <sys/prctl.h>."""
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Around what forks: what ends this process waits until then. In the middle of a fork Python loses it.
+
+    What is forked calls `follow` first.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow() -> None:
+    """In a forked process: it ends with the one that forked it, however that ends."""
+    # Who interrupts the command, or closes its terminal, signals the first process too, which ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)  # it ended before
+
+
+__all__ = ["Alone", "Killed", "Peers", "follow", "forking", "shared"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
 from autoscaling.sim.group import Group, Sample, Setup
 from autoscaling.sim.peers import Alone, Peers
 from autoscaling.sim.report import ModelReport, Report, together
-from autoscaling.traces import Row, Trace
+from autoscaling.traces import Row, Trace, busiest
 
 FORESEES = frozenset({"predictive", "hybrid-histogram"})
 """Policies that look at the forecast."""
@@ -106,7 +107,7 @@ class Replay:
         self.groups: dict[str, Group] = {}
         self._specs: dict[str, Spec] = {}
         self._one = setup.profile.gpus is not None or setup.profile.parked_engines is not None
-        self._left_out: set[str] = set()
+        self._left_out: Counter[str] = Counter()
         self._forecasts = forecasts or SimForecasts()
 
     def run(self) -> Report:
@@ -218,7 +219,7 @@ class Replay:
     def _add(self, piece: Piece, begin_s: float) -> None:
         for name, (times, work) in piece.requests.items():
             if not callable(self._given) and name not in self._given:
-                self._left_out.add(name)
+                self._left_out[name] += len(times)
                 continue
             owner = self._owner_of(name)
             self._asked[owner] += len(times)
@@ -268,7 +269,11 @@ class Replay:
             takes = ", ".join(f"{name} takes {gpus[name]:g}" for name in large[:5])
             notes.append(f"no replica fits into {setup.profile.gpus:g} GPUs: {takes}")
         if self._left_out:
-            notes.append(f"{len(self._left_out)} models of the trace are not in the fleet and were left out")
+            count, named = self._left_out.total(), len(self._left_out)
+            notes.append(
+                f"left out, as the fleet does not have their models: {count:,} of the requests, of "
+                f"{named:,} {'model' if named == 1 else 'models'}: {busiest(self._left_out)}"
+            )
         failures = {model: error for part in parts for model, error in part.failures.items()}
         notes += [f"no forecast for {model}: {failures[model]}" for model in sorted(failures, key=place)]
         return Report(

@@ -301,9 +301,10 @@ def _worth(report: Report, measure: str, least_slo: float | None) -> float:
 
 
 def _length_s(base: Base) -> float:
+    """From the first row to the latest end of any window: a short one may begin within a long one."""
     first_s, last_s = math.inf, 0.0
     for row in until(rows_of(base.trace), base.setup.until_s):
-        first_s, last_s = min(first_s, row.time_s), row.time_s + row.window_s
+        first_s, last_s = min(first_s, row.time_s), max(last_s, row.time_s + row.window_s)
     return max(0.0, last_s - first_s)
 
 

@@ -229,6 +229,15 @@ class TestFleet:
         file.write_text("timestamp_s,model\n" + rows)
         return file
 
+    def test_its_schedules_last_until_the_end_of_the_longest_window(
+        self, fleet: Path, tmp_path: Path
+    ) -> None:
+        """Not of the last one that begins: at 01:00 the first of these two goes on."""
+        trace = tmp_path / "t.csv"
+        trace.write_text("minute,model,count,window_s\n0,big,400,86400\n2,small,1,60\n")
+        (_, big) = report("simulate", trace, "--fleet", fleet, *TWO_STATES)["models"]
+        assert big["idle_gpu_s"] + big["busy_gpu_s"] > 2 * 3600
+
     def test_its_models_under_their_own_policies(self, fleet: Path, trace: Path) -> None:
         found = report("simulate", trace, "--fleet", fleet, *TWO_STATES)
         small, big = found["models"]
@@ -236,13 +245,25 @@ class TestFleet:
         # By its id and by its alias; 30 s don't bridge 100 s.
         assert (small["requests"], small["cold_starts"]) == (2, 2)
         assert found["policy"] == "mixed"
-        assert found["notes"] == ["1 models of the trace are not in the fleet and were left out"]
+        assert found["notes"] == [
+            "left out, as the fleet does not have their models: 1 of the requests, of 1 model: other (1)"
+        ]
         # Lit by its schedule, on two GPUs for an hour.
         assert (big["requests"], big["cold_starts"]) == (1, 0)
         assert big["price_per_gpu_h"] == 3.0
         assert small["price_per_gpu_h"] == 0.7
         assert small["cost"] == pytest.approx(small["gpu_s"] / 3600 * 0.7)
         assert found["total"]["cost"] == pytest.approx(small["cost"] + big["cost"])
+
+    def test_whose_requests_were_left_out_is_said(self, fleet: Path, tmp_path: Path) -> None:
+        """Windows count as the requests in them; the busiest models are named."""
+        trace = tmp_path / "t.csv"
+        others = "".join(f"{i},other{i},{10 * i}\n" for i in range(1, 8))
+        trace.write_text("minute,model,count\n0,small,1\n" + others)
+        words = "280 of the requests, of 7 models: other7 (70), other6 (60), other5 (50), other4 (40), other3 (30)"
+        for jobs in (1, 2):
+            found = report("simulate", trace, "--fleet", fleet, "--jobs", jobs)
+            assert [note.partition(": ")[2] for note in found["notes"]] == [f"{words} and 2 more"]
 
     def test_one_policy_for_all(self, fleet: Path, trace: Path) -> None:
         found = report("simulate", trace, "--fleet", fleet, *KEEP, "--set", "keep_alive_s=200")
@@ -535,6 +556,21 @@ class TestWriting:
             arguments[0], file, *arguments[1:], "/proc/x"
         )
 
+    def test_what_it_reads_is_not_written_over(self, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+        file = requests(tmp_path, [0])
+        before, link = file.read_text(), tmp_path / "link"
+        link.symlink_to(file)
+        fleet = tmp_path / "fleet.yaml"
+        fleet.write_text(FLEET)
+        for option, path, more in (
+            ("TRACE", file, ()),
+            ("TRACE", link, ()),
+            ("--fleet", fleet, ("--fleet", fleet)),
+        ):
+            said = fails(arguments[0], file, *arguments[1:], path, *more)
+            assert f"{arguments[-1]}: {path} is what {option} names too" in said
+        assert file.read_text() == before
+
     def test_a_link_stays_one_and_so_does_a_pipe(
         self, tmp_path: Path, folder: Path, arguments: tuple[str, ...]
     ) -> None:
@@ -554,6 +590,23 @@ class TestWriting:
         assert json.loads(os.read(reader, 1 << 20))
         assert pipe.is_fifo()
         os.close(reader)
+
+
+def test_two_outputs_are_two_files(tmp_path: Path) -> None:
+    file, out = requests(tmp_path, [0]), tmp_path / "out"
+    for one, other in ((out, out), (out, tmp_path / "." / "out"), ("-", "-")):
+        said = fails("compare", file, "--policies", "keep-alive", "--json", one, "--report", other)
+        assert f"--json: {one} is what --report names too" in said
+    assert not out.exists()
+    says("compare", file, "--policies", "keep-alive", "--json", "/dev/null", "--report", "/dev/null")
+
+
+def test_a_store_is_not_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "relight.db"
+    file.write_text("x")
+    said = fails("simulate", "--from-store", f"sqlite:///{file}", *KEEP, "--json", file)
+    assert f"--json: {file} is what --from-store names too" in said
+    assert file.read_text() == "x"
 
 
 WRONG = [
@@ -667,6 +720,38 @@ def test_rows_of_a_list_are_a_source_too() -> None:
 
     base = sim.Base([Row(0.0, "m", exec_s=1.0)])
     assert sim.simulate(base, sim.Variant("keep-alive")).trace == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([Row(10.0, "a"), Row(5.0, "b")], "b at 5 s breaks the order of times: the row before it is of 10 s"),
+        ([Row(0.0, "a"), Row(float("nan"), "b")], "b at nan s breaks the order of times"),
+        ([Row(10.0, "a", 5)], "a at 10 s: requests: 5 come in no time; with window_s 0 it must be 1"),
+    ],
+    ids=["order", "nan", "window"],
+)
+def test_bad_rows_of_a_list_are_one_clear_error(rows: list[Row], words: str) -> None:
+    """As those of a file, and not counted as something else."""
+    from autoscaling import simulator as sim
+
+    with pytest.raises(sim.TraceError, match=re.escape(words)):
+        sim.simulate(sim.Base(rows), sim.Variant("keep-alive"))
+    with pytest.raises(sim.TraceError, match=re.escape(words)):
+        sim.describe(rows)
+
+
+def test_what_is_given_from_python_is_looked_at() -> None:
+    from autoscaling import simulator as sim
+
+    once: Any = sim.generate([sim.stream("a=poisson")], 3600.0)
+    with pytest.raises(TypeError, match=r"trace: 'generator' is neither a source .* must be made a list"):
+        sim.Base(once)
+    text: Any = "60"
+    base = sim.Base([Row(0.0, "m")])
+    for name in ("keep_alive_s", "idle_s"):
+        with pytest.raises(sim.SettingError, match=f"{name}: '60' is not a number"):
+            sim.simulate(base, sim.Variant("keep-alive", {name: text}))
 
 
 def test_the_api_page_runs() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.sim_lab import fails, requests, run, says
+from tests.cli.sim_lab import fails, report, requests, run, says
 
 CLF = '10.0.0.1 - - [10/Oct/2025:13:55:{second} +0200] "{method} {path} HTTP/1.1" {status} 20 "-" "-" 1.250\n'
 
@@ -86,6 +86,12 @@ class TestFormats:
         ]
         assert rows(says("trace", "convert", file, "-", "--window", "5m"))[0]["window_s"] == "300"
 
+    def test_space_around_a_name_is_none_of_it(self, tmp_path: Path) -> None:
+        file = tmp_path / "t.csv"
+        for text in ("timestamp_s, model\n5, a\n6,a \n", "minute, model, count\n5, a, 1\n6,a ,1\n"):
+            file.write_text(text)
+            assert [row["model"] for row in rows(says("trace", "convert", file, "-"))] == ["a", "a"]
+
     def test_functions_of_azure(self, tmp_path: Path) -> None:
         file = tmp_path / "invocations_per_function_md.anon.d02.csv"
         file.write_text(functions({1: 2, 1440: 1}, {1: 5}))
@@ -106,6 +112,22 @@ class TestFormats:
         assert [(row["model"], row["exec_s"]) for row in found] == [("embed", "1.25"), ("chat", "1.25")]
         found = rows(says("trace", "convert", file, "-", "--map", "/v1/chat*=chat"))
         assert [row["model"] for row in found] == ["chat"]
+
+    def test_requests_that_no_path_stands_for_are_said(self, tmp_path: Path) -> None:
+        file, mapped = tmp_path / "access.log", ("--map", "/v1/chat*=chat")
+        file.write_text(FORMATS["access.log"][0])
+        words = "left out, as no --map and no --model stands for them: 1 of the requests: /v1/embeddings (1)"
+        assert words in says("trace", "describe", file, *mapped)
+        assert words in run("trace", "convert", file, "-", *mapped).stderr
+        assert report("simulate", file, "--policy", "keep-alive", *mapped)["notes"] == [words]
+        (found,) = report("compare", file, "--policies", "keep-alive", *mapped)
+        assert found["notes"] == [words]
+        nothing = ("--map", "/nothing=chat")
+        words = (
+            "it holds no requests; left out, as no --map and no --model stands for them: 2 of the requests: "
+        )
+        for command in (("trace", "describe"), ("simulate",)):
+            assert words in fails(*command, file, *nothing)
 
     def test_what_is_written_reads_the_same(self, tmp_path: Path) -> None:
         for name, text in {
@@ -168,6 +190,12 @@ class TestConversion:
         said = says("trace", "convert", file, "-", "--sort", "--until", "5s")
         assert [row["timestamp_s"] for row in rows(said)] == ["3", "5"]
 
+    def test_a_trace_is_not_written_over(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [1])
+        before = file.read_text()
+        assert f"OUT: {file} is what TRACE names too" in fails("trace", "convert", file, file)
+        assert file.read_text() == before
+
     def test_a_name_that_ends_in_gz_is_packed(self, tmp_path: Path) -> None:
         out = tmp_path / "x.csv.gz"
         says("trace", "convert", requests(tmp_path, [1]), out)
@@ -200,6 +228,11 @@ BAD = {
     ),
     "no-window": ("minute,model,count,window_s\n1,a,3,0\n", "window_s must be above 0"),
     "too-many": ("minute,model,count\n1,a,1000000000000\n", "is not a whole number from 0 to 100,000,000"),
+    "twice": (
+        "timestamp_s,model,exec_s,model\n1,a,2,b\n",
+        "t.csv:1: there are 2 columns 'model', and may be one",
+    ),
+    "blank": ("timestamp_s,model\n1,  \n", "t.csv:2: '1,  ': model '' is not a name of printable characters"),
     "nameless": ("timestamp_s,model\n1,\n", "model '' is not a name of printable characters"),
     "short": ("timestamp_s,model,exec_s\n1,a\n", "t.csv:2: '1,a': it has 2 columns, the header 3"),
     "unsorted": ("timestamp_s,model\n5,a\n3,b\n", "t.csv:3: '3,b': b at 3 s breaks the order of times"),

@@ -68,6 +68,17 @@ def test_what_is_scored_is_not_looked_at(trace: Path, tmp_path: Path) -> None:
     assert changed["evidence"]["saving"] < as_it_was["evidence"]["saving"]
 
 
+def test_a_trace_lasts_until_the_end_of_its_longest_window(tmp_path: Path) -> None:
+    """Not until the end of the last one that begins."""
+    file = tmp_path / "t.csv"
+    file.write_text("minute,model,count,window_s\n0,a,3,60\n1,b,400,86400\n2,a,5,60\n")
+    found = tuned(file, "--policy", "keep-alive", "--trials", 1, "--learn-until", "12h", *TWO_STATES)
+    assert found["evidence"]["learn_until_s"] == 43200
+    assert "leave nothing to score: the trace lasts 86,460 s" in fails(
+        "tune", file, "--policy", "keep-alive", "--learn-until", "2d"
+    )
+
+
 def test_processes_change_nothing(trace: Path) -> None:
     assert tuned(trace, *TUNE, "--jobs", 1) == tuned(trace, *TUNE, "--jobs", 2)
 

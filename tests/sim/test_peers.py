@@ -63,7 +63,7 @@ def test_so_with_each_model_its_own_policy() -> None:
     base = replace(BASE, specs={name: lab.spec(name, policy=policy) for name, policy in policies.items()})
     one = as_given(base)
     assert one.policy == "mixed" and [each.model for each in one.models] == list(policies)
-    assert "1 models of the trace are not in the fleet" in " ".join(one.notes)
+    assert ": 83 of the requests, of 1 model: m4 (83)" in " ".join(one.notes)
     assert said(one) == said(as_given(base, processes=2))
 
 
