@@ -96,16 +96,14 @@ class Variant:
 
 def check(variant: Variant) -> None:
     """Raises SettingError."""
-    for name, value in variant.settings.items():
-        if not isinstance(value, Real):
-            raise SettingError(f"{name}: {value!r} is not a number")
+    if text := next((name for name, value in variant.settings.items() if not isinstance(value, Real)), None):
+        raise SettingError(f"{text}: {variant.settings[text]!r} is not a number")
     policy = {ORACLE: "predictive", BEST_FIXED: "keep-alive"}.get(variant.policy, variant.policy)
     if policy not in POLICIES:
         names = sorted([*POLICIES, *EXTRA])
         raise SettingError(f"policy {variant.policy!r} is unknown; there are {', '.join(names)}")
     own = {name: value for name, value in variant.settings.items() if name not in SPEC_FIELDS}
-    wrong = wrong_choice(policy, own)
-    if wrong is not None:
+    if (wrong := wrong_choice(policy, own)) is not None:
         raise SettingError(f"{wrong}; of every policy can be set {', '.join(SPEC_FIELDS)}")
     for name in SPEC_FIELDS:
         value = variant.settings.get(name, 1.0)
@@ -121,6 +119,10 @@ def check(variant: Variant) -> None:
             raise SettingError(f"{name}: {value:g} must be above 0")
         if value < 0 and name != "priority":
             raise SettingError(f"{name}: {value:g} must not be negative")
+    _check_idle(variant, policy)
+
+
+def _check_idle(variant: Variant, policy: str) -> None:
     for name in ("keep_alive_s", IDLE.name):
         if variant.policy == BEST_FIXED and name in variant.settings:
             raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")

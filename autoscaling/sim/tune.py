@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.policies import POLICIES
+from autoscaling.core.policies.following import IDLE
 from autoscaling.sim.compare import (
     KEEPS,
     SPEC_FIELDS,
@@ -246,7 +247,7 @@ def tune(
     best_report, best_worth = as_it_was, _worth(as_it_was, measure, least_slo)
     for first in range(0, trials, BATCH):
         asked = [study.ask() for _ in range(min(BATCH, trials - first))]
-        variants = [Variant(policy, {**kept, **_suggested(trial, searched)}) for trial in asked]
+        variants = [Variant(policy, _beside(kept, _suggested(trial, searched))) for trial in asked]
         for trial, report in zip(asked, compare(learn, variants, processes=processes), strict=True):
             worth = _worth(report, measure, least_slo)
             study.tell(trial, worth)
@@ -256,7 +257,7 @@ def tune(
             done(first + len(asked), trials)
     improved = best_report is not as_it_was
     best = Variant(
-        policy, {**kept, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
+        policy, _beside(kept, _short(study.best_params)) if improved else kept, unsaid=frozenset(kept)
     )
     score = sampled(
         replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)),
@@ -275,6 +276,13 @@ def tune(
         scored=replace(scored, timeline={}),
         scored_default=replace(scored_default, timeline={}),
         found=saving_of(scored, scored_default, measure, wait_costs, base.setup.seed),
+    )
+
+
+def _beside(kept: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
+    """Both, but for a keep-alive that stays as it is where the idle time that goes before it was found."""
+    return {name: kept[name] for name in kept if name != "keep_alive_s" or IDLE.name not in found} | dict(
+        found
     )
 
 
