@@ -40,7 +40,7 @@ ColdStart = Annotated[
     typer.Option(
         "--cold-start",
         help=f"How long a start takes: {times.DURATIONS}; or a file of measured ones, as `relight coldstarts --json` "
-        "prints them or CSV with total_s. Default: the store's own, else the profile's.",
+        "prints them or CSV with total_s. Default: those that the profile names, else the store's own.",
     ),
 ]
 Settings = Annotated[
@@ -64,7 +64,10 @@ Scale = Annotated[
     float, typer.Option(help="Share of the requests that come; above 1, windows hold more.", min=1e-9)
 ]
 WindowLength = Annotated[
-    str | None, typer.Option("--window", help=f"How long the trace's windows are: {times.DURATIONS}.")
+    str | None,
+    typer.Option(
+        "--window", help=f"How long the trace's windows are, where its rows don't say: {times.DURATIONS}."
+    ),
 ]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="What requests are counted as where the format names no model.")
@@ -115,6 +118,10 @@ def source_of(
     if (file is None) == (store is None):
         raise CommandError("Give either a TRACE or --from-store", WRONG)
     window_s = options.duration(window, "--window")
+    of_files = {"--window": window, "--model": model, "--map": mapping, "--skip-bad": skip_bad}
+    unfit = [option for option, value in of_files.items() if value]
+    if store is not None and unfit:
+        raise CommandError(f"{unfit[0]}: it is for a TRACE; a store knows its models and its windows", WRONG)
     with wrong():
         if store is not None:
             return StoredSource(store)

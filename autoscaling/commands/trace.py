@@ -261,7 +261,8 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
         at_s = math.floor((row.time_s + NEARLY_S) / length_s) * length_s
         if row.time_s + row.window_s > at_s + length_s + NEARLY_S:
             raise TraceError(
-                f"--per-window: windows of {row.window_s:g} s don't make up windows of {length_s:g} s"
+                f"--per-window: a window of {row.window_s:g} s that begins at {row.time_s:.10g} s is in none of "
+                f"{length_s:g} s, which begin at multiples of that"
             )
         if at_s != begins_s:
             yield from closed()
