@@ -238,6 +238,11 @@ def tune(
         raise SettingError(
             f"learn_until_s: {learn_until_s:,.0f} s leave nothing to score: the trace lasts {length_s:,.0f} s"
         )
+    if learn_until_s <= base.setup.measure_from_s:
+        raise SettingError(
+            f"learn_until_s: {learn_until_s:,.0f} s leave nothing to search on: what comes before measure_from_s, "
+            f"{base.setup.measure_from_s:,.0f} s, is not counted"
+        )
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sampler = optuna.samplers.TPESampler(seed=base.setup.seed % 2**32, constant_liar=True)

@@ -79,6 +79,14 @@ def test_a_trace_lasts_until_the_end_of_its_longest_window(tmp_path: Path) -> No
     )
 
 
+def test_what_is_not_counted_is_no_part_to_search_on(trace: Path) -> None:
+    said = fails("tune", trace, *TUNE, "--measure-from", "1d", "--learn-until", "12h")
+    assert (
+        "learn_until_s: 43,200 s leave nothing to search on: what comes before measure_from_s, 86,400 s"
+        in said
+    )
+
+
 def test_processes_change_nothing(trace: Path) -> None:
     assert tuned(trace, *TUNE, "--jobs", 1) == tuned(trace, *TUNE, "--jobs", 2)
 
