@@ -302,11 +302,21 @@ def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
             for label, each in reports
         ],
         spare=("hit", "prewarm", "p95", "idle", "requests", "cost", "wait"),
+        last=("turned away", "p99", "GPU-s", "in SLO"),
     )
 
 
-def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str]) -> None:
-    """A name and numbers. On a terminal, columns of `spare` are left out, one after the other, until it fits."""
+LEAST_NAME = 12
+"""Columns of the terminal that names have at least, if they are so long."""
+
+
+def wide_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str], last: Sequence[str]
+) -> None:
+    """A name and numbers. On a terminal, columns of `spare` are left out, one after the other, until it fits.
+
+    Where that is not enough, names longer than LEAST_NAME are broken, and columns of `last` are left out too.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -320,8 +330,10 @@ def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: 
         for name, *column in zip(columns, *([columns, *rows]), strict=True)
     }
     if console.is_terminal:
-        for name in spare:
-            if sum(widths.values()) + 2 * (len(widths) - 1) <= console.width:
+        least = min(widths[columns[0]], LEAST_NAME)
+        for name in (each for each in (*spare, *last) if each in columns):
+            first = least if name in last else widths[columns[0]]
+            if first + sum(list(widths.values())[1:]) + 2 * (len(widths) - 1) <= console.width:
                 break
             del widths[name]
             left_out.append(name)
@@ -346,6 +358,16 @@ def cell(name: str, value: float) -> str:
         # 100 % is said only of all of them.
         return f"{math.floor(1000 * value + 1e-9) / 10:.1f} %"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def reckoned(report: Report) -> str:
+    """What `in SLO` and `cost` of a table mean."""
+    prices = {
+        report.price_per_gpu_h if each.price_per_gpu_h is None else each.price_per_gpu_h
+        for each in report.models
+    }
+    price = f"{prices.pop():g} for a GPU-hour" if len(prices) == 1 else "the price of each model's GPU type"
+    return f"in SLO: waited {report.slo_s:g} s at most. cost: at {price}, in US dollars unless the price was given."
 
 
 def said(reports: Sequence[Report]) -> None:

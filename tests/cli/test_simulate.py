@@ -15,7 +15,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
+from autoscaling.cli import app
 from autoscaling.core.types import Rung
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.records import ColdStartRow
@@ -421,7 +423,7 @@ def test_a_store_by_its_url(tmp_path: Path) -> None:
     for option in (("--map", "a=b"), ("--model", "b"), ("--window", "1m"), ("--skip-bad",)):
         said = fails("simulate", "--from-store", url, *KEEP, *option)
         assert f"{option[0]}: it is for a TRACE" in said
-    assert "2 requests of 1 models" in says("trace", "describe", "--from-store", url)
+    assert "2 requests of 1 model" in says("trace", "describe", "--from-store", url)
     assert says("trace", "convert", url, "-").count(",a,") == 2
 
 
@@ -725,6 +727,38 @@ def test_start_times_that_are_damaged_are_one_clear_error(tmp_path: Path) -> Non
     starts.write_bytes(packed)
     said = fails("simulate", requests(tmp_path, [0]), *KEEP, "--cold-start", starts)
     assert f"{starts}: can't be read: " in said
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60])
+def test_a_narrow_terminal_shows_names_and_what_counts(tmp_path: Path, columns: int) -> None:
+    """Other columns go before names do."""
+    file = tmp_path / "t.csv"
+    names = ("a-model-of-a-long-name", "b")
+    file.write_text("timestamp_s,model\n" + "".join(f"{at},{name}\n" for at in (0, 90) for name in names))
+    for command, kept in ((("trace", "describe"), "gap cv"), (("simulate", *KEEP), "total")):
+        terminal = {"COLUMNS": str(columns), "FORCE_COLOR": "1", "TERM": "xterm"}
+        result = CliRunner().invoke(app, [*command, str(file)], env=terminal)
+        table = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout).partition("A wider terminal shows also")[0]
+        lines = [line.rstrip() for line in table.splitlines()]
+        assert kept in lines[0]
+        assert lines[1].startswith("a-model-of-a") and any(line.startswith("b  ") for line in lines)
+        assert max(map(len, lines)) <= columns
+
+
+def test_a_table_says_what_the_slo_and_the_prices_are(tmp_path: Path) -> None:
+    file, fleet, profile = (
+        requests(tmp_path, [0], model="small"),
+        tmp_path / "fleet.yaml",
+        tmp_path / "p.json",
+    )
+    fleet.write_text(FLEET)
+    profile.write_text('{"slo_s": 7, "price_per_gpu_h": 1.25}')
+    plain = "in SLO: waited 5 s at most. cost: at 3 for a GPU-hour, in US dollars unless the price was given."
+    assert plain in says("simulate", file, *KEEP)
+    assert plain in says("compare", file, "--policies", "keep-alive")
+    said = says("simulate", file, *KEEP, "--profile", profile)
+    assert "in SLO: waited 7 s at most. cost: at 1.25 for a GPU-hour" in said
+    assert "cost: at the price of each model's GPU type" in says("simulate", file, *KEEP, "--fleet", fleet)
 
 
 def test_a_share_is_not_rounded_up(tmp_path: Path) -> None:

@@ -340,7 +340,15 @@ class TestDescribe:
 
     def test_for_people(self, tmp_path: Path) -> None:
         said = says("trace", "describe", requests(tmp_path, [0, 100, 90_000]))
-        assert "3 requests of 1 models over 1 d 1 h" in said
+        assert "3 requests of 1 model over 1 d 1 h" in said
+
+    def test_a_single_request_is_no_timer(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [7])
+        said = says("trace", "describe", file)
+        assert said.splitlines()[1].split()[:5] == ["m", "1", "-", "-", "-"]
+        assert "1 request of 1 model over" in said
+        (model,) = json.loads(says("trace", "describe", file, "--json"))["models"]
+        assert [model[name] for name in ("per_day", "gap_cv", "median_gap_s")] == [None, None, None]
 
 
 GENERATED = [
