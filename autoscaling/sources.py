@@ -28,6 +28,8 @@ SHUFFLED_BY = 4096
 """By how many lines a log may be out of order: a request is written when it ends."""
 MOST_STARTS = 10_000
 NAMES_KEPT = 1000
+NAMELESS = ("azure-llm", "mooncake")
+"""Formats of traces that name no model."""
 
 
 def open_source(
@@ -41,14 +43,14 @@ def open_source(
     """A trace, an access log (Common, Combined, Envoy's, nginx's) or JSON lines: its first line says which.
 
     Args:
-        window_s: how long a trace's windows are, if neither its name nor its rows say so.
+        window_s: how long a trace's windows are, if its rows don't say so; else by its name (`min_`, `win5_`).
         model: what requests are counted as where the file names no model; else the file's name.
         mapping: of logs: (pattern with * and ?, model) for names and paths; what none matches is `model`, or left out
             if that is None.
         skip_bad: pass over bad rows, and count them.
 
     Raises:
-        TraceError: for a file that can't be read or whose format is not known.
+        TraceError: for a file that can't be read or whose format is not known, or of which one of these says nothing.
         ConfigError: for a mapping that is none.
     """
     from autoscaling.live.importer.files import lines_of
@@ -67,7 +69,22 @@ def open_source(
     except ConfigError as error:
         raise TraceError(error.message) from None
     if format is None:
-        return open_trace(path, window_s=window_s, model=model, skip_bad=skip_bad)
+        trace = open_trace(path, window_s=window_s, model=model, skip_bad=skip_bad)
+        columns = {name.strip() for name in (first[1] or "").split(",")} if first is not None else set()
+        if mapping:
+            raise TraceError(f"{path}: --map is for names and paths of logs, and this is a trace")
+        if model is not None and trace.format not in NAMELESS:
+            raise TraceError(
+                f"{path}: --model {model!r} is for what names no model, and its rows name theirs"
+            )
+        if window_s is not None and (trace.format != "windows" or "window_s" in columns):
+            why = "its rows say theirs" if "window_s" in columns else f"its format is {trace.format!r}"
+            raise TraceError(
+                f"{path}: --window {window_s:g} s is for windows whose length is not said; {why}"
+            )
+        return trace
+    if window_s is not None:
+        raise TraceError(f"{path}: --window {window_s:g} s is for traces of windows, and this is a log")
     if model is None and not mapping and not format.names_models:
         model = path.name.split(".")[0]
     names = Names(mapping, model)

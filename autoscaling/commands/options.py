@@ -96,12 +96,12 @@ def print_json(answer: object) -> None:
     typer.echo(json.dumps(answer, indent=2))
 
 
-def duration(text: str | None, option: str) -> float | None:
-    """Seconds. Raises CommandError."""
+def duration(text: str | None, option: str, *, zero: bool = False) -> float | None:
+    """Seconds; 0 only if `zero`. Raises CommandError."""
     if text is None:
         return None
     try:
-        return times.parse_duration(text)
+        return times.parse_duration(text, zero=zero)
     except times.TimeError as error:
         raise CommandError(f"{option}: {error}", WRONG) from None
 

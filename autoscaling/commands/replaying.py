@@ -40,7 +40,7 @@ ColdStart = Annotated[
     typer.Option(
         "--cold-start",
         help=f"How long a start takes: {times.DURATIONS}; or a file of measured ones, as `relight coldstarts --json` "
-        "prints them or CSV with total_s. Default: the store's own, else the profile's.",
+        "prints them or CSV with total_s. Default: those that the profile names, else the store's own.",
     ),
 ]
 Settings = Annotated[
@@ -64,7 +64,10 @@ Scale = Annotated[
     float, typer.Option(help="Share of the requests that come; above 1, windows hold more.", min=1e-9)
 ]
 WindowLength = Annotated[
-    str | None, typer.Option("--window", help=f"How long the trace's windows are: {times.DURATIONS}.")
+    str | None,
+    typer.Option(
+        "--window", help=f"How long the trace's windows are, where its rows don't say: {times.DURATIONS}."
+    ),
 ]
 ModelName = Annotated[
     str | None, typer.Option("--model", help="What requests are counted as where the format names no model.")
@@ -115,6 +118,10 @@ def source_of(
     if (file is None) == (store is None):
         raise CommandError("Give either a TRACE or --from-store", WRONG)
     window_s = options.duration(window, "--window")
+    of_files = {"--window": window, "--model": model, "--map": mapping, "--skip-bad": skip_bad}
+    unfit = [option for option, value in of_files.items() if value]
+    if store is not None and unfit:
+        raise CommandError(f"{unfit[0]}: it is for a TRACE; a store knows its models and its windows", WRONG)
     with wrong():
         if store is not None:
             return StoredSource(store)
@@ -295,11 +302,21 @@ def figures_table(first: str, reports: Sequence[tuple[str, Any]]) -> None:
             for label, each in reports
         ],
         spare=("hit", "prewarm", "p95", "idle", "requests", "cost", "wait"),
+        last=("turned away", "p99", "GPU-s", "in SLO"),
     )
 
 
-def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str]) -> None:
-    """A name and numbers. On a terminal, columns of `spare` are left out, one after the other, until it fits."""
+LEAST_NAME = 12
+"""Columns of the terminal that names have at least, if they are so long."""
+
+
+def wide_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: Sequence[str], last: Sequence[str]
+) -> None:
+    """A name and numbers. On a terminal, columns of `spare` are left out, one after the other, until it fits.
+
+    Where that is not enough, names longer than LEAST_NAME are broken, and columns of `last` are left out too.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -313,8 +330,10 @@ def wide_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, spare: 
         for name, *column in zip(columns, *([columns, *rows]), strict=True)
     }
     if console.is_terminal:
-        for name in spare:
-            if sum(widths.values()) + 2 * (len(widths) - 1) <= console.width:
+        least = min(widths[columns[0]], LEAST_NAME)
+        for name in (each for each in (*spare, *last) if each in columns):
+            first = least if name in last else widths[columns[0]]
+            if first + sum(list(widths.values())[1:]) + 2 * (len(widths) - 1) <= console.width:
                 break
             del widths[name]
             left_out.append(name)
@@ -339,6 +358,16 @@ def cell(name: str, value: float) -> str:
         # 100 % is said only of all of them.
         return f"{math.floor(1000 * value + 1e-9) / 10:.1f} %"
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def reckoned(report: Report) -> str:
+    """What `in SLO` and `cost` of a table mean."""
+    prices = {
+        report.price_per_gpu_h if each.price_per_gpu_h is None else each.price_per_gpu_h
+        for each in report.models
+    }
+    price = f"{prices.pop():g} for a GPU-hour" if len(prices) == 1 else "the price of each model's GPU type"
+    return f"in SLO: waited {report.slo_s:g} s at most. cost: at {price}, in US dollars unless the price was given."
 
 
 def said(reports: Sequence[Report]) -> None:

@@ -38,16 +38,15 @@ def base_of(source: Source, given: Given) -> Base:
     """All that does not differ between policies. Raises CommandError, ConfigError, TraceError."""
     from autoscaling.core.types import Spec
     from autoscaling.sim.compare import Base
-    from autoscaling.sim.profile import named_in
     from autoscaling.sim.replay import Setup
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
-    profile = _priced(_profile(source, given, prices), given, prices)
+    profile, named = _profile(source, given, prices)
+    profile = _priced(profile, given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     limits: Mapping[str, Limits] = {}
     if fleet is not None:
-        named = frozenset() if given.profile is None else named_in(given.profile)
         if "gpus" not in named:
             profile = replace(profile, gpus=fleet.controller.gpu_budget)
         limits = _limits(profile, fleet, named)
@@ -65,12 +64,14 @@ def base_of(source: Source, given: Given) -> Base:
     )
     if fleet is not None:
         specs: Mapping[str, Spec] | None = _specs(fleet, source, setup.until_s)
-        return Base(source, setup, specs, spec, _prices_by_model(fleet, given, prices))
+        by_model = _prices_by_model(fleet, given, prices)
+        return Base(source, setup, specs, spec, by_model, _unused(given, prices, named, fleet))
+    notes = _unused(given, prices, named)
     if profile.gpus is not None or profile.parked_engines is not None:
         # Models that share something are named before the replay.
         names = sorted({row.model for row in until(source.rows(), setup.until_s)})
-        return Base(source, setup, {name: replace(spec, model=name) for name in names}, spec)
-    return Base(source, setup, None, spec)
+        return Base(source, setup, {name: replace(spec, model=name) for name in names}, spec, notes=notes)
+    return Base(source, setup, None, spec, notes=notes)
 
 
 def price_table(given: Sequence[str]) -> dict[str, float]:
@@ -91,21 +92,24 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
     return table
 
 
-def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> Profile:
-    from autoscaling.sim.profile import Profile, ProfileError, load_profile
+def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> tuple[Profile, frozenset[str]]:
+    """And the fields that its file names."""
+    from autoscaling.sim.profile import Profile, ProfileError, read_profile
     from autoscaling.sim.starts import measured, read_starts
     from autoscaling.sources import StoredSource
 
+    profile, named = Profile(), frozenset[str]()
     try:
-        profile = Profile() if given.profile is None else load_profile(given.profile, prices["H100"])
+        if given.profile is not None:
+            profile, named = read_profile(given.profile, prices["H100"])
         if given.cold_start is None:
-            known = source.starts() if isinstance(source, StoredSource) and given.profile is None else {}
-            return measured(profile, known) if known else profile
+            known = source.starts() if isinstance(source, StoredSource) and "starts" not in named else {}
+            return (measured(profile, known) if known else profile), named
         if Path(given.cold_start).is_file():
-            return measured(profile, read_starts(given.cold_start))
+            return measured(profile, read_starts(given.cold_start)), named
     except ProfileError as error:
         raise CommandError(str(error), WRONG) from None
-    return profile.two_states(options.duration(given.cold_start, "--cold-start") or 0.0)
+    return profile.two_states(options.duration(given.cold_start, "--cold-start", zero=True) or 0.0), named
 
 
 def _priced(profile: Profile, given: Given, prices: Mapping[str, float]) -> Profile:
@@ -131,6 +135,28 @@ def _prices_by_model(fleet: Fleet, given: Given, prices: Mapping[str, float]) ->
         return {}
     found = {model.id: price_of(_types(model), prices) for model in fleet.models}
     return {name: price for name, price in found.items() if price is not None}
+
+
+def _unused(
+    given: Given, prices: Mapping[str, float], named: frozenset[str], fleet: Fleet | None = None
+) -> tuple[str, ...]:
+    """Notes of prices that were given and that no model pays."""
+    from autoscaling.sim.prices import priced_as
+
+    if given.gpu is not None:
+        paid = {priced_as([given.gpu], prices)}
+    else:
+        # None: what has no price of its own.
+        paid = {None} if fleet is None else {priced_as(_types(model), prices) for model in fleet.models}
+        if None in paid and "price_per_gpu_h" not in named:
+            paid.add("H100")
+    types = ", ".join(sorted(each for each in paid if each is not None))
+    of = f"that of {types}" if types else "the profile's price_per_gpu_h"
+    return tuple(
+        f"--price {text} changes nothing, for what is paid is {of}; --gpu names another type"
+        for text in given.prices
+        if text.partition("=")[0] not in paid
+    )
 
 
 def _types(model: Model) -> list[str]:

@@ -115,6 +115,7 @@ def _show(report: Report) -> None:
         f"Rejected: {total.rejected:,}. Took {report.took_s:.1f} s.",
         style="dim",
     )
+    output.say(replaying.reckoned(report), style="dim")
     if report.policy == "best-fixed":
         park = "" if report.park is not False else ", park = 0"
         output.say(f"best-fixed is keep_alive_s = {report.keep_alive_s:g}{park}.", style="dim")
@@ -191,7 +192,10 @@ def compare(
     if shown:
         # Before what may fail.
         replaying.figures_table("policy", [(label, each.total) for label, each in found])
-        output.say("total = GPU-seconds + wait_cost * seconds of waiting.", style="dim")
+        output.say(
+            f"total = GPU-seconds + wait_cost * seconds of waiting. {replaying.reckoned(reports[0])}",
+            style="dim",
+        )
         replaying.said(reports)
     if out is not None:
         replaying.write_json(out, [{"label": label, **each.to_plain()} for label, each in found])

@@ -49,8 +49,8 @@ def zone_name(zone: tzinfo) -> str:
     return getattr(zone, "key", None) or "UTC"
 
 
-def parse_duration(text: str) -> float:
-    """Seconds: `1h30m` is 5400. Units from the largest to the smallest, each once. Raises TimeError."""
+def parse_duration(text: str, *, zero: bool = False) -> float:
+    """Seconds: `1h30m` is 5400. Units from the largest to the smallest, each once; 0 if `zero`. Raises TimeError."""
     rest = "".join(text.split()).lower()
     seconds, last = 0.0, float("inf")
     while rest:
@@ -60,6 +60,8 @@ def parse_duration(text: str) -> float:
         last = _UNITS[part[2]]
         seconds += float(part[1]) * last
         rest = rest[part.end() :]
+    if zero and text.strip() and seconds == 0:
+        return 0.0
     if not 0 < seconds <= _LONGEST_S:
         raise TimeError(f"{text!r} is not a duration above 0 and up to ten years; write one {DURATIONS}")
     return seconds

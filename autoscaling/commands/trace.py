@@ -73,9 +73,8 @@ def describe(
             (
                 each.model,
                 f"{each.requests:,}",
-                f"{each.per_day:,.1f}",
-                f"{each.gap_cv:.1f}",
-                output.lasting(each.median_gap_s),
+                *("-" if math.isnan(value) else f"{value:,.1f}" for value in (each.per_day, each.gap_cv)),
+                "-" if math.isnan(each.median_gap_s) else output.lasting(each.median_gap_s),
                 f"{each.daily:.2f}",
                 f"{100 * each.active_hours:.0f} %",
                 *(f"{count:,}" for count in each.wakes),
@@ -83,9 +82,10 @@ def describe(
             for each in ranked[:MOST_MODELS]
         ],
         spare=("active hours", "a day", wakes[1], wakes[3], "median gap", wakes[4]),
+        last=(wakes[2], "daily", wakes[0]),
     )
     output.say(
-        f"{shape.requests:,} requests of {len(shape.models)} models over "
+        f"{_counted(shape.requests, 'request')} of {_counted(len(shape.models), 'model')} over "
         f"{output.lasting(shape.ends_s - shape.begins_s)}. "
         f"daily: share of the hourly variance that the hour "
         "of the day explains; wakes: requests after so long a silence.",
@@ -145,7 +145,7 @@ def convert(
         count = _write(rows if length_s is None else _windows(rows, length_s), target)
         if not count:
             raise _nothing(source)
-    _told(f"{count:,} rows" + (f", {source.bad:,} bad ones skipped" if source.bad else ""))
+    _told(_counted(count, "row") + (f", {source.bad:,} bad ones skipped" if source.bad else ""))
     for note in source.notes:
         _told(note)
 
@@ -183,7 +183,7 @@ def generate(
         assert duration_s is not None
         with _written(out) as file:
             count = _write(synthetic.generate(made, duration_s, seed), file)
-    _told(f"{count:,} requests")
+    _told(_counted(count, "request"))
 
 
 @contextmanager
@@ -226,6 +226,10 @@ def _write(rows: Iterable[Any], file: TextIO) -> int:
     return count
 
 
+def _counted(number: int, one: str) -> str:
+    return f"{number:,} {one}" if number == 1 else f"{number:,} {one}s"
+
+
 def _told(text: str) -> None:
     typer.echo(text, err=True)
 
@@ -261,7 +265,8 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
         at_s = math.floor((row.time_s + NEARLY_S) / length_s) * length_s
         if row.time_s + row.window_s > at_s + length_s + NEARLY_S:
             raise TraceError(
-                f"--per-window: windows of {row.window_s:g} s don't make up windows of {length_s:g} s"
+                f"--per-window: a window of {row.window_s:g} s that begins at {row.time_s:.10g} s is in none of "
+                f"{length_s:g} s, which begin at multiples of that"
             )
         if at_s != begins_s:
             yield from closed()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from autoscaling.commands import options, output, replaying, times
+from autoscaling.commands.failures import WRONG, CommandError
 
 if TYPE_CHECKING:
     from autoscaling.sim.tune import Tuned
@@ -74,6 +75,9 @@ def tune(
 
     replaying.writable({"--out": write}, replaying.inputs(trace, from_store, fleet, profile, cold_start))
     settings = replaying.settings(set_)
+    names = None if parameters is None else [name.strip() for name in parameters.split(",") if name.strip()]
+    if names == []:
+        raise CommandError("--parameters: name at least one", WRONG)
     until_s = options.duration(learn_until, "--learn-until")
     source = replaying.source_of(
         trace, from_store, window=window, model=model, mapping=mapping, skip_bad=skip_bad
@@ -87,7 +91,7 @@ def tune(
             measure=objective,
             least_slo=least_slo,
             trials=trials,
-            names=[name.strip() for name in parameters.split(",")] if parameters else None,
+            names=names,
             fixed=settings,
             processes=jobs,
             done=done,
@@ -100,18 +104,19 @@ def tune(
 
 
 def _show(tuned: Tuned, written: Path | None) -> None:
-    replaying.figures_table(
-        "on the rest", [(tuned.variant.label, tuned.scored.total), ("as it was", tuned.scored_default.total)]
-    )
-    output.say(
-        f"{tuned.measure}: {100 * tuned.saving:+.1f} % saved on what was not learned from; with 90 % confidence "
-        f"{100 * tuned.saving_low:+.1f} to {100 * tuned.saving_high:+.1f} %, from {tuned.resampled}."
-    )
+    found = [(tuned.variant.label, tuned.scored.total)] if tuned.is_found else []
+    replaying.figures_table("on the rest", [*found, ("as it was", tuned.scored_default.total)])
+    output.say(replaying.reckoned(tuned.scored_default), style="dim")
+    if tuned.is_found:
+        output.say(
+            f"{tuned.measure}: {100 * tuned.saving:+.1f} % saved on what was not learned from; with 90 % confidence "
+            f"{100 * tuned.saving_low:+.1f} to {100 * tuned.saving_high:+.1f} %, from {tuned.resampled}."
+        )
     if tuned.verdict is not None:
         output.say(tuned.verdict, style="yellow")
     if written is None:
         output.say(json.dumps(tuned.policy_file(), indent=2))
-    else:
+    elif tuned.is_found:
         output.say(
             f"Use it live: relight policy set MODEL --file {written} (or --all); `relight policy validate` checks it.",
             style="dim",

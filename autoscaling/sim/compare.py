@@ -22,7 +22,7 @@ from autoscaling.sim.oracle import Oracle
 from autoscaling.sim.peers import Killed, follow, forking, shared
 from autoscaling.sim.replay import Setup, SpecOf, replay
 from autoscaling.sim.report import Report, priced
-from autoscaling.traces import Row, Source, TraceError
+from autoscaling.traces import Row, Source, TraceError, until
 
 ORACLE, BEST_FIXED = "oracle", "best-fixed"
 EXTRA = {
@@ -150,6 +150,8 @@ class Base:
     spec: Spec = field(default_factory=lambda: Spec("", wait_cost=10.0, max_replicas=64))
     prices: Mapping[str, float] = field(default_factory=dict)
     """What a GPU costs an hour, of models that it does not cost what the profile says."""
+    notes: tuple[str, ...] = ()
+    """What the reader of every report should know."""
 
     def __post_init__(self) -> None:
         """Raises TypeError for a trace that can't be read again and again."""
@@ -193,11 +195,26 @@ def simulate(
     specs: Mapping[str, Spec] | SpecOf
     if base.specs is None:
         plain = _bounded(variant.applied(base.spec))
-        specs = partial(_named, plain)
+        specs, unheeded = partial(_named, plain), _unheeded(variant.settings, [plain])
     else:
         specs = {model: _bounded(variant.applied(spec)) for model, spec in base.specs.items()}
+        unheeded = _unheeded(variant.settings, list(specs.values()))
     report = _replayed(base, specs, processes, oracle, progress)
-    return _finished(dataclasses.replace(report, policy=ORACLE) if oracle is not None else report, base)
+    if oracle is not None:
+        report = dataclasses.replace(report, policy=ORACLE)
+    return _finished(dataclasses.replace(report, notes=(*report.notes, *unheeded)), base)
+
+
+def _unheeded(settings: Mapping[str, float], specs: Sequence[Spec]) -> list[str]:
+    """A note of a keep_alive_s that was set, and by which none of the policies goes."""
+    heeded = any(holds_to_keep_alive(spec.policy, spec.params) for spec in specs)
+    if "keep_alive_s" not in settings or heeded:
+        return []
+    return [
+        f"keep_alive_s={settings['keep_alive_s']:g} changes nothing under "
+        f"{', '.join(dict.fromkeys(spec.policy for spec in specs))}: {' and '.join(KEEPS)} go by it, and predictive "
+        "with keep_alive_bound=1"
+    ]
 
 
 def _named(plain: Spec, model: str) -> Spec:
@@ -211,7 +228,9 @@ def as_given(base: Base, settings: Mapping[str, float] | None = None, *, process
         variant = Variant(spec.policy, settings or {})
         check(variant)
         specs[model] = _bounded(variant.applied(spec))
-    return _finished(_replayed(base, specs, processes), base)
+    report = _replayed(base, specs, processes)
+    unheeded = _unheeded(settings or {}, list(specs.values()))
+    return _finished(dataclasses.replace(report, notes=(*report.notes, *unheeded)), base)
 
 
 def _replayed(
@@ -273,7 +292,7 @@ def _finished(report: Report, base: Base) -> Report:
             report,
             trace="" if isinstance(source, Sequence) else source.name,
             skipped_rows=0 if isinstance(source, Sequence) else source.bad,
-            notes=(*report.notes, *notes_of(source)),
+            notes=(*report.notes, *notes_of(source), *base.notes),
             scale=setup.scale,
             slo_s=setup.profile.slo_s,
             price_per_gpu_h=setup.profile.price_per_gpu_h,
@@ -286,6 +305,8 @@ def _why_nothing(report: Report, base: Base) -> str:
     first = next(iter(rows_of(base.trace)), None)
     if first is None:
         return "; ".join(["it holds no requests", *notes_of(base.trace)])
+    if not any(row.requests for row in until(rows_of(base.trace), base.setup.until_s)):
+        return "it holds no requests: every count is 0"
     if base.specs is not None and not any(row.model in base.specs for row in rows_of(base.trace)):
         return f"none of its models is in the fleet, which has {', '.join(base.specs)}; its first is {first.model!r}"
     if base.setup.measure_from_s > 0:
@@ -408,11 +429,18 @@ def _job(job: tuple[int, Base, Variant]) -> tuple[int, Report]:
 def swept(policy: str, sweeps: Mapping[str, Sequence[float]], settings: Mapping[str, float]) -> list[Variant]:
     """A variant for each combination of the swept values that the policy knows; itself if it knows none."""
     known = {param.name for param in POLICIES[policy].params} if policy in POLICIES else set()
+    bounds = [*sweeps.get("keep_alive_bound", ()), settings.get("keep_alive_bound", 0.0)]
+    keeps = any(holds_to_keep_alive(policy, {"keep_alive_bound": bound}) for bound in bounds)
     variants = [dict(settings)]
     for name, values in sweeps.items():
-        if name in known or (name in SPEC_FIELDS and (name != "keep_alive_s" or policy in KEEPS)):
+        if name in known or (name in SPEC_FIELDS and (name != "keep_alive_s" or keeps)):
             variants = [{**each, name: value} for each in variants for value in values]
     return [Variant(policy, each, unsaid=frozenset(settings) - frozenset(sweeps)) for each in variants]
+
+
+def holds_to_keep_alive(policy: str, params: Mapping[str, float]) -> bool:
+    """Whether it goes by the spec's keep_alive_s."""
+    return policy in KEEPS or (policy == "predictive" and params.get("keep_alive_bound", 0.0) >= 0.5)
 
 
 KEEPS = ("keep-alive", "reactive")

@@ -22,11 +22,14 @@ in 2025. They are there to be overridden."""
 
 def price_of(types: Iterable[str], prices: Mapping[str, float]) -> float | None:
     """Of the first type that has a price; None if none has. A100-80G is priced as A100 unless it has its own."""
-    for name in types:
-        known = prices.get(name, prices.get(name.partition("-")[0]))
-        if known is not None:
-            return known
-    return None
+    name = priced_as(types, prices)
+    return None if name is None else prices[name]
 
 
-__all__ = ["GPU_PRICES_PER_H", "price_of"]
+def priced_as(types: Iterable[str], prices: Mapping[str, float]) -> str | None:
+    """The name under which that price is."""
+    named = (known for name in types for known in (name, name.partition("-")[0]) if known in prices)
+    return next(named, None)
+
+
+__all__ = ["GPU_PRICES_PER_H", "price_of", "priced_as"]

@@ -188,6 +188,13 @@ class Profile:
 
 def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gpu_h) -> Profile:
     """The price is that of a file that names none. Raises ProfileError."""
+    return read_profile(path, price_per_gpu_h)[0]
+
+
+def read_profile(
+    path: str | Path, price_per_gpu_h: float = Profile.price_per_gpu_h
+) -> tuple[Profile, frozenset[str]]:
+    """The same, and the fields that the file names. Raises ProfileError."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,14 +205,10 @@ def load_profile(path: str | Path, price_per_gpu_h: float = Profile.price_per_gp
         profile = parse_profile(data)
     except ProfileError as error:
         raise ProfileError(f"{path}: {error}") from None
-    if "price_per_gpu_h" in data:
-        return profile
-    return dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
-
-
-def named_in(path: str | Path) -> frozenset[str]:
-    """Which fields a file that `load_profile` has read says itself."""
-    return frozenset(json.loads(Path(path).read_text(encoding="utf-8")))
+    named = frozenset(data)
+    if "price_per_gpu_h" not in named:
+        profile = dataclasses.replace(profile, price_per_gpu_h=price_per_gpu_h)
+    return profile, named
 
 
 def parse_profile(data: object) -> Profile:
@@ -298,4 +301,4 @@ def _rung(name: object, where: str) -> Rung:
     return rung
 
 
-__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "named_in", "parse_profile"]
+__all__ = ["Engine", "Profile", "ProfileError", "Start", "load_profile", "parse_profile", "read_profile"]

@@ -24,10 +24,12 @@ class ModelShape:
     model: str
     requests: int
     per_day: float
+    """NaN, as what follows, where there is nothing to tell it from: of a trace that is one moment. null in JSON."""
     gap_cv: float
-    """Coefficient of variation of the gaps between requests: 0 a timer, 1 a Poisson process, more is bursty."""
+    """Coefficient of variation of the gaps between requests: 0 a timer, 1 a Poisson process, more is bursty. NaN of a
+    single request."""
     median_gap_s: float
-    """To within 2 %."""
+    """To within 2 %; NaN of a single request."""
     daily: float
     """How much of the hourly counts' variance the hour of the day explains, 0 to 1."""
     active_hours: float
@@ -52,6 +54,9 @@ class Shape:
     def to_plain(self) -> dict[str, Any]:
         """For JSON."""
         plain = dataclasses.asdict(self)
+        for model in plain["models"]:
+            for name in ("per_day", "gap_cv", "median_gap_s"):
+                model[name] = None if math.isnan(model[name]) else model[name]
         plain["wakes_after_s"] = list(WAKES_AFTER_S)
         return plain
 
@@ -113,7 +118,7 @@ def _add(model: _Model, times: Floats) -> None:
 
 
 def _shape(name: str, model: _Model, begins_s: float, ends_s: float) -> ModelShape:
-    days = max(ends_s - begins_s, 1.0) / 86400
+    days = max(ends_s - begins_s, 1.0) / 86400 if ends_s > begins_s else math.nan
     mean = model.sum / model.gaps if model.gaps else math.nan
     spread = math.sqrt(max(0.0, model.squares / model.gaps - mean**2)) if model.gaps else math.nan
     first, last = int(begins_s // 3600), int(ends_s // 3600)
@@ -124,7 +129,7 @@ def _shape(name: str, model: _Model, begins_s: float, ends_s: float) -> ModelSha
         model=name,
         requests=model.requests,
         per_day=model.requests / days,
-        gap_cv=spread / mean if model.gaps and mean > 0 else 0.0,
+        gap_cv=spread / mean if mean != 0 else 0.0,
         median_gap_s=_median_s(model),
         daily=_daily(counts, first),
         active_hours=len(model.hours) / len(counts),
@@ -133,9 +138,9 @@ def _shape(name: str, model: _Model, begins_s: float, ends_s: float) -> ModelSha
 
 
 def _median_s(model: _Model) -> float:
-    """The middle of its cell; 0 below the first."""
+    """The middle of its cell; 0 below the first, NaN without gaps."""
     if not model.gaps:
-        return 0.0
+        return math.nan
     cell = int(np.searchsorted(np.cumsum(model.cells), model.gaps / 2))
     if cell == 0:
         return 0.0

@@ -94,6 +94,11 @@ class Tuned:
         return f"resampling {self.found.models} models and {self.found.spans} spans of time"
 
     @property
+    def is_found(self) -> bool:
+        """Whether any setting that was tried was better, on what was learned from, than as it was."""
+        return self.learned is not self.learned_default
+
+    @property
     def is_sure(self) -> bool:
         """Whether it saves anything with 95 % confidence."""
         return self.found.low > 0
@@ -107,9 +112,11 @@ class Tuned:
         """What speaks against the parameters that were found, or says more for them than what they save; else None."""
         if not self.keeps(self.learned):
             return (
-                f"No setting that was tried keeps {100 * (self.least_slo or 0):g} % of the requests to the SLO; this "
-                "one comes nearest."
+                f"No setting that was tried keeps {100 * (self.least_slo or 0):g} % of the requests to the SLO; "
+                f"{'this one' if self.is_found else 'as it was'} comes nearest."
             )
+        if not self.is_found:
+            return "No setting that was tried was better than as it was: keep the parameters as they are."
         if not self.keeps(self.scored):
             return (
                 f"On the rest it keeps {100 * self.scored.total.slo_attainment:.1f} % of the requests to the SLO, less "
@@ -238,6 +245,11 @@ def tune(
     if learn_until_s >= length_s:
         raise SettingError(
             f"learn_until_s: {learn_until_s:,.0f} s leave nothing to score: the trace lasts {length_s:,.0f} s"
+        )
+    if learn_until_s <= base.setup.measure_from_s:
+        raise SettingError(
+            f"learn_until_s: {learn_until_s:,.0f} s leave nothing to search on: what comes before measure_from_s, "
+            f"{base.setup.measure_from_s:,.0f} s, is not counted"
         )
     learn = replace(base, setup=replace(base.setup, until_s=learn_until_s))
     optuna.logging.set_verbosity(optuna.logging.ERROR)

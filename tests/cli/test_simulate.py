@@ -16,7 +16,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from typer.testing import CliRunner
 
+from autoscaling.cli import app
 from autoscaling.core.types import Rung
 from autoscaling.live.clock import SystemClock
 from autoscaling.live.records import ColdStartRow
@@ -124,6 +126,8 @@ class TestOptions:
         file = requests(tmp_path, [0, 10])
         said = fails("simulate", tmp_path / "windows.csv", *KEEP, "--scale", "1e300")
         assert "scale: 1e+300 makes more of 10 requests of a window than 100,000,000" in said
+        file.with_name("none.csv").write_text("minute,model,count\n0,m,0\n9,m,0\n")
+        assert "it holds no requests: every count is 0" in fails("simulate", tmp_path / "none.csv", *KEEP)
         said = fails("simulate", file, *KEEP, "--scale", 5)
         assert "scale: 5 is above 1" in said and "only traces of windows can hold more" in said
 
@@ -143,6 +147,58 @@ class TestOptions:
         assert cost("--profile", str(profile)) == pytest.approx(plain)
         assert cost("--profile", str(profile), "--price", "H100=6") == pytest.approx(plain * 2)
         assert "'MI300X' has no price" in fails("simulate", file, *KEEP, "--gpu", "MI300X")
+
+    @pytest.mark.parametrize(
+        ("arguments", "notes"),
+        [
+            (("--price", "h100=9"), ["h100=9 changes nothing, for what is paid is that of H100"]),
+            (
+                ("--price", "L4=9", "--price", "H100=2"),
+                ["L4=9 changes nothing, for what is paid is that of H100"],
+            ),
+            (
+                ("--price", "H100=9", "--gpu", "L4"),
+                ["H100=9 changes nothing, for what is paid is that of L4"],
+            ),
+            (("--price", "L4=9", "--gpu", "L4-24G"), []),
+            (
+                ("--price", "H100=9", "--profile", "priced.json"),
+                ["H100=9 changes nothing, for what is paid is the profile's price_per_gpu_h"],
+            ),
+            (("--price", "H100=9", "--profile", "priced.json", "--gpu", "H100"), []),
+            (("--price", "H100=9", "--fleet", "fleet.yaml"), []),
+            (
+                ("--price", "A100=9", "--fleet", "fleet.yaml"),
+                ["A100=9 changes nothing, for what is paid is that of H100, L4"],
+            ),
+        ],
+    )
+    def test_a_price_that_nobody_pays_is_said(
+        self, tmp_path: Path, arguments: tuple[str, ...], notes: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("priced.json").write_text('{"price_per_gpu_h": 1}')
+        Path("fleet.yaml").write_text(FLEET)
+        found = report("simulate", requests(tmp_path, [0], model="small"), *KEEP, *arguments)["notes"]
+        assert found == [f"--price {note}; --gpu names another type" for note in notes]
+
+    def test_a_keep_alive_by_which_no_policy_goes_is_said(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 50])
+        policies = ("--policies", "keep-alive,kpa,predictive,oracle", "--set", "keep_alive_s=60")
+        found = report("compare", file, *policies)
+        said = {each["policy"]: [note.partition(":")[0] for note in each["notes"]] for each in found}
+        assert said == {
+            "keep-alive": [],
+            "kpa": ["keep_alive_s=60 changes nothing under kpa"],
+            "predictive": ["keep_alive_s=60 changes nothing under predictive"],
+            "oracle": ["keep_alive_s=60 changes nothing under predictive"],
+        }
+        bound = ("--policy", "predictive", "--set", "keep_alive_bound=1", "--set", "keep_alive_s=60")
+        assert report("simulate", file, *bound)["notes"] == []
+
+    def test_a_start_may_take_no_time(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 200])
+        assert report("simulate", file, *KEEP, "--cold-start", "0s")["total"]["wait_max_s"] < 1
 
     def test_a_profile_says_what_the_cluster_is(self, tmp_path: Path) -> None:
         profile = tmp_path / "profile.json"
@@ -415,7 +471,15 @@ def test_a_store_by_its_url(tmp_path: Path) -> None:
     found = report("simulate", "--from-store", url, *KEEP)
     assert (found["trace"], found["total"]["requests"], found["total"]["cold_starts"]) == (url, 2, 2)
     assert found["total"]["wait_max_s"] == pytest.approx(12.1, abs=0.1)
-    assert "2 requests of 1 models" in says("trace", "describe", "--from-store", url)
+    profile = tmp_path / "profile.json"
+    for named, lasts_s in (({"slo_s": 7}, 12.1), ({"starts": {"template": 3}}, 3.1)):
+        profile.write_text(json.dumps(named))
+        found = report("simulate", "--from-store", url, *KEEP, "--profile", profile)
+        assert found["total"]["wait_max_s"] == pytest.approx(lasts_s, abs=0.1)
+    for option in (("--map", "a=b"), ("--model", "b"), ("--window", "1m"), ("--skip-bad",)):
+        said = fails("simulate", "--from-store", url, *KEEP, *option)
+        assert f"{option[0]}: it is for a TRACE" in said
+    assert "2 requests of 1 model" in says("trace", "describe", "--from-store", url)
     assert says("trace", "convert", url, "-").count(",a,") == 2
 
 
@@ -461,6 +525,29 @@ def test_a_store_is_read_where_it_may_not_be_written(tmp_path: Path) -> None:
 
 
 class TestCompare:
+    def test_a_keep_alive_is_swept_where_it_acts(self, tmp_path: Path) -> None:
+        """As a bound on what predictive keeps; here nobody knows the model yet, and its engine would be kept."""
+        file = requests(tmp_path, [0, 50, 200])
+        options = (
+            "--policies",
+            "predictive",
+            "--set",
+            "keep_alive_bound=1",
+            "--sweep",
+            "keep_alive_s=1,3000",
+        )
+        found = report("compare", file, *options, *TWO_STATES)
+        assert [each["keep_alive_s"] for each in found] == [1, 3000]
+        bounds = (
+            "--policies",
+            "predictive",
+            "--sweep",
+            "keep_alive_bound=0,1",
+            "--sweep",
+            "keep_alive_s=1,3000",
+        )
+        assert len(report("compare", file, *bounds, *TWO_STATES)) == 4
+
     def test_a_row_for_each_policy_and_value(self, tmp_path: Path) -> None:
         file = requests(tmp_path, [0, 50, 200])
         options = ("--policies", "keep-alive,kpa", "--sweep", "keep_alive_s=10,60", *TWO_STATES)
@@ -707,6 +794,38 @@ def test_start_times_that_are_damaged_are_one_clear_error(tmp_path: Path) -> Non
     starts.write_bytes(packed)
     said = fails("simulate", requests(tmp_path, [0]), *KEEP, "--cold-start", starts)
     assert f"{starts}: can't be read: " in said
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60])
+def test_a_narrow_terminal_shows_names_and_what_counts(tmp_path: Path, columns: int) -> None:
+    """Other columns go before names do."""
+    file = tmp_path / "t.csv"
+    names = ("a-model-of-a-long-name", "b")
+    file.write_text("timestamp_s,model\n" + "".join(f"{at},{name}\n" for at in (0, 90) for name in names))
+    for command, kept in ((("trace", "describe"), "gap cv"), (("simulate", *KEEP), "total")):
+        terminal = {"COLUMNS": str(columns), "FORCE_COLOR": "1", "TERM": "xterm"}
+        result = CliRunner().invoke(app, [*command, str(file)], env=terminal)
+        table = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout).partition("A wider terminal shows also")[0]
+        lines = [line.rstrip() for line in table.splitlines()]
+        assert kept in lines[0]
+        assert lines[1].startswith("a-model-of-a") and any(line.startswith("b  ") for line in lines)
+        assert max(map(len, lines)) <= columns
+
+
+def test_a_table_says_what_the_slo_and_the_prices_are(tmp_path: Path) -> None:
+    file, fleet, profile = (
+        requests(tmp_path, [0], model="small"),
+        tmp_path / "fleet.yaml",
+        tmp_path / "p.json",
+    )
+    fleet.write_text(FLEET)
+    profile.write_text('{"slo_s": 7, "price_per_gpu_h": 1.25}')
+    plain = "in SLO: waited 5 s at most. cost: at 3 for a GPU-hour, in US dollars unless the price was given."
+    assert plain in says("simulate", file, *KEEP)
+    assert plain in says("compare", file, "--policies", "keep-alive")
+    said = says("simulate", file, *KEEP, "--profile", profile)
+    assert "in SLO: waited 7 s at most. cost: at 1.25 for a GPU-hour" in said
+    assert "cost: at the price of each model's GPU type" in says("simulate", file, *KEEP, "--fleet", fleet)
 
 
 def test_a_share_is_not_rounded_up(tmp_path: Path) -> None:

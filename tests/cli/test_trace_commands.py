@@ -176,8 +176,13 @@ class TestConversion:
     def test_windows_are_not_cut(self, tmp_path: Path) -> None:
         file = tmp_path / "win10_x.csv"
         file.write_text("minute,model,count\n0,a,3\n10,a,3\n")
-        assert "windows of 600 s don't make up windows of 60 s" in fails(
-            "trace", "convert", file, "-", "--per-window", "1m"
+        assert (
+            "a window of 600 s that begins at 0 s is in none of 60 s, which begin at multiples of that"
+        ) in fails("trace", "convert", file, "-", "--per-window", "1m")
+        unaligned = tmp_path / "win60_x.csv"
+        unaligned.write_text("minute,model,count\n30,a,3\n")
+        assert "a window of 3600 s that begins at 1800 s is in none of 3600 s" in fails(
+            "trace", "convert", unaligned, "-", "--per-window", "1h"
         )
         assert rows(says("trace", "convert", file, "-", "--per-window", "1h"))[0]["count"] == "6"
 
@@ -252,6 +257,32 @@ BAD = {
 }
 
 
+UNFIT = [
+    (
+        "t.csv",
+        "timestamp_s,model\n1,a\n",
+        ("--window", "5m"),
+        "--window 300 s is for windows whose length is not said",
+    ),
+    ("t.csv", "minute,model,count,window_s\n1,a,1,60\n", ("--window", "5m"), "its rows say theirs"),
+    ("t.log", FORMATS["access.log"][0], ("--window", "5m"), "--window 300 s is for traces of windows"),
+    ("t.csv", "timestamp_s,model\n1,a\n", ("--map", "a=b"), "--map is for names and paths of logs"),
+    ("t.csv", "timestamp_s,model\n1,a\n", ("--model", "b"), "--model 'b' is for what names no model"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "option", "words"), UNFIT, ids=[f"{each[2][0]} {i}" for i, each in enumerate(UNFIT)]
+)
+def test_an_option_that_says_nothing_of_a_file_is_one_clear_error(
+    tmp_path: Path, name: str, text: str, option: tuple[str, str], words: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    said = fails("trace", "describe", file, *option)
+    assert f"{file}: " in said and words in said
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_row_is_one_clear_error(tmp_path: Path, name: str) -> None:
     text, words = BAD[name]
@@ -309,7 +340,15 @@ class TestDescribe:
 
     def test_for_people(self, tmp_path: Path) -> None:
         said = says("trace", "describe", requests(tmp_path, [0, 100, 90_000]))
-        assert "3 requests of 1 models over 1 d 1 h" in said
+        assert "3 requests of 1 model over 1 d 1 h" in said
+
+    def test_a_single_request_is_no_timer(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [7])
+        said = says("trace", "describe", file)
+        assert said.splitlines()[1].split()[:5] == ["m", "1", "-", "-", "-"]
+        assert "1 request of 1 model over" in said
+        (model,) = json.loads(says("trace", "describe", file, "--json"))["models"]
+        assert [model[name] for name in ("per_day", "gap_cv", "median_gap_s")] == [None, None, None]
 
 
 GENERATED = [

@@ -79,6 +79,20 @@ def test_a_trace_lasts_until_the_end_of_its_longest_window(tmp_path: Path) -> No
     )
 
 
+def test_parameters_are_named(trace: Path) -> None:
+    names = ("--policy", "keep-alive", "--trials", 1, *TWO_STATES, "--parameters")
+    assert tuned(trace, *names, "keep_alive_s,")["policy"] == "keep-alive"
+    assert "--parameters: name at least one" in fails("tune", trace, *names, ",")
+
+
+def test_what_is_not_counted_is_no_part_to_search_on(trace: Path) -> None:
+    said = fails("tune", trace, *TUNE, "--measure-from", "1d", "--learn-until", "12h")
+    assert (
+        "learn_until_s: 43,200 s leave nothing to search on: what comes before measure_from_s, 86,400 s"
+        in said
+    )
+
+
 def test_processes_change_nothing(trace: Path) -> None:
     assert tuned(trace, *TUNE, "--jobs", 1) == tuned(trace, *TUNE, "--jobs", 2)
 
@@ -103,8 +117,10 @@ def test_where_nothing_is_to_be_had_it_says_so(tmp_path: Path) -> None:
         4,
         *TWO_STATES,
     )
-    assert "+0.0 % saved" in said
-    assert "keep the parameters as they are" in said
+    assert "No setting that was tried was better than as it was: keep the parameters as they are." in said
+    # One row, and nothing to be used instead.
+    assert [line.split("  ")[0] for line in said.splitlines()[:2]] == ["on the rest", "as it was"]
+    assert "% saved" not in said and "Use it live" not in said
 
 
 def test_a_bound_on_the_slo_goes_first(trace: Path) -> None:
