@@ -59,7 +59,7 @@ class Setup:
     tick_s: float = 1.0
     scale: float = 1.0
     measure_from_s: float = 0.0
-    """Seconds from the second of the first request; what comes before is learned from only."""
+    """Seconds from the first request, to the whole second; what comes before is learned from only."""
     until_s: float | None = None
     """Seconds from the first row; what comes after is not read. None: all of it."""
     follow: bool = True
