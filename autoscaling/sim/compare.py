@@ -118,10 +118,10 @@ def check(variant: Variant) -> None:
             raise SettingError(f"{name}: {value:g} must be above 0")
         if value < 0 and name != "priority":
             raise SettingError(f"{name}: {value:g} must not be negative")
-    for name in ("keep_alive_s", IDLE.name):
+    for name in SAME:
         if variant.policy == BEST_FIXED and name in variant.settings:
             raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")
-    if policy in KEEPS and {"keep_alive_s", IDLE.name} <= variant.settings.keys():
+    if policy in KEEPS and SAME.keys() <= variant.settings.keys():
         raise SettingError(
             f"keep_alive_s: {variant.settings['keep_alive_s']:g} does nothing beside {IDLE.name}, "
             f"{variant.settings[IDLE.name]:g}; set one of them"
@@ -400,12 +400,15 @@ def swept(policy: str, sweeps: Mapping[str, Sequence[float]], settings: Mapping[
 
 KEEPS = ("keep-alive", "reactive")
 """Policies that hold to the spec's keep_alive_s."""
+SAME = {"keep_alive_s": IDLE.name, IDLE.name: "keep_alive_s"}
+"""What says the same to them as another: only one of them can be set."""
 
 __all__ = [
     "BEST_FIXED",
     "EXTRA",
     "KEEPS",
     "ORACLE",
+    "SAME",
     "Base",
     "SettingError",
     "Variant",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from autoscaling.core.policies import POLICIES
 from autoscaling.sim.compare import (
     KEEPS,
+    SAME,
     SPEC_FIELDS,
     Base,
     SettingError,
@@ -231,6 +232,12 @@ def tune(
     if not searched:
         raise SettingError(f"policy {policy} has no parameter to be tuned")
     check(Variant(policy, kept))
+    # What is searched takes the place of what says the same.
+    held = {
+        name: value
+        for name, value in kept.items()
+        if policy not in KEEPS or SAME.get(name) not in {each.name for each in searched}
+    }
     length_s = _length_s(base)
     if learn_until_s is None:
         learn_until_s = float(round(LEARNED * length_s))
@@ -246,7 +253,7 @@ def tune(
     best_report, best_worth = as_it_was, _worth(as_it_was, measure, least_slo)
     for first in range(0, trials, BATCH):
         asked = [study.ask() for _ in range(min(BATCH, trials - first))]
-        variants = [Variant(policy, {**kept, **_suggested(trial, searched)}) for trial in asked]
+        variants = [Variant(policy, {**held, **_suggested(trial, searched)}) for trial in asked]
         for trial, report in zip(asked, compare(learn, variants, processes=processes), strict=True):
             worth = _worth(report, measure, least_slo)
             study.tell(trial, worth)
@@ -256,7 +263,7 @@ def tune(
             done(first + len(asked), trials)
     improved = best_report is not as_it_was
     best = Variant(
-        policy, {**kept, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
+        policy, {**held, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
     )
     score = sampled(
         replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)),
