@@ -123,10 +123,10 @@ def check(variant: Variant) -> None:
 
 
 def _check_idle(variant: Variant, policy: str) -> None:
-    for name in ("keep_alive_s", IDLE.name):
+    for name in SAME:
         if variant.policy == BEST_FIXED and name in variant.settings:
             raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")
-    if policy in KEEPS and {"keep_alive_s", IDLE.name} <= variant.settings.keys():
+    if policy in KEEPS and SAME.keys() <= variant.settings.keys():
         raise SettingError(
             f"keep_alive_s: {variant.settings['keep_alive_s']:g} does nothing beside {IDLE.name}, "
             f"{variant.settings[IDLE.name]:g}; set one of them"
@@ -445,12 +445,15 @@ def holds_to_keep_alive(policy: str, params: Mapping[str, float]) -> bool:
 
 KEEPS = ("keep-alive", "reactive")
 """Policies that hold to the spec's keep_alive_s."""
+SAME = {"keep_alive_s": IDLE.name, IDLE.name: "keep_alive_s"}
+"""What says the same to them as another: only one of them can be set."""
 
 __all__ = [
     "BEST_FIXED",
     "EXTRA",
     "KEEPS",
     "ORACLE",
+    "SAME",
     "Base",
     "SettingError",
     "Variant",

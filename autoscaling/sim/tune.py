@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.policies import POLICIES
-from autoscaling.core.policies.following import IDLE
 from autoscaling.sim.compare import (
     KEEPS,
+    SAME,
     SPEC_FIELDS,
     Base,
     SettingError,
@@ -239,6 +239,12 @@ def tune(
     if not searched:
         raise SettingError(f"policy {policy} has no parameter to be tuned")
     check(Variant(policy, kept))
+    # What is searched takes the place of what says the same.
+    held = {
+        name: value
+        for name, value in kept.items()
+        if policy not in KEEPS or SAME.get(name) not in {each.name for each in searched}
+    }
     length_s = _length_s(base)
     if learn_until_s is None:
         learn_until_s = float(round(LEARNED * length_s))
@@ -259,7 +265,7 @@ def tune(
     best_report, best_worth = as_it_was, _worth(as_it_was, measure, least_slo)
     for first in range(0, trials, BATCH):
         asked = [study.ask() for _ in range(min(BATCH, trials - first))]
-        variants = [Variant(policy, _beside(kept, _suggested(trial, searched))) for trial in asked]
+        variants = [Variant(policy, {**held, **_suggested(trial, searched)}) for trial in asked]
         for trial, report in zip(asked, compare(learn, variants, processes=processes), strict=True):
             worth = _worth(report, measure, least_slo)
             study.tell(trial, worth)
@@ -269,7 +275,7 @@ def tune(
             done(first + len(asked), trials)
     improved = best_report is not as_it_was
     best = Variant(
-        policy, _beside(kept, _short(study.best_params)) if improved else kept, unsaid=frozenset(kept)
+        policy, {**held, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
     )
     score = sampled(
         replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)),
@@ -288,13 +294,6 @@ def tune(
         scored=replace(scored, timeline={}),
         scored_default=replace(scored_default, timeline={}),
         found=saving_of(scored, scored_default, measure, wait_costs, base.setup.seed),
-    )
-
-
-def _beside(kept: Mapping[str, float], found: Mapping[str, float]) -> dict[str, float]:
-    """Both, but for a keep-alive that stays as it is where the idle time that goes before it was found."""
-    return {name: kept[name] for name in kept if name != "keep_alive_s" or IDLE.name not in found} | dict(
-        found
     )
 
 

@@ -123,6 +123,15 @@ def test_where_nothing_is_to_be_had_it_says_so(tmp_path: Path) -> None:
     assert "% saved" not in said and "Use it live" not in said
 
 
+@pytest.mark.parametrize(("kept", "searched"), [("keep_alive_s", "idle_s"), ("idle_s", "keep_alive_s")])
+def test_what_is_searched_takes_the_place_of_what_says_the_same(
+    trace: Path, kept: str, searched: str
+) -> None:
+    found = tuned(trace, *TUNE, "--parameters", searched, "--set", f"{kept}=0.5", "--objective", "waited_s")
+    assert found["evidence"]["learned"] < found["evidence"]["learned_default"]
+    assert list(found["evidence"]["settings"]) == [searched]
+
+
 def test_a_bound_on_the_slo_goes_first(trace: Path) -> None:
     """Fewest GPU-seconds alone are those of no keep-alive at all."""
     cheap = tuned(trace, *TUNE, "--objective", "gpu_s")
