@@ -189,6 +189,7 @@ class Planner:
         self.intake = Intake(self.store, clock.now_s)
         self._restore(states)
         kept = self._kept()
+        plan = self._last_plan()
         self.forecasts = self._start_forecasts(forecasts, states.get(FLEET_KEY))
         self._publisher = Publisher(self._put_plan, clock, every_s=setup.plan_every_s)
         self._nodes = nodes or NodeRequests(request_nodes)
@@ -210,12 +211,12 @@ class Planner:
             ),
             self,
             Budget(setup.gpu_budget, setup.spend_gpu_s_per_day),
-            self._remembered(states),
+            self._remembered(states, plan),
             accounts=self,
             spent=(day_of(clock.now_s()), 0.0) if kept is None else kept.spent,
             prewarms=() if kept is None else self._open_prewarms(kept.prewarms),
         )
-        self._restore_plan()
+        self._restore_plan(plan)
 
     # Starting from what the store has
 
@@ -228,11 +229,14 @@ class Planner:
             last_busy_s = _last_busy_s(states.get(model, State()))
             self._metrics.restore(model, _last_arrival_s(self.store, model, now_s), last_busy_s)
 
-    def _remembered(self, states: Mapping[str, State]) -> dict[str, State]:
+    def _last_plan(self) -> Plan | BrokenPlan | None:
+        """That of the controller before this one."""
+        text = self.store.plan()
+        return from_json(text) if text is not None else None
+
+    def _remembered(self, states: Mapping[str, State], plan: Plan | BrokenPlan | None) -> dict[str, State]:
         """What the models' policies remember, as far as it still says something: of the load of some time ago it would
         have replicas lit that nobody needs."""
-        text = self.store.plan()
-        plan = from_json(text) if text is not None else None
         looked = isinstance(plan, Plan) and self._clock.now_s() - plan.made_s <= JUMP_S
         return {
             model: state if looked else lapsed(state)
@@ -304,10 +308,8 @@ class Planner:
         self._prewarms.update(found)
         return list(found.values())
 
-    def _restore_plan(self) -> None:
+    def _restore_plan(self, plan: Plan | BrokenPlan | None) -> None:
         """Have policies act on the last plan again, if it still holds, before the first tick has seen anything."""
-        text = self.store.plan()
-        plan = from_json(text) if text is not None else None
         if isinstance(plan, BrokenPlan):
             self._errors["plan"] = plan.message
         elif plan is not None and plan.made_s <= self._clock.now_s():

@@ -20,6 +20,7 @@ from autoscaling.live import intake, planner
 from autoscaling.live.planner import Planner
 from autoscaling.live.store import Store, database
 from tests.controller.lab import NOW_S, Forecasts, World, serve_view, setup
+from tests.fakes.waiting import until
 
 
 @contextmanager
@@ -231,14 +232,6 @@ def import_history(world: World) -> None:
         [(model, float(s), 1, 0, 0, 1.0) for model in MODELS for s in np.floor(seconds[model][::-1])], 1.0
     )
     store.close()
-
-
-def until(said: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if said():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it never came")
 
 
 def by_the_fleet(controller: Planner) -> int:

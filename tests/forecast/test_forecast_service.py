@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from autoscaling.forecast.schedule import Schedule
 from autoscaling.forecast.service import ForecastService
 from autoscaling.forecast.worker import Fitter, Worker
 from autoscaling.traffic import Traffic
+from tests.fakes.waiting import until
 
 NOW_S = START_S + 20 * 180 + 90
 TIMES = bursts(21)
@@ -69,14 +69,6 @@ def start() -> Iterator[Start]:
     yield begin
     for service in started:
         service.close()
-
-
-def until(said: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if said():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError("it never came")
 
 
 def forecast(service: ForecastService, model: str) -> Forecast:
