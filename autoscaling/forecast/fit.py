@@ -58,6 +58,8 @@ class Seen:
     ended: tuple[Silence, ...]
     """Silences since then, oldest first."""
     recent: Recent | None
+    arrivals: float = 0.0
+    """Requests since then."""
 
 
 @dataclass(frozen=True, slots=True)

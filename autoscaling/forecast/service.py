@@ -256,7 +256,7 @@ class ForecastService:
             self._fail(given, error)
             return
         now_s = self._clock.monotonic_s()
-        page = self._book.page(given.model)
+        seen, since = task.job.seen, self._book.page(given.model).arrivals
         with self._lock:
             turn = self._schedule.turns.get(given.model)
             if turn is None:
@@ -279,7 +279,7 @@ class ForecastService:
                 effort=given.effort,
                 cost_s=answer.cpu_s,
             )
-            if page.arrivals == 0 and page.fitted is not None and fitted.demand is None:
+            if seen.fitted is not None and seen.arrivals == since == 0 and fitted.demand is None:
                 self._schedule.quiet(given.model)
             self._fits += 1
             self._cpu_s += answer.cpu_s

@@ -29,7 +29,7 @@ from autoscaling.core.types import (
 )
 from tests.core.lab import RUNGS, T0, Cluster, demand, later, never, poisson, said, seen, spec, timer
 
-quickly = settings(max_examples=600, suppress_health_check=[HealthCheck.too_slow])
+quickly = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 names = st.sampled_from(sorted(POLICIES))
 
 

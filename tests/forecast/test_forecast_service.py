@@ -184,6 +184,46 @@ def test_an_arrival_turns_the_forecast_to_the_next_burst_at_once(start: Start) -
     assert np.interp(200, shown.times_s, shown.survival) < 0.2
 
 
+class SetClock(Clock):
+    """As `Clock`, and as long after the start as it is set to."""
+
+    later_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return super().monotonic_s() + self.later_s
+
+
+def test_a_model_that_is_asked_now_and_then_is_fitted_again_four_times_as_often_as_one_that_is_not() -> None:
+    clock = SetClock()
+    asked, not_asked = "asked", "not asked"
+    service = ForecastService(store, lambda _: 0.0, clock, fitters=(fit_standard,))
+    fitted_at: dict[str, list[float]] = {asked: [], not_asked: []}
+
+    def fits() -> int:
+        for model, at in fitted_at.items():
+            turn = service._schedule.turns[model]
+            if turn.fitted_s is not None and turn.fitted_s not in at and not turn.running:
+                at.append(turn.fitted_s)
+        return sum(map(len, fitted_at.values()))
+
+    service.watch([asked, not_asked])
+    service.start()
+    try:
+        until(lambda: fits() == 2)
+        service.arrived(asked, NOW_S, 1)
+        # Everybody's turn, after a quarter of an hour give or take a fifth.
+        clock.later_s += 1100.0
+        until(lambda: fits() == 4)
+        # Again, but for the one to which nothing had come.
+        clock.later_s += 1100.0
+        until(lambda: len(fitted_at[asked]) == fits() - 2 == 3)
+        assert service.health()["fits"] == 5
+        clock.later_s += 3300.0
+        until(lambda: fits() == 7)
+    finally:
+        service.close()
+
+
 def test_who_is_no_longer_watched_is_forgotten(start: Start) -> None:
     service = start(["a"])
     forecast(service, "a")

@@ -65,14 +65,15 @@ def test_nothing_is_known_of_later() -> None:
 
 
 def judged(
-    monkeypatch: pytest.MonkeyPatch, times: list[float], learn: Learn, work_s: float = 5.0
-) -> dict[float, tuple[float, float]]:
-    """By wait_cost, (cold starts over fixed keep-alive's, cost over the best one's) of one model's traffic."""
+    monkeypatch: pytest.MonkeyPatch, times: list[float], *learns: Learn
+) -> list[dict[float, tuple[float, float]]]:
+    """By wait_cost, (cold starts over fixed keep-alive's, cost over the best one's) of one model's traffic: of each way
+    to learn."""
     case = policies_sparse.Case("", SCORED_S, lambda rows, _: rows, "")
     monkeypatch.setitem(policies_sparse.CASES, "one", case)
     # With no more at once than it comes, each is worked on for as long as the silences were made for.
     monkeypatch.setitem(
-        policies_sparse._ROWS, "one", [Row(time_s, "m0", 1, exec_s=work_s) for time_s in times]
+        policies_sparse._ROWS, "one", [Row(time_s, "m0", 1, exec_s=5.0) for time_s in times]
     )
     monkeypatch.setattr(policies_sparse, "KEEP_ALIVES_S", (0.0, 30.0, 120.0, 600.0, 2400.0, 9600.0))
     monkeypatch.setattr(policies_sparse, "WAIT_COSTS", (1.0, 10.0, 100.0))
@@ -82,15 +83,19 @@ def judged(
     ]
     runs = [policies_sparse.plain(job, report) for job, report in policies_sparse.run(fixed, 1)]
     known, scored_s = silences_of("one")
-    hazards = learn(known, cells(known), scored_s)
-    rows = policies_sparse.judged("one", [*runs, *points("one", known, hazards)])["rows"]
-    return {row["wait_cost"]: (row["cold_ratio"], row["cost_ratio"]) for row in rows}
+    cut = cells(known)
+    result = []
+    for learn in learns:
+        hazards = learn(known, cut, scored_s)
+        rows = policies_sparse.judged("one", [*runs, *points("one", known, hazards)])["rows"]
+        result.append({row["wait_cost"]: (row["cold_ratio"], row["cost_ratio"]) for row in rows})
+    return result
 
 
 def test_chance_leaves_nothing_to_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Poisson traffic at one rate: nothing is cheaper than the best keep-alive, but for what was fitted of chance."""
     times = np.cumsum(RANDOM.exponential(600.0, 6500)).tolist()
-    before, cheated = (judged(monkeypatch, times, learn) for learn in (learned_before, learned_on_it))
+    before, cheated = judged(monkeypatch, times, learned_before, learned_on_it)
     costs = [[cost for _, cost in each.values()] for each in (before, cheated)]
     assert costs[0] == pytest.approx([1.0] * 3, abs=0.05)
     assert np.mean(costs[1]) < np.mean(costs[0])
@@ -100,7 +105,7 @@ def test_a_rhythm_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pairs of requests, 100 s apart, every half hour: the end of either silence is known to the second or so."""
     begins = np.arange(0.0, 40 * DAY_S, 1800.0)
     times = np.sort(np.concatenate([begins, begins + 100.0])) + RANDOM.uniform(0, 2, 2 * len(begins))
-    found = judged(monkeypatch, times.tolist(), learned_before)
+    (found,) = judged(monkeypatch, times.tolist(), learned_before)
     assert found[10.0][1] < 0.7
     assert found[100.0][1] < 0.5
 
