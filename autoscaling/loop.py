@@ -130,6 +130,10 @@ class Loop:
         next_s = math.inf
         for decision in self._made.values():
             next_s = min(next_s, decision.until_s)
+        if self.budget.gpus is not None:
+            # Of those that wait for their turn.
+            for decision in self._clamped.values():
+                next_s = min(next_s, decision.until_s)
         return next_s
 
     def looks_s(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from autoscaling.core.seen import devices, known, per_replica
 from autoscaling.core.series import need_of
+from autoscaling.core.turns import Turns
 from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
 
 ASKED_FOR = frozenset({Reason.SCHEDULE, Reason.MANUAL, Reason.MIN_REPLICAS, Reason.FIXED})
@@ -45,7 +46,9 @@ def clamp(
     are kept or lit for what may come. Within each: higher priority first, then what is there before what would be
     started, then every model's first replica before any model's second, then by name; but of those that requests need,
     every model's first before any second, whichever is there: a busy model's second would else hold for as long as that
-    is busy what another's requests wait for.
+    is busy what another's requests wait for. And they take turns (`core.turns`): who has waited for its first for long
+    enough comes before those of its priority that have had theirs, who waited longest first; who has served longest
+    goes.
     """
     result = dict(decisions)
     if budget.gpu_s_per_day is not None and spent_gpu_s >= budget.gpu_s_per_day:
@@ -58,7 +61,7 @@ def clamp(
             cut = _cut(decision, most if loaded else 0, Reason.SPEND_LIMIT)
             result[model] = replace(cut, ceiling=most)
     if budget.gpus is not None:
-        left = _fit(budget.gpus, specs, observations, result, before)
+        left = _fit(budget.gpus, specs, observations, result, before or {})
         for model, decision in result.items():
             each = devices(specs[model]) if model in specs else 0.0
             if each > 0:
@@ -78,7 +81,7 @@ def _fit(
     specs: Mapping[str, Spec],
     observations: Mapping[str, Observation],
     decisions: dict[str, Decision],
-    before: Mapping[str, Decision] | None,
+    before: Mapping[str, Decision],
 ) -> float:
     """Of the decisions, what fits; how many GPUs are left over."""
     left = gpus
@@ -92,17 +95,29 @@ def _fit(
             wanted += each * decision.replicas
     if wanted <= left + 1e-9:
         return left - wanted
-    units: list[tuple[bool, bool, int, bool, bool, int, str]] = []
+    needs = {
+        model: _needed(specs[model], observations[model], decision.replicas)
+        for model, decision in decisions.items()
+        if decision.replicas and model in specs and model in observations
+    }
+    asking = [model for model, needed in needs.items() if needed and devices(specs[model]) > 0]
+    turns = Turns.of(asking, specs, observations, before)
+    units: list[tuple[bool, bool, int, bool, float, bool, float, int, str]] = []
     for model, decision in decisions.items():
         if not decision.replicas or model not in specs:
             continue
         observation = observations.get(model)
         present = 0 if observation is None else _kept(observation, before, model)
-        needed = 0 if observation is None else _needed(specs[model], observation, decision.replicas)
+        needed = needs.get(model, 0)
         asked = _asked(specs[model], decision)
         priority = specs[model].priority
+        place, served = turns.place(model), -turns.served(model) if needed else 0.0
         units += [
-            (i >= needed, i >= max(needed, asked), -priority, 0 < i < needed, i >= present, i, model)
+            (
+                *(i >= needed, i >= max(needed, asked), -priority, 0 < i < needed),
+                *((math.inf, i >= present, 0.0) if i else (place, present == 0, served)),
+                *(i, model),
+            )
             for i in range(decision.replicas)
         ]
     granted: dict[str, int] = {}
@@ -117,6 +132,8 @@ def _fit(
             short.add(model)
     for model in short:
         decisions[model] = _cut(decisions[model], granted.get(model, 0), Reason.GPU_BUDGET)
+    for model in asking:
+        decisions[model] = turns.noted(decisions[model])
     return left
 
 

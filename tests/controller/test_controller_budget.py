@@ -101,6 +101,34 @@ def test_a_model_whose_budget_others_hold_has_no_room_until_they_are_done(tmp_pa
         assert planner.no_room()[0] == {}
 
 
+def test_a_model_that_is_always_busy_makes_room_in_its_turn(tmp_path: Path) -> None:
+    """Gateways hold its requests then, those in progress end, and it comes back in the next turn."""
+    models = [setup(model, gpus_per_replica=1.0) for model in ("one", "other")]
+    world = World(tmp_path, *models, gpu_budget=1.0)
+    with world.planner() as planner:
+        world.running["model-one"] = serve_view(1)
+        waits, serves = "other", "one"
+        for _ in range(3):
+            begun_s = world.clock.now_s()
+            while list(planner.no_room()[0]) != [serves]:
+                world.seen(serves, in_flight=1)
+                world.seen(waits, queued=1)
+                world.tick(planner)
+                assert world.clock.now_s() < begun_s + 600
+            assert world.clock.now_s() > begun_s + 55
+            assert world.plans[-1].entries[serves].replicas == 0
+            assert world.plans[-1].entries[waits].replicas == 1
+            world.running[f"model-{serves}"] = serve_view(0)
+            # One that is late is waited for.
+            for _ in range(70):
+                world.seen(serves, queued=1)
+                world.seen(waits, queued=1)
+                world.tick(planner)
+                assert list(planner.no_room()[0]) == [serves]
+            world.running[f"model-{waits}"] = serve_view(1)
+            waits, serves = serves, waits
+
+
 def test_a_budget_that_is_not_set_leaves_room(tmp_path: Path) -> None:
     """Nobody is held."""
     world = World(tmp_path, setup("one", gpus_per_replica=1.0))

@@ -249,3 +249,109 @@ def test_what_serve_raised_above_the_ceiling_is_not_the_models_to_keep() -> None
     )
     assert counts(clamp(Budget(gpus=1), specs, after, decisions, before=first)) == {"a": 0, "b": 1}
     assert counts(clamp(Budget(gpus=1), specs, after, decisions)) == {"a": 1, "b": 0}
+
+
+class Shared:
+    """Models with one GPU each, under one budget, second by second: told at one, done at the next."""
+
+    def __init__(self, gpus: float, starts_s: float = 10.0, drains_s: float = 0.0, **models: Spec) -> None:
+        self.budget, self.starts_s, self.drains_s = Budget(gpus=gpus), starts_s, drains_s
+        self.specs = {name: replace(asked, model=name) for name, asked in models.items()}
+        self.loads = dict.fromkeys(models, 1)
+        self.targets = dict.fromkeys(models, 0)
+        self.due_s: dict[str, float] = {}
+        self.made: dict[str, Decision] = {}
+        self.now_s = T0
+        self.ready: list[tuple[float, str]] = []
+        """(when, who), each time that one begins to serve."""
+        self.left: list[tuple[float, str]] = []
+
+    def seen(self, name: str) -> Observation:
+        serves = self.targets[name] > 0 and self.now_s >= self.due_s[name]
+        queued = 0 if serves else self.loads[name]
+        rungs = tuple(
+            replace(rung, delay_s=self.starts_s, delay_high_s=self.starts_s)
+            if rung.rung is Rung.TEMPLATE
+            else rung
+            for rung in seen().rungs
+        )
+        return seen(
+            self.now_s,
+            ready=int(serves),
+            target=self.targets[name],
+            queued=queued,
+            in_flight=self.loads[name] - queued,
+            rungs=rungs,
+        )
+
+    def run(self, seconds: float) -> None:
+        end_s = self.now_s + seconds
+        while self.now_s < end_s:
+            observations = {name: self.seen(name) for name in self.specs}
+            decisions = {
+                name: replace(decided(min(1, load)), model=name, made_s=self.now_s, until_s=self.now_s + 600)
+                for name, load in self.loads.items()
+            }
+            was = {name: observation.ready for name, observation in observations.items()}
+            self.made = clamp(self.budget, self.specs, observations, decisions, before=self.made)
+            assert sum(each.replicas or 0 for each in self.made.values()) <= self.budget.gpus  # type: ignore[operator]
+            for name, decision in self.made.items():
+                assert decision.until_s > self.now_s
+                told = decision.replicas or 0
+                if told > self.targets[name]:
+                    self.due_s[name] = self.now_s + self.starts_s + self.drains_s
+                elif told < self.targets[name]:
+                    self.left.append((self.now_s - T0, name))
+                self.targets[name] = told
+            self.now_s += 1
+            for name in self.specs:
+                if self.seen(name).ready and not was[name]:
+                    self.ready.append((self.now_s - T0, name))
+
+
+def test_who_all_need_the_one_gpu_take_turns() -> None:
+    """A minute each from when it serves, however long the one before takes to go; who waited longest comes next."""
+    shared = Shared(1, drains_s=100.0, a=spec(), b=spec(), c=spec())
+    shared.run(1200)
+    # 110 to start; then a minute; and a second until what was decided is done.
+    assert [name for _, name in shared.ready][:7] == ["a", "b", "c", "a", "b", "c", "a"]
+    assert [name for _, name in shared.left][:6] == ["a", "b", "c", "a", "b", "c"]
+    served_s = [gone - came for (came, _), (gone, _) in zip(shared.ready[1:], shared.left[1:], strict=False)]
+    assert all(60 <= each <= 62 for each in served_s), served_s
+
+
+def test_a_turn_is_no_shorter_than_two_starts() -> None:
+    shared = Shared(1, starts_s=100.0, a=spec(), b=spec())
+    shared.run(1000)
+    served_s = [gone - came for (came, _), (gone, _) in zip(shared.ready[1:], shared.left[1:], strict=False)]
+    assert len(served_s) >= 2
+    assert all(200 <= each <= 202 for each in served_s), served_s
+
+
+def test_nobody_yields_to_a_lower_priority_nor_to_who_is_not_asked() -> None:
+    shared = Shared(1, a=spec(priority=1), b=spec(), c=spec(priority=1))
+    shared.loads["c"] = 0
+    shared.run(600)
+    assert shared.left == []
+    assert [name for _, name in shared.ready] == ["a"]
+    shared.loads["c"] = 1
+    shared.run(600)
+    assert {name for _, name in shared.ready} == {"a", "c"}
+
+
+def test_who_has_waited_keeps_its_place_while_it_comes_and_loses_it_with_its_requests() -> None:
+    """Then the one that it was to follow goes on."""
+    shared = Shared(1, starts_s=30.0, a=spec(), b=spec())
+    shared.run(30 + 60 + 10)
+    assert shared.targets == {"a": 0, "b": 1}
+    shared.loads["b"] = 0
+    shared.run(1)
+    assert shared.targets == {"a": 1, "b": 0}
+
+
+def test_two_of_three_models_that_need_two_gpus_serve_at_any_time() -> None:
+    shared = Shared(2, a=spec(), b=spec(), c=spec())
+    shared.run(2000)
+    served = {name: sum(each == name for _, each in shared.ready) for name in "abc"}
+    assert max(served.values()) - min(served.values()) <= 1
+    assert min(served.values()) > 5

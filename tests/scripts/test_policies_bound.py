@@ -72,9 +72,7 @@ def judged(
     case = policies_sparse.Case("", SCORED_S, lambda rows, _: rows, "")
     monkeypatch.setitem(policies_sparse.CASES, "one", case)
     # With no more at once than it comes, each is worked on for as long as the silences were made for.
-    monkeypatch.setitem(
-        policies_sparse._ROWS, "one", [Row(time_s, "m0", 1, exec_s=5.0) for time_s in times]
-    )
+    monkeypatch.setitem(policies_sparse._ROWS, "one", [Row(time_s, "m0", 1, exec_s=5.0) for time_s in times])
     monkeypatch.setattr(policies_sparse, "KEEP_ALIVES_S", (0.0, 30.0, 120.0, 600.0, 2400.0, 9600.0))
     monkeypatch.setattr(policies_sparse, "WAIT_COSTS", (1.0, 10.0, 100.0))
     fixed = [

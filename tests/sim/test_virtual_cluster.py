@@ -15,7 +15,7 @@ from autoscaling.core.types import Decision, Reason, Rung
 from autoscaling.sim.cluster import VirtualModel
 from autoscaling.sim.events import CELLS, FINISHED, FLOATS, NOW, WHOLES, count_wait
 from autoscaling.sim.pool import Pool
-from autoscaling.sim.profile import Profile, Start
+from autoscaling.sim.profile import Engine, Profile, Start
 from autoscaling.sim.queueing import REJECTED, WAITED_S, Queue
 from autoscaling.sim.replay import Replay, Setup, replay
 from autoscaling.sim.report import Figures, Report
@@ -62,6 +62,22 @@ def test_a_model_waits_for_the_gpu_that_another_holds() -> None:
     assert of(report, "b").starting_gpu_s == pytest.approx(30.0)
     # Without a budget nobody waits for anybody.
     assert of(two(rows, lab.profile(gpus=2.0)), "b").waited_s == pytest.approx(30.0)
+
+
+def test_models_that_are_always_busy_take_turns_on_the_one_gpu() -> None:
+    """A minute of service at least for each start of half a minute; with two GPUs nobody waits but at first."""
+    rows = sorted(
+        lab.Row(i + shift, name, exec_s=2.0) for i in range(1800) for shift, name in ((0.0, "a"), (0.5, "b"))
+    )
+    report = two(rows, lab.profile(gpus=1.0, engine=Engine(concurrency=64)), target_ongoing_requests=64.0)
+    for name in "ab":
+        assert of(report, name).requests == 1800
+        # It starts, serves a minute, and waits for the other to do the same.
+        assert 7 <= of(report, name).starts <= 1800 / 150 + 1
+        assert of(report, name).wait_max_s == pytest.approx(60 + 30 + 30, abs=10)
+    assert of(report, "a").waited_s == pytest.approx(of(report, "b").waited_s, rel=0.2)
+    roomy = two(rows, lab.profile(gpus=2.0, engine=Engine(concurrency=64)), target_ongoing_requests=64.0)
+    assert roomy.total.starts == 2
 
 
 def test_no_more_gpus_are_held_than_there_are() -> None:
