@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from autoscaling.core.seen import begins, priced
 from autoscaling.core.types import Decision, Observation, Spec
 
-TURN_S, TURN_STARTS = 60.0, 2.0
+TURN_S, TURN_STARTS, MOST_TURN_S = 60.0, 2.0, 180.0
 """For how long a model keeps its first replica at least while another's requests wait for it, in seconds and in starts
-of the slowest of them: no more than a third of the time goes into starts."""
+of the slowest of them as far as they are measured: no more than a third of the time goes into starts. But no longer than
+MOST_TURN_S: who waits is to be served before it gives up, by default after ten minutes."""
 _WAITS, _COUNTS = "waits_since_s", "turn_from_s"
 """In a decision's numbers, where GPUs are short: since when its requests wait for its first replica, and from when that
 counts, which is not before those that were to come were ready. Of one that has its first: since when it serves."""
@@ -47,7 +48,7 @@ class Turns:
             observation, last = observations[model], before.get(model)
             prices = priced(specs[model], observation.rungs)
             start = prices.get(begins(observation.rung, prices))
-            longest_s = max(longest_s, 0.0 if start is None else start.delay_high_s)
+            longest_s = max(longest_s, start.delay_s if start is not None and start.starts else 0.0)
             if last is None or _WAITS not in last.numbers:
                 continue
             if observation.ready:
@@ -57,7 +58,7 @@ class Turns:
             else:
                 waits_s, counts_s = _since(last, observation.now_s)
                 waiting[model] = waits_s, observation.now_s - counts_s
-        turn_s = max(TURN_S, TURN_STARTS * longest_s)
+        turn_s = min(MOST_TURN_S, max(TURN_S, TURN_STARTS * longest_s))
         if not coming and not came:
             coming = {model: waits_s for model, (waits_s, so_far_s) in waiting.items() if so_far_s >= turn_s}
         return cls(observations, before, turn_s, came, coming)
@@ -97,4 +98,4 @@ def _since(last: Decision | None, now_s: float) -> tuple[float, float]:
     return min(now_s, numbers.get(_WAITS, now_s)), min(now_s, numbers.get(_COUNTS, now_s))
 
 
-__all__ = ["TURN_S", "TURN_STARTS", "Turns"]
+__all__ = ["MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns"]

@@ -256,6 +256,7 @@ class Shared:
 
     def __init__(self, gpus: float, starts_s: float = 10.0, drains_s: float = 0.0, **models: Spec) -> None:
         self.budget, self.starts_s, self.drains_s = Budget(gpus=gpus), starts_s, drains_s
+        self.measured = 1
         self.specs = {name: replace(asked, model=name) for name, asked in models.items()}
         self.loads = dict.fromkeys(models, 1)
         self.targets = dict.fromkeys(models, 0)
@@ -270,7 +271,7 @@ class Shared:
         serves = self.targets[name] > 0 and self.now_s >= self.due_s[name]
         queued = 0 if serves else self.loads[name]
         rungs = tuple(
-            replace(rung, delay_s=self.starts_s, delay_high_s=self.starts_s)
+            replace(rung, delay_s=self.starts_s, delay_high_s=2 * self.starts_s, starts=self.measured)
             if rung.rung is Rung.TEMPLATE
             else rung
             for rung in seen().rungs
@@ -320,12 +321,19 @@ def test_who_all_need_the_one_gpu_take_turns() -> None:
     assert all(60 <= each <= 62 for each in served_s), served_s
 
 
-def test_a_turn_is_no_shorter_than_two_starts() -> None:
-    shared = Shared(1, starts_s=100.0, a=spec(), b=spec())
-    shared.run(1000)
+@pytest.mark.parametrize(
+    ("starts_s", "measured", "turn_s"), [(80.0, 3, 160.0), (200.0, 3, 180.0), (200.0, 0, 60.0)]
+)
+def test_a_turn_is_no_shorter_than_two_starts_nor_longer_than_who_waits_has_patience(
+    starts_s: float, measured: int, turn_s: float
+) -> None:
+    """What is only assumed of starts does not count."""
+    shared = Shared(1, starts_s=starts_s, a=spec(), b=spec())
+    shared.measured = measured
+    shared.run(1200)
     served_s = [gone - came for (came, _), (gone, _) in zip(shared.ready[1:], shared.left[1:], strict=False)]
     assert len(served_s) >= 2
-    assert all(200 <= each <= 202 for each in served_s), served_s
+    assert all(turn_s <= each <= turn_s + 2 for each in served_s), served_s
 
 
 def test_nobody_yields_to_a_lower_priority_nor_to_who_is_not_asked() -> None:

@@ -31,6 +31,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer trees, learned less often: what is tested is what they are given."""
     monkeypatch.setattr(policies_bound, "TREES", 60)
     monkeypatch.setattr(policies_bound, "RELEARN_S", 15 * DAY_S)
+    monkeypatch.setattr(policies_bound, "SETTINGS", {**policies_bound.SETTINGS, "num_threads": 1})
 
 
 SCORED_S = 30 * DAY_S

@@ -296,6 +296,15 @@ def comparable(found: Mapping[str, Sequence[Point]]) -> float:
     return min([ATTAINMENT, *best])
 
 
+def attained(prepared: Prepared, cold_s: float, processes: int = 1) -> float:
+    """At what the policies are compared: see `comparable`."""
+    variants = [each for each in sweep(prepared.case) if each.policy in COMPARED]
+    found: dict[str, list[Point]] = {}
+    for point in _points(prepared, cold_s, variants, processes):
+        found.setdefault(point.policy, []).append(point)
+    return comparable(found)
+
+
 def at_attainment(points: Sequence[Point], wanted: float) -> float | None:
     """GPU-seconds on the front of a sweep where it attains so much; None where it never does."""
     front: list[Point] = []
