@@ -11,8 +11,10 @@ from autoscaling.core.types import Decision, Observation, Spec
 
 TURN_S, TURN_STARTS, MOST_TURN_S = 60.0, 2.0, 180.0
 """For how long a model keeps its first replica at least while another's requests wait for it, in seconds and in starts
-of the slowest of them as far as they are measured: no more than a third of the time goes into starts. But no longer than
-MOST_TURN_S: who waits is to be served before it gives up, by default after ten minutes."""
+of the slowest of them as far as they are measured: no more than a third of the time goes into starts. But no longer
+than MOST_TURN_S: who waits is to be served before it gives up, by default after ten minutes."""
+AGAIN_S = 15.0
+"""For so long a model keeps its place that nobody asks any more: who gave up waiting asks again."""
 _WAITS, _COUNTS = "waits_since_s", "turn_from_s"
 """In a decision's numbers, where GPUs are short: since when its requests wait for its first replica, and from when that
 counts, which is not before those that were to come were ready. Of one that has its first: since when it serves."""
@@ -92,10 +94,22 @@ class Turns:
         return replace(decision, until_s=until_s, numbers={**decision.numbers, **numbers})
 
 
+def kept(decision: Decision, observation: Observation | None, last: Decision | None) -> Decision:
+    """The decision of one that does not ask, with its place among those who wait if it asked a moment ago."""
+    if last is None or last.replicas or _WAITS not in last.numbers or _WAITS in decision.numbers:
+        return decision
+    if observation is None or decision.replicas or observation.last_busy_s is None:
+        return decision
+    if not observation.last_busy_s <= observation.now_s <= observation.last_busy_s + AGAIN_S:
+        return decision
+    places = {name: last.numbers[name] for name in (_WAITS, _COUNTS) if name in last.numbers}
+    return replace(decision, numbers={**decision.numbers, **places})
+
+
 def _since(last: Decision | None, now_s: float) -> tuple[float, float]:
     """Since when a model waits, and from when that counts: not from a future that a clock set back has left behind."""
     numbers: Mapping[str, float] = {} if last is None else last.numbers
     return min(now_s, numbers.get(_WAITS, now_s)), min(now_s, numbers.get(_COUNTS, now_s))
 
 
-__all__ = ["MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns"]
+__all__ = ["AGAIN_S", "MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns", "kept"]

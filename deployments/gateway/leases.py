@@ -304,7 +304,8 @@ class ServeEngines:
         """Serve's lease. Waits through replicas that die meanwhile; the caller holds the deadline."""
         while True:
             # What waits at Serve's handle has a replica started, whatever the plan says of the model's budget.
-            await self.reports.room(model)
+            # And how long others had the GPUs is no part of how long a start takes.
+            arrived_s = max(arrived_s, await self.reports.room(model))
             lease_id = secrets.token_hex(8)
             generator = self._handles[model].lease.remote(lease_id)
             self._asking[model].add(generator)

@@ -114,13 +114,14 @@ class Reports:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ask.wait(), REPORT_EVERY_S - REPORT_SOONEST_S)
 
-    async def room(self, model: str) -> None:
-        """Return once the model may have a replica, as far as is known: at once, unless the controller said no.
+    async def room(self, model: str) -> float:
+        """Return once the model may have a replica, as far as is known: at once (0), unless the controller said no;
+        then, when there was room for it, in Unix seconds.
 
         It is asked anew then, since it may have changed its mind.
         """
         if model not in self.no_room:
-            return
+            return 0.0
         self._ask.set()
         self._held += 1
         try:
@@ -128,6 +129,7 @@ class Reports:
                 await self._told.wait_for(lambda: model not in self.no_room)
         finally:
             self._held -= 1
+        return time.time()
 
     async def send(self) -> None:
         """Report now. What does not arrive is sent again with the next report."""

@@ -263,6 +263,7 @@ class Shared:
         self.due_s: dict[str, float] = {}
         self.made: dict[str, Decision] = {}
         self.now_s = T0
+        self.busy_s = dict.fromkeys(models, T0)
         self.ready: list[tuple[float, str]] = []
         """(when, who), each time that one begins to serve."""
         self.left: list[tuple[float, str]] = []
@@ -270,6 +271,8 @@ class Shared:
     def seen(self, name: str) -> Observation:
         serves = self.targets[name] > 0 and self.now_s >= self.due_s[name]
         queued = 0 if serves else self.loads[name]
+        if self.loads[name]:
+            self.busy_s[name] = self.now_s
         rungs = tuple(
             replace(rung, delay_s=self.starts_s, delay_high_s=2 * self.starts_s, starts=self.measured)
             if rung.rung is Rung.TEMPLATE
@@ -282,6 +285,7 @@ class Shared:
             target=self.targets[name],
             queued=queued,
             in_flight=self.loads[name] - queued,
+            last_busy_s=self.busy_s[name],
             rungs=rungs,
         )
 
@@ -355,6 +359,18 @@ def test_who_has_waited_keeps_its_place_while_it_comes_and_loses_it_with_its_req
     shared.loads["b"] = 0
     shared.run(1)
     assert shared.targets == {"a": 1, "b": 0}
+
+
+@pytest.mark.parametrize(("away_s", "turn_s"), [(5.0, 70.0), (20.0, 95.0)])
+def test_who_gives_up_waiting_and_asks_again_at_once_keeps_its_place(away_s: float, turn_s: float) -> None:
+    """The first serves from 10 s on, the other asks no more at 15."""
+    shared = Shared(1, starts_s=10.0, a=spec(), b=spec())
+    shared.run(15)
+    shared.loads["b"] = 0
+    shared.run(away_s)
+    shared.loads["b"] = 1
+    shared.run(100)
+    assert shared.left == [(pytest.approx(turn_s, abs=1), "a")]
 
 
 def test_two_of_three_models_that_need_two_gpus_serve_at_any_time() -> None:

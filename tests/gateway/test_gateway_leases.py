@@ -348,6 +348,30 @@ async def test_who_finds_no_room_in_the_budget_waits_for_it_here(reporting: Worl
     assert await served(await asyncio.wait_for(waiting, 20)) == 200
 
 
+async def test_waiting_for_room_is_no_part_of_the_start(reporting: World) -> None:
+    """It would count as how long the model's starts take."""
+    world = reporting
+    world.handle.answers = [
+        lambda call: {
+            **world.grant(requested_s=time.time() + 2, ready_s=time.time() + 3)(call),
+            "process_s": time.time() + 1,
+            "init_s": time.time() + 2,
+        }
+    ]
+    world.controller.no_room = {"tiny": "others hold the GPUs"}
+    await world.engines.reports.send()
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.engines.progress("tiny") is not None)
+    await asyncio.sleep(0.3)
+    room_s = time.time()
+    world.controller.no_room = {}
+    assert await served(await asyncio.wait_for(waiting, 20)) == 200
+    (start,) = world.engines.starts.untold()
+    assert [phase["name"] for phase in start["phases"]][:2] == ["schedule", "replica"]
+    assert start["begun_s"] >= room_s
+    assert not start["prewarmed"]
+
+
 async def test_who_waits_at_serve_is_called_back_when_there_is_no_room_any_more(reporting: World) -> None:
     """And asks again once there is."""
     world = reporting

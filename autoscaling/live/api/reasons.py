@@ -208,8 +208,8 @@ def _gpu_budget(facts: Facts) -> str:
     return (
         "The GPUs that all models together may hold are taken: first come models that have requests, then those that "
         "somebody asked for (a minimum, a schedule, a prewarm), within each those of higher priority, then those that "
-        "are there already; models whose requests need the same GPUs take turns, of one to three minutes as starts take."
-        f"{_wanted(facts)}"
+        "are there already; models whose requests need the same GPUs take turns, of one to three minutes as starts "
+        f"take.{_wanted(facts)}"
     )
 
 

@@ -47,7 +47,7 @@ SETTINGS: Mapping[str, Any] = {
 
 
 def windows(rows: Sequence[Row]) -> tuple[Floats, float]:
-    """Requests in each window, shape (n,), and how long one is: OWN_WINDOW_S where the trace has requests one by one."""
+    """Requests in each window, shape (n,), and how long one is: OWN_WINDOW_S where the trace has single requests."""
     window_s = rows[0].window_s or OWN_WINDOW_S
     where = np.floor(np.asarray([row.time_s for row in rows]) / window_s + 1e-6).astype(np.int64)
     counts = np.bincount(where, [row.requests for row in rows]).astype(np.float64)
