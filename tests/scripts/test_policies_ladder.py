@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import policies_ladder
+from bench import policies_bound_ladder, policies_ladder
 from bench.policies_sparse import TWO_STATES, Job
 
 from autoscaling.sim.compare import Variant
@@ -49,3 +49,18 @@ def test_no_run_of_the_ladder_that_spends_as_little_is_a_miss() -> None:
     found = policies_ladder.judged(points, 0.0)
     assert {row["wait_ratio"] for row in found["rows"]} == {None}
     assert policies_ladder.text({"any": found}).count("missed") == len(policies_ladder.WAIT_COSTS)
+
+
+def test_what_trees_could_do_lies_between_the_runs_that_spend_less_and_more() -> None:
+    others = [point(TWO_STATES, "keep-alive", 100.0, 90.0, keep_alive_s=0.0)[1]]
+    trees = [
+        point(policies_ladder.LADDER, "predictive", gpu_s, waited_s, wait_cost=wait_cost, park=1.0)[1]
+        for wait_cost, gpu_s, waited_s in ((1, 50, 40), (3, 100, 30), (10, 110, 27), (30, 401, 1))
+    ]
+    rows = policies_bound_ladder.judged(trees, others)
+    assert [row["wait_cost"] for row in rows] == list(policies_ladder.WAIT_COSTS)
+    assert rows[0]["at_most"] == pytest.approx(30 / 90)
+    assert rows[0]["at_least"] == pytest.approx(27 / 90)
+    (alone,) = {row["at_least"] for row in policies_bound_ladder.judged(trees[:2], others)}
+    assert alone is None
+    assert "0.300" in policies_bound_ladder.text({"any": {"learned before": rows}})

@@ -16,6 +16,7 @@ from bench import (
     clusters,
     policies_bound,
     policies_bound_dense,
+    policies_bound_ladder,
     policies_dense,
     policies_ladder,
     policies_sparse,
@@ -23,7 +24,7 @@ from bench import (
 from bench.clusters import say
 
 PARTS = ("sparse", "ladder", "dense")
-BOUND = "bound"
+BOUND, BOUND_LADDER = "bound", "ladder-bound"
 """What forbids a bar of the others; not among what is run if nothing is named."""
 
 BOUND_DENSE = "bound, dense"
@@ -33,7 +34,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traces", type=Path, default=Path("../shared/traces"), help="default: ../shared/traces"
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"default: {','.join(PARTS)}; also {BOUND}")
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help=f"default: {','.join(PARTS)}; also {BOUND} and {BOUND_LADDER}",
+    )
     names = ",".join(policies_sparse.CASES)
     parser.add_argument("--sparse-traces", default=names, help=f"default: {names}")
     parser.add_argument(
@@ -46,9 +51,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     parts = options.parts.split(",")
-    if unknown := set(parts) - {*PARTS, BOUND}:
+    if unknown := set(parts) - {*PARTS, BOUND, BOUND_LADDER}:
         raise clusters.BenchError(
-            f"--parts: unknown {sorted(unknown)}; there are {', '.join((*PARTS, BOUND))}"
+            f"--parts: unknown {sorted(unknown)}; there are {', '.join((*PARTS, BOUND, BOUND_LADDER))}"
         )
     wanted = options.sparse_traces.split(",")
     if unknown := set(wanted) - set(policies_sparse.CASES):
@@ -67,6 +72,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if "ladder" in parts:
         say("ladder")
         result["ladder"] = policies_ladder.measure(options.traces, wanted, options.processes)
+    if BOUND_LADDER in parts:
+        result[BOUND_LADDER] = policies_bound_ladder.measure(options.traces, wanted, options.processes)
     if BOUND in parts:
         result[BOUND] = policies_bound.measure(options.traces, wanted, options.processes)
         dense_names = [case.name for case in policies_dense.CASES]
@@ -88,6 +95,7 @@ def text(result: Mapping[str, Any]) -> str:
         "sparse": policies_sparse.text,
         BOUND: policies_bound.text,
         BOUND_DENSE: policies_bound_dense.text,
+        BOUND_LADDER: policies_bound_ladder.text,
         "ladder": policies_ladder.text,
         "dense": policies_dense.text,
     }

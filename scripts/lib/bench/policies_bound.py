@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from autoscaling.core.types import Forecast, NextArrival, Spec
 from autoscaling.sim import arrivals
 from autoscaling.sim.compare import Variant
 from autoscaling.sim.forecasts import NoForecasts
+from autoscaling.sim.profile import Profile
 from autoscaling.sim.replay import Setup, replay
 from bench import clusters, policies_sparse
 from bench.clusters import say
@@ -214,6 +215,7 @@ def _learned(found: Silences, cut: Cells, learn: NDArray[np.bool_], where: NDArr
 
 
 BEFORE, ON_IT = "learned before", "learned on what is scored"
+LEARNS: Mapping[str, Learn] = {BEFORE: learned_before, ON_IT: learned_on_it}
 
 
 class Foretold(NoForecasts):
@@ -264,13 +266,18 @@ class Foretold(NoForecasts):
         return Forecast(now_s, "trees", next_arrival, batch_size=self._batch[model], fitted_s=last_s)
 
 
-def points(name: str, found: Silences, hazards: Floats) -> Iterator[dict[str, Any]]:
-    """What `predictive` makes of those hazards, for each of policies_sparse.WAIT_COSTS, as policies_sparse tells it."""
-    setup = Setup(
-        profile=policies_sparse.TWO_STATES, measure_from_s=policies_sparse.CASES[name].measure_from_s
-    )
-    for wait_cost in policies_sparse.WAIT_COSTS:
-        variant = Variant("predictive", {"wait_cost": wait_cost})
+def points(
+    name: str,
+    found: Silences,
+    hazards: Floats,
+    profile: Profile = policies_sparse.TWO_STATES,
+    variants: Iterable[Variant] = (),
+) -> Iterator[dict[str, Any]]:
+    """What `predictive` makes of those hazards, as policies_sparse tells it: for those variants of it, or for each of
+    policies_sparse.WAIT_COSTS."""
+    setup = Setup(profile=profile, measure_from_s=policies_sparse.CASES[name].measure_from_s)
+    costs = (Variant("predictive", {"wait_cost": wait_cost}) for wait_cost in policies_sparse.WAIT_COSTS)
+    for variant in variants or costs:
         spec = variant.applied(Spec("", max_replicas=1, target_ongoing_requests=64.0))
 
         def of(model: str, spec: Spec = spec) -> Spec:
@@ -289,12 +296,17 @@ def silences_of(name: str) -> tuple[Silences, float]:
     return silences(piece.requests), first_s + policies_sparse.CASES[name].measure_from_s
 
 
-def measure(folder: Path, names: Sequence[str], processes: int | None = None) -> dict[str, Any]:
+def ready(folder: Path, names: Sequence[str]) -> None:
+    """The traces are read. Raises BenchError where there is nothing to learn with."""
     if importlib.util.find_spec("lightgbm") is None:
         raise clusters.BenchError(
             "the bound needs lightgbm, which `scripts/test` installs with what tests need"
         )
     policies_sparse.read(folder, names)
+
+
+def measure(folder: Path, names: Sequence[str], processes: int | None = None) -> dict[str, Any]:
+    ready(folder, names)
     result: dict[str, Any] = {}
     for name in names:
         say(f"{name}: what boosted trees could do")
@@ -308,8 +320,7 @@ def measure(folder: Path, names: Sequence[str], processes: int | None = None) ->
         found, scored_s = silences_of(name)
         cut = cells(found)
         result[name] = {"silences": int((found.begin_s >= scored_s).sum())}
-        learns: Mapping[str, Learn] = {BEFORE: learned_before, ON_IT: learned_on_it}
-        for label, learn in learns.items():
+        for label, learn in LEARNS.items():
             hazards = learn(found, cut, scored_s)
             judged = policies_sparse.judged(name, [*compared, *points(name, found, hazards)])
             result[name][label] = judged["rows"]
@@ -334,4 +345,4 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-__all__ = ["Foretold", "cells", "measure", "points", "silences", "silences_of"]
+__all__ = ["LEARNS", "Foretold", "cells", "measure", "points", "ready", "silences", "silences_of"]
