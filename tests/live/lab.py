@@ -323,12 +323,20 @@ class Relight:
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
+def _is_gone(pid: int) -> bool:
+    """Or has only not been waited for yet, which may be for a process that has other things to do."""
+    try:
+        return not Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def kill(process: Process, number: signal.Signals = signal.SIGKILL) -> None:
     """Send a signal to a process, and wait for its end if that was SIGKILL."""
     descriptor = os.pidfd_open(process.pid)
     try:
         signal.pidfd_send_signal(descriptor, number)
         if number is signal.SIGKILL:
-            until(f"{process.command} to be gone", lambda: not Path(f"/proc/{process.pid}/cmdline").exists())
+            until(f"{process.command} to be gone", lambda: _is_gone(process.pid))
     finally:
         os.close(descriptor)
