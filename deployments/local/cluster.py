@@ -184,7 +184,9 @@ def _greet(checkout: Checkout, cluster: Cluster) -> None:
     print(f"\nRelight is up at {cluster.endpoint} ({len(found)} processes, {size:.0f} MB of memory).")
     model = _first_model(cluster)
     if model:
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Say hello."}]})
+        # A small model that is not told to stop may go on to the end of its context.
+        asked = [{"role": "user", "content": "Say hello."}]
+        body = json.dumps({"model": model, "messages": asked, "max_tokens": 64})
         print(f"\n  curl {cluster.endpoint}/v1/chat/completions \\")
         print(f"    -H 'content-type: application/json' -d '{body}'\n")
     print("  scripts/down ends it; relight status shows the models.")
