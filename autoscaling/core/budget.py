@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from autoscaling.core.seen import devices, known, per_replica
 from autoscaling.core.series import need_of
-from autoscaling.core.turns import Turns, kept
+from autoscaling.core.turns import Turns, keeping_place
 from autoscaling.core.types import Decision, Observation, Reason, Rung, Spec
 
 ASKED_FOR = frozenset({Reason.SCHEDULE, Reason.MANUAL, Reason.MIN_REPLICAS, Reason.FIXED})
@@ -64,7 +64,7 @@ def clamp(
         left = _fit(budget.gpus, specs, observations, result, before or {})
         for model, last in (before or {}).items():
             if model in result:
-                result[model] = kept(result[model], observations.get(model), last)
+                result[model] = keeping_place(result[model], observations.get(model), last)
         for model, decision in result.items():
             each = devices(specs[model]) if model in specs else 0.0
             if each > 0:

@@ -94,7 +94,7 @@ class Turns:
         return replace(decision, until_s=until_s, numbers={**decision.numbers, **numbers})
 
 
-def kept(decision: Decision, observation: Observation | None, last: Decision | None) -> Decision:
+def keeping_place(decision: Decision, observation: Observation | None, last: Decision | None) -> Decision:
     """The decision of one that does not ask, with its place among those who wait if it asked a moment ago."""
     if last is None or last.replicas or _WAITS not in last.numbers or _WAITS in decision.numbers:
         return decision
@@ -112,4 +112,4 @@ def _since(last: Decision | None, now_s: float) -> tuple[float, float]:
     return min(now_s, numbers.get(_WAITS, now_s)), min(now_s, numbers.get(_COUNTS, now_s))
 
 
-__all__ = ["AGAIN_S", "MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns", "kept"]
+__all__ = ["AGAIN_S", "MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns", "keeping_place"]

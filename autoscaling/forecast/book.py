@@ -43,7 +43,7 @@ class Page:
     """Those silences, to the second."""
     given: tuple[Silence, ...] = ()
     """Earlier ones, which no fit that was installed has learned from: one that failed had them, or one has them now."""
-    told: float = 0.0
+    given_arrivals: float = 0.0
     """Requests, in the same way."""
     error: str = ""
 
@@ -87,7 +87,7 @@ class Book:
                 page.recent = recent
                 page.log.clear()
             page.fitted, page.shown, page.error = fitted, None, ""
-            page.given, page.told = (), 0.0
+            page.given, page.given_arrivals = (), 0.0
 
     def begin_fit(self, model: str) -> Seen:
         """Count what comes from here on as not yet learned from.
@@ -97,8 +97,8 @@ class Book:
         with self._lock:
             page = self._pages.setdefault(model, Page())
             page.given = (*page.given, *page.ended)[-MOST:]
-            page.told += page.arrivals
-            seen = Seen(page.fitted, page.given, page.recent, page.told)
+            page.given_arrivals += page.arrivals
+            seen = Seen(page.fitted, page.given, page.recent, page.given_arrivals)
             page.arrivals, page.silences = 0.0, 0
             page.ended.clear()
             return seen
