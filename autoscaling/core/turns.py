@@ -13,11 +13,14 @@ TURN_S, TURN_STARTS, MOST_TURN_S = 60.0, 2.0, 180.0
 """For how long a model keeps its first replica at least while another's requests wait for it, in seconds and in starts
 of the slowest of them as far as they are measured: no more than a third of the time goes into starts. But no longer
 than MOST_TURN_S: who waits is to be served before it gives up, by default after ten minutes."""
+COMING_S = 900.0
+"""For so long at most others wait for one to come, from when its turn began: its node may never."""
 AGAIN_S = 15.0
 """For so long a model keeps its place that nobody asks any more: who gave up waiting asks again."""
 _WAITS, _COUNTS = "waits_since_s", "turn_from_s"
 """In a decision's numbers, where GPUs are short: since when its requests wait for its first replica, and from when that
-counts, which is not before those that were to come were ready. Of one that has its first: since when it serves."""
+counts, which is not before those that were to come were ready. Of one that has its
+first: since when it serves, or was told to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,9 @@ class Turns:
             if observation.ready:
                 came = came or bool(last.replicas)
             elif last.replicas:
-                coming[model], _ = _since(last, observation.now_s)
+                waits_s, counts_s = _since(last, observation.now_s)
+                if observation.now_s < counts_s + COMING_S:
+                    coming[model] = waits_s
             else:
                 waits_s, counts_s = _since(last, observation.now_s)
                 waiting[model] = waits_s, observation.now_s - counts_s
@@ -85,7 +90,7 @@ class Turns:
             begins_now = not held or (last is not None and _WAITS in last.numbers)
             numbers = {_COUNTS: now_s if begins_now else counts_s}
         elif decision.replicas:
-            numbers = {_WAITS: waits_s, _COUNTS: counts_s}
+            numbers = {_WAITS: waits_s, _COUNTS: counts_s if held else now_s}
         else:
             counts_s = now_s if self.came or held else counts_s
             numbers = {_WAITS: waits_s, _COUNTS: counts_s}
@@ -112,4 +117,4 @@ def _since(last: Decision | None, now_s: float) -> tuple[float, float]:
     return min(now_s, numbers.get(_WAITS, now_s)), min(now_s, numbers.get(_COUNTS, now_s))
 
 
-__all__ = ["AGAIN_S", "MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns", "keeping_place"]
+__all__ = ["AGAIN_S", "COMING_S", "MOST_TURN_S", "TURN_S", "TURN_STARTS", "Turns", "keeping_place"]

@@ -373,6 +373,14 @@ def test_who_gives_up_waiting_and_asks_again_at_once_keeps_its_place(away_s: flo
     assert shared.left == [(pytest.approx(turn_s, abs=1), "a")]
 
 
+def test_who_never_comes_does_not_keep_the_others_waiting_for_ever() -> None:
+    """Its node can't be had, say."""
+    shared = Shared(1, starts_s=1e6, a=spec(), b=spec())
+    shared.measured = 0
+    shared.run(2000)
+    assert shared.left == [(pytest.approx(900, abs=1), "a"), (pytest.approx(1800, abs=1), "b")]
+
+
 def test_two_of_three_models_that_need_two_gpus_serve_at_any_time() -> None:
     shared = Shared(2, a=spec(), b=spec(), c=spec())
     shared.run(2000)
