@@ -36,6 +36,8 @@ TAKE_DEADLINE_S = 10.0  # a gateway that died between asking and taking frees it
 RETRY_AFTER_S = 1.0  # a failed start is tried again by the next request, but not in a tight loop
 HEALTH_TIMEOUT_S = 30.0
 
+_KILL = {"op": "kill", "reason": "it no longer answered"}
+
 
 class ModelReplica:
     """One replica. Its constructor ends when the engine is ready or can't start; it never raises for the latter.
@@ -111,12 +113,12 @@ class ModelReplica:
                     self._failure, self._failed_s = f"no engine host on this node: {error}", time.time()
                     return
                 await asyncio.sleep(0.2)
-        self._failure = None
-        self._engine, self._host = info, host
-        self._tunnel.target = info.http
         with contextlib.suppress(OSError):
             # Our own hold on the engine: with it the engine outlives its host.
             _, self._engine_control = await asyncio.open_unix_connection(info.control)
+        self._failure = None
+        self._engine, self._host = info, host
+        self._tunnel.target = info.http
         self._watching = asyncio.create_task(self._watch(host, info))
 
     async def _watch(self, host: HostConnection, info: EngineInfo) -> None:
@@ -131,10 +133,14 @@ class ModelReplica:
             if self._closing:
                 return
             log.warning("the engine host went away; its successor takes engine %s over", info.engine_id)
+            # Where the whole node ends there is no successor, and the engine went with its host.
+            self._checking = asyncio.create_task(self._check_engine(info.engine_id))
             try:
                 host = await HostConnection.open(self._run_dir, self._raylet_pid)
                 self._host = host
                 host.send({"op": "attach", "engine_id": info.engine_id})
+                if self._engine is not info:
+                    host.send(_KILL)
             except (OSError, TimeoutError) as error:
                 log.warning("engine host: %s", error)
                 await asyncio.sleep(0.5)
@@ -224,8 +230,19 @@ class ModelReplica:
             healthy = status == 200
         except (OSError, TimeoutError):
             healthy = False
-        if not healthy and self._engine is engine and self._host is not None:
-            self._host.send({"op": "kill", "reason": "its engine no longer answered"})
+        if not healthy and self._engine is engine:
+            # Whoever asks from now on waits for the next one: a lease on this one would only spend an attempt.
+            self._engine = self._tunnel.target = None
+            self._starting = asyncio.create_task(self._replace())
+
+    async def _replace(self) -> None:
+        """Have the host end the engine that no longer answers and, once it holds no GPU any more, start another."""
+        if self._host is not None:
+            self._host.send(_KILL)
+        await self._watching
+        self._forget_engine()
+        if not self._closing:
+            await self._start_engine()
 
     # Serve's hooks
 

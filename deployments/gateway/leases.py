@@ -43,9 +43,12 @@ from deployments.gateway.transport import UnixTransport
 log = logging.getLogger("ray.serve")
 
 RETRY_S = 0.1
-SUSPECT_S = (
-    1.0  # how long an engine that could not be reached is not asked again; a dead one is replaced meanwhile
-)
+SUSPECT_S = 1.0
+"""How long an engine that could not be reached is not asked again; a dead one is replaced meanwhile.
+
+Each time that it can't be reached again this doubles, up to `MOST_SUSPECT_S`: a request has few attempts.
+"""
+MOST_SUSPECT_S = 8.0
 METRICS_TIMEOUT_S = 2.0
 CONTROLLER_TIMEOUT_S = 20.0
 
@@ -161,9 +164,8 @@ class ServeEngines:
         self._asked: set[str] = set()  # engines that were asked since their metrics were last read
         self.starts = StartLog()
         self.reports = Reports(self, controller, traffic, counts)
-        self._suspects: dict[
-            str, float
-        ] = {}  # engine that could not be reached -> until when it is not asked again
+        self._suspects: dict[str, tuple[float, float]] = {}
+        """Engine that could not be reached -> until when it is not asked again, and how long that is; seconds."""
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def start(self) -> None:
@@ -437,15 +439,21 @@ class ServeEngines:
         asked_s = time.time()
         self._asked.add(engine_id)
         try:
-            return self.starts.timed(engine_id, asked_s, await request)
+            response = await request
         except EngineUnreachable:
             now_s = time.monotonic()
-            self._suspects = {e: until_s for e, until_s in self._suspects.items() if until_s > now_s}
-            self._suspects[engine_id] = now_s + SUSPECT_S
+            recent = {e: s for e, s in self._suspects.items() if s[0] + MOST_SUSPECT_S > now_s}
+            until_s, length_s = recent.get(engine_id, (0.0, SUSPECT_S / 2))
+            if until_s <= now_s:  # else it failed several who asked at once
+                length_s = min(2 * length_s, MOST_SUSPECT_S)
+                recent[engine_id] = (now_s + length_s, length_s)
+            self._suspects = recent
             raise
+        self._suspects.pop(engine_id, None)
+        return self.starts.timed(engine_id, asked_s, response)
 
     def _is_suspect(self, engine_id: str) -> bool:
-        return self._suspects.get(engine_id, 0.0) > time.monotonic()
+        return self._suspects.get(engine_id, (0.0, 0.0))[0] > time.monotonic()
 
     def give_back(self, grant: Mapping[str, Any], lease_id: str, *, engine_failed: bool) -> None:
         """Tell the replica that a lease is over; Serve's call then ends by itself."""

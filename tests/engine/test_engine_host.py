@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,99 +24,15 @@ from deployments.engine import host as host_module
 from deployments.engine import http
 from deployments.engine import models as models_module
 from deployments.engine.client import HostConnection, acquire
-from deployments.engine.control import ControlSocket
 from deployments.engine.forks import StartFailed
-from deployments.engine.host import Host
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.sources import ModelCache
 from deployments.engine.use_lock import LOCKS, MANIFEST, UseLock
 from deployments.errors import EngineStartFailed
+from tests.engine.lab import STUB, Node, alive, spec, until
 
-STUB = "tests.engine.stub_template"
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
-
-
-async def until(look: Callable[[], Any], patience_s: float = 20.0) -> Any:
-    """What `look` returns once it is true."""
-    deadline_s = time.monotonic() + patience_s
-    while not (found := look()):
-        assert time.monotonic() < deadline_s, "waited in vain"
-        await asyncio.sleep(0.01)
-    return found
-
-
-def alive(pid: int | None) -> bool:
-    """Whether the process runs; one that waits to be reaped does not."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-@pytest.fixture
-def run_dir() -> Iterator[Path]:
-    """Short, as a unix socket's path has to be."""
-    folder = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """A model that is used where it is."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    return tmp_path / "model"
-
-
-def spec(weights: Path, model: str = "tiny", **changes: Any) -> EngineSpec:
-    """A model of the stub."""
-    environment = tuple((k, str(v)) for k, v in changes.pop("env", {}).items())
-    return EngineSpec(model, (model,), str(weights), env=environment, **changes)
-
-
-class Node:
-    """A host in this process, with a stub for a template, and clients of it."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
-        self.host = Host(run_dir, STUB)
-        self.clients: list[HostConnection] = []
-
-    def configure(self, *specs: EngineSpec, **config: Any) -> None:
-        """What a gateway tells."""
-        self.host.configure({"prebuilt": "off", **config}, list(specs))
-
-    async def client(self) -> HostConnection:
-        client = HostConnection(*await asyncio.open_unix_connection(self.run_dir / "host.sock"))
-        self.clients.append(client)
-        return client
-
-    async def lit(self, model: EngineSpec) -> tuple[HostConnection, EngineInfo]:
-        """A replica of the model with its engine."""
-        client = await self.client()
-        return client, await acquire(client, model, [], time.time())
-
-    async def released(self, client: HostConnection, *, park: bool = True) -> None:
-        """The replica is done with its engine."""
-        assert (await client.ask({"op": "release", "park": park}))["event"] == "released"
-
-
-@pytest.fixture
-async def node(run_dir: Path) -> AsyncIterator[Node]:
-    """A node whose template is there."""
-    node = Node(run_dir)
-    node.host.models.start_node_template()
-    server = await asyncio.start_unix_server(
-        ControlSocket(node.host).serve, run_dir / "host.sock", limit=1 << 22
-    )
-    yield node
-    for client in node.clients:
-        client.close()
-    server.close()
-    await node.host.close()
-    await until(lambda: not node.host.engines)
-    await asyncio.gather(*node.host._tasks, return_exceptions=True)
 
 
 async def ask(info: EngineInfo) -> int:

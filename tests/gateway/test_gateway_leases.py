@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,6 +32,7 @@ from deployments.errors import (
     EngineUnreachable,
 )
 from deployments.fleet import parse_fleet
+from deployments.gateway import leases as leases_module
 from deployments.gateway import reports as reports_module
 from deployments.gateway.app import build_gateway
 from deployments.gateway.leases import EarlyLease, ServeEngines, ServeLease
@@ -366,7 +368,8 @@ async def test_waiting_for_room_is_no_part_of_the_start(reporting: World) -> Non
     room_s = time.time()
     world.controller.no_room = {}
     assert await served(await asyncio.wait_for(waiting, 20)) == 200
-    (start,) = world.engines.starts.untold()
+    start = world.engines.starts.last("tiny")  # told by now, or not
+    assert start is not None
     assert [phase["name"] for phase in start["phases"]][:2] == ["schedule", "replica"]
     assert start["begun_s"] >= room_s
     assert not start["prewarmed"]
@@ -668,6 +671,43 @@ async def test_a_request_to_a_node_that_vanished_may_be_tried_elsewhere(world: W
     with pytest.raises(EngineUnreachable):
         await asking
     await lease.release(engine_failed=True)
+
+
+async def test_an_engine_that_stays_out_of_reach_is_asked_ever_less_often(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request has few attempts, and its replica may go on granting for some seconds."""
+    now_s = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now_s[0], time=time.time)
+    monkeypatch.setattr(leases_module, "time", clock)
+    uds = world.engine.uds
+    spared_s = []
+
+    async def fails() -> None:
+        world.handle.answers = [world.grant(http=f"{uds}.gone")]
+        lease = await world.engines.acquire("tiny")
+        others = await world.engines.acquire("tiny")
+        for one in (lease, others):  # who asks at the same time learns nothing new
+            with pytest.raises(EngineUnreachable):
+                await served(one)
+            await one.release(engine_failed=True)
+
+    for _ in range(5):
+        began_s = now_s[0]
+        await fails()
+        while world.engines._is_suspect("e1"):
+            now_s[0] += 0.25
+        spared_s.append(now_s[0] - began_s)
+    assert spared_s == [1.0, 2.0, 4.0, 8.0, 8.0]
+    await world.engines._transports.pop("e1").close()
+    world.handle.answers = [world.grant()]
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    await lease.release()
+    await world.engines._transports.pop("e1").close()
+    await fails()
+    now_s[0] += 1.0
+    assert not world.engines._is_suspect("e1")
 
 
 async def test_a_model_is_ready_while_one_of_its_replicas_elsewhere_serves(world: World) -> None:

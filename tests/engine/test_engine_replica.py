@@ -1,0 +1,122 @@
+"""A model's replica over a real engine host: what it lends once its engine, or its whole node, is past help."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from deployments import model as model_module
+from deployments.model import ModelReplica
+from tests.engine.lab import Node, alive, spec, until
+
+
+@pytest.fixture
+async def replica(node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelReplica]:
+    """Of a model without GPUs, lit; what Ray tells of its node is made up."""
+    context = SimpleNamespace(get_node_id=lambda: node.run_dir.name, get_accelerator_ids=dict)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setenv("RELIGHT_RUN_DIR", str(node.run_dir.parent))
+    node.configure(spec(weights))
+    replica = object.__new__(ModelReplica)
+    await replica.__init__(spec(weights).to_json(), {"prebuilt": "off"})  # type: ignore[misc]
+    yield replica
+    await replica.__del__()
+
+
+class Gateway:
+    """One that is lent engines."""
+
+    def __init__(self, replica: ModelReplica) -> None:
+        self._replica = replica
+        self._asked = 0
+
+    async def lent(self) -> dict[str, Any]:
+        """What the replica says first, once it says something."""
+        self._asked += 1
+        lease = self._replica.lease(f"l{self._asked}")
+        answer = await anext(lease)
+        await lease.aclose()  # type: ignore[attr-defined]
+        return answer
+
+    async def failed(self, engine: dict[str, Any]) -> None:
+        """Tell the replica that its engine failed a request."""
+        _, channel = await asyncio.open_unix_connection(self._replica._lease_socket)
+        message = '{"op": "release", "lease": "l0", "engine_failed": true, "engine_id": "%s"}\n'
+        channel.write((message % engine["engine_id"]).encode())
+        await channel.drain()
+        channel.close()
+
+
+async def test_an_engine_that_does_not_answer_is_not_lent_again(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs, and its host has not noticed: who asks waits for the next one, which starts when it is gone."""
+    monkeypatch.setattr(model_module, "HEALTH_TIMEOUT_S", 0.1)
+    gateway = Gateway(replica)
+    first = (await gateway.lent())["engine"]
+    os.kill(first["pid"], signal.SIGSTOP)
+    await gateway.failed(first)
+    await until(lambda: replica._engine is None)
+    second = (await gateway.lent())["engine"]
+    assert second["engine_id"] != first["engine_id"]
+    assert not alive(first["pid"])
+
+
+async def test_an_engine_that_went_with_its_host_is_not_lent(
+    node: Node, replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that ends takes its host and its engines along, and its replicas end a little later."""
+    opened = model_module.HostConnection.open
+
+    async def no_host(*_: object) -> None:
+        raise TimeoutError("no engine host")
+
+    monkeypatch.setattr(model_module.HostConnection, "open", no_host)
+    gateway = Gateway(replica)
+    first = (await gateway.lent())["engine"]
+    # Whoever would have told of its end ends as well.
+    node.host.engines[first["engine_id"]].watcher = None
+    os.kill(first["pid"], signal.SIGKILL)
+    await until(lambda: not node.host.engines)
+    assert (await gateway.lent())["engine"] == first  # nobody has told
+    assert replica._host is not None
+    replica._host._reader.feed_eof()
+    await until(lambda: replica._engine is None)
+    assert replica._tunnel.target is None
+    asking = asyncio.create_task(gateway.lent())
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    monkeypatch.setattr(model_module.HostConnection, "open", opened)
+    before_s = time.time()
+    answer = await asking
+    assert answer["engine"]["engine_id"] != first["engine_id"]
+    assert answer["engine"]["ready_s"] >= before_s
+
+
+async def test_a_host_that_comes_back_is_told_which_engine_to_end(
+    node: Node, replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its predecessor was told of an engine that hangs went with it."""
+    monkeypatch.setattr(model_module, "HEALTH_TIMEOUT_S", 0.1)
+    gateway = Gateway(replica)
+    first = (await gateway.lent())["engine"]
+    os.kill(first["pid"], signal.SIGSTOP)
+    assert replica._host is not None
+    replica._host.send = lambda _: None  # type: ignore[method-assign] # nobody is there to hear it
+    await gateway.failed(first)
+    await until(lambda: replica._engine is None)
+    await asyncio.sleep(0.05)
+    assert alive(first["pid"])
+    replica._host._reader.feed_eof()
+    assert (await gateway.lent())["engine"]["engine_id"] != first["engine_id"]
+    assert not alive(first["pid"])
