@@ -22,7 +22,7 @@ from tests.live.test_live_kills import CLIENTS, Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-PATIENCE_S = 6.0
+PATIENCE_S = 10.0
 TYPES = [
     NodeType("h100", "H100", priority=9, idle_timeout_s=4),
     NodeType("a100", "A100", priority=8, idle_timeout_s=4),

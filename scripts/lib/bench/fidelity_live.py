@@ -90,11 +90,14 @@ async def drive(
 
         for policy in policies:
             # On either side: a machine whose speed changes is met halfway.
+            if found:
+                await _lit_once(asker, watch, [CALIBRATION])
             before = await calibrate(range((options.cycles + 1) // 2))
             await watch.dark(policy)
             found[policy] = live = Live(before, time.time() + 1)
             await _send(asker, policy, times, live, options.minutes * 60)
             await watch.dark(policy)
+            await _lit_once(asker, watch, [CALIBRATION])
             live.cycles += await calibrate(range(len(before), options.cycles))
             live.samples = watch.samples[policy]
             live.gpu_s = held_s(live.samples, live.begin_s, live.begin_s + options.minutes * 60)
@@ -102,7 +105,10 @@ async def drive(
 
 
 async def _lit_once(asker: Asker, watch: Watch, models: Sequence[str]) -> int:
-    """What a model does at its first start only is over then. Returns the tokens of a prompt."""
+    """What a model does at its first start only, or at the first for many minutes, is over then.
+
+    Returns the tokens of a prompt.
+    """
     tokens = 0
     for model in models:
         say(f"{model}: lit once, unscored")
