@@ -436,8 +436,9 @@ def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> 
     assert not folder.exists()
 
 
-def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path) -> None:
+def test_a_database_that_is_away_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like a full disk: what comes is kept in memory, decisions go on, and it is said."""
+    monkeypatch.setattr(planner_module, "STORE_WAIT_S", 1.0)
     (tmp_path / "file").write_text("in the way")
     world = World(tmp_path, store=f"sqlite:///{tmp_path / 'file' / 'relight.db'}")
     with world.planner() as planner:

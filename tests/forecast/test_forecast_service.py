@@ -96,7 +96,7 @@ def test_what_is_watched_gets_a_forecast_with_its_scores(start: Start) -> None:
 @pytest.mark.parametrize(
     ("fitter", "budget_s", "said"),
     [
-        (bad_fitters.hanging, 1.0, "hanging: killed after 1 s"),
+        (bad_fitters.hanging, 3.0, "hanging: killed after 3 s"),
         (bad_fitters.raising, 60.0, "raising: FloatingPointError: the matrix is singular (bad_fitters.py:"),
         (bad_fitters.dying, 60.0, "dying: its process ended"),
     ],

@@ -41,11 +41,11 @@ class Outcome:
 class Load:
     """Clients that ask, one request after the other, until they are told to stop."""
 
-    def __init__(self, relight: Relight) -> None:
+    def __init__(self, relight: Relight, clients: int = CLIENTS) -> None:
         self.relight = relight
         self.outcomes: list[Outcome] = []
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client, args=(n,)) for n in range(CLIENTS)]
+        self._threads = [threading.Thread(target=self._client, args=(n,)) for n in range(clients)]
 
     def _client(self, number: int) -> None:
         while not self._stop.is_set():

@@ -18,11 +18,13 @@ from deployments.node_reclaim import drain
 from deployments.node_start import Raylet
 from tests.live.conftest import CHAT, EMBED, scaling
 from tests.live.lab import ROOT, Relight, kill, until
-from tests.live.test_live_kills import CLIENTS, Load
+from tests.live.test_live_kills import Load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 PATIENCE_S = 10.0
+CLIENTS = 3
+"""Of a load beside which another node starts on the same two cores."""
 TYPES = [
     NodeType("h100", "H100", priority=9, idle_timeout_s=4),
     NodeType("a100", "A100", priority=8, idle_timeout_s=4),
@@ -132,7 +134,7 @@ def test_a_type_that_is_refused_is_given_up_at_once(nodes: Relight) -> None:
 
 def test_a_node_that_is_killed_under_load_is_replaced(nodes: Relight) -> None:
     """Requests that had no byte yet are served by the next node; nothing is lost."""
-    load = Load(nodes)
+    load = Load(nodes, CLIENTS)
     with load.running():
         until("the load to be served", lambda: load.whole_since(0) >= CLIENTS, patience_s=120)
         where = node_of(nodes, "chat")
@@ -154,7 +156,7 @@ def test_a_node_that_is_killed_under_load_is_replaced(nodes: Relight) -> None:
 
 def test_a_reclaimed_node_is_replaced_before_it_is_drained(nodes: Relight) -> None:
     """What a cloud says two minutes before it takes a spot machine: no request fails, and the next node serves."""
-    load = Load(nodes)
+    load = Load(nodes, CLIENTS)
     with load.running():
         until("the load to be served", lambda: load.whole_since(0) >= CLIENTS, patience_s=120)
         where = node_of(nodes, "chat")

@@ -185,7 +185,7 @@ def test_two_ups_at_once_make_one_cluster(local: Local) -> None:
     outputs = [process.communicate(timeout=120)[0] for process in both]
 
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert sum("Waiting for process" in output for output in outputs) == 1
+    assert sum("which is at work on this checkout" in output for output in outputs) == 1
     assert sum("Starting Ray: done" in output for output in outputs) == 1
     state = json.loads((local.checkout.state_dir / "cluster.json").read_text())
     assert state["port"] == local.port
