@@ -19,7 +19,7 @@ from deployments.engine.client import HostConnection, acquire
 from deployments.engine.control import ControlSocket
 from deployments.engine.host import Host
 from deployments.engine.protocol import EngineSpec
-from tests.engine.test_engine_host import until
+from tests.engine.lab import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

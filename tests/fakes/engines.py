@@ -59,7 +59,7 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.shutdown()
         async with asyncio.timeout(self.config.timeout_graceful_shutdown):
-            while self.server_state.connections or self.server_state.tasks:
+            while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110 - they have no event
                 await asyncio.sleep(0.001)
         for server in self.servers:
             await server.wait_closed()
