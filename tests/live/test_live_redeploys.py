@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 LONG = {
     "model": "chat",
     "prompt": "Once upon a time",
-    "max_tokens": 400,
+    "max_tokens": 300,
     "ignore_eos": True,
     "temperature": 0,
     "stream_options": {"include_usage": True},
