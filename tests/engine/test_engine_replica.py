@@ -115,8 +115,9 @@ async def test_a_host_that_comes_back_is_told_which_engine_to_end(
     replica._host.send = lambda _: None  # type: ignore[method-assign] # nobody is there to hear it
     await gateway.failed(first)
     await until(lambda: replica._engine is None)
+    asking = asyncio.create_task(gateway.lent())
     await asyncio.sleep(0.05)
-    assert alive(first["pid"])
+    assert alive(first["pid"]) and not asking.done()
     replica._host._reader.feed_eof()
-    assert (await gateway.lent())["engine"]["engine_id"] != first["engine_id"]
+    assert (await asking)["engine"]["engine_id"] != first["engine_id"]
     assert not alive(first["pid"])
