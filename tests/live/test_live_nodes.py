@@ -171,11 +171,40 @@ def test_a_reclaimed_node_is_replaced_before_it_is_drained(nodes: Relight) -> No
     assert not bad, bad
 
 
+def test_who_waits_for_anothers_gpu_is_told_and_gets_it(nodes: Relight) -> None:
+    """A budget that a redeploy brings: no more than it says is lit, and no request of either model fails."""
+    nodes.dark("chat", "embed", "choosy")
+    fleet = {**FLEET, "controller": {**FLEET["controller"], "gpu_budget": 1}}
+    nodes.fleet_file.write_text(yaml.safe_dump(fleet))
+    deploy(nodes.checkout, nodes.fleet_file, env={"PYTHONPATH": str(ROOT), "RELIGHT_DATA": str(nodes.data)})
+    load, lit = Load(nodes, 1), set()
+    body = {"model": "embed", "input": "One, two, three"}
+    with ThreadPoolExecutor(1) as pool:
+        with load.running():
+            until("the load to be served", lambda: load.whole_since(0) >= 2, patience_s=120)
+            asked = pool.submit(nodes.request, "POST", "/v1/embeddings", body, timeout_s=240)
+            told = "others hold those of controller.gpu_budget (1)"
+            until("who waits to be told", lambda: told in (nodes.model("embed")["reason"] or ""))
+            told_s = time.monotonic()
+            until("the other to be served on", lambda: load.whole_since(told_s) >= 2)
+            assert not asked.done() and lit_models(nodes) == {"chat"}
+        while not asked.done():
+            lit.add(frozenset(lit_models(nodes)))
+    assert asked.result().status == 200, asked.result()
+    assert frozenset(("chat", "embed")) not in lit, lit
+    assert not [o for o in load.outcomes if o.kind != "whole"], load.outcomes
+
+
 def test_at_the_end_no_gpu_node_is_left(nodes: Relight) -> None:
     """Every one has gone for being idle."""
     nodes.dark("chat", "embed", "choosy")
     until("the nodes to go", lambda: len(nodes.processes("raylet/raylet")) == 1)
     assert nodes.ray("resources")["total"].get("GPU", 0) == 0
+
+
+def lit_models(relight: Relight) -> set[str]:
+    """Those with a replica that is ready."""
+    return {m["id"] for m in relight.status()["models"] if m["replicas_by_state"].get("RUNNING")}
 
 
 def node_of(relight: Relight, model: str) -> str:
