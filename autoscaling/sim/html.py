@@ -12,6 +12,7 @@ from autoscaling.sim.report import Report
 from autoscaling.sim.shape import Shape
 
 COLUMNS: Mapping[str, str] = {
+    "total_cost_gpu_s": "total cost, GPU-s",
     "requests": "requests",
     "cold_starts": "cold starts",
     "cold_requests": "cold requests",
@@ -23,7 +24,6 @@ COLUMNS: Mapping[str, str] = {
     "idle_gpu_s": "idle GPU-s",
     "rejected": "rejected",
     "cost": "cost",
-    "total_cost_gpu_s": "total cost, GPU-s",
     "prewarms": "prewarms",
     "prewarm_hits": "hits",
     "scale_ups": "ups",
@@ -64,8 +64,8 @@ _NO_NETWORK = (
 """Plotly can draw maps, and would load them; here a browser lets it load nothing."""
 _STYLE = (
     "body{font:15px system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}"
-    "h2{margin-top:2.5rem}p{color:#555}.wide{overflow-x:auto}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .6rem;text-align:right;"
+    "h2{margin-top:2.5rem}p{color:#555}.wide{overflow-x:auto;font-size:13px}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.25rem .35rem;text-align:right;"
     "border-bottom:1px solid #ddd}td{white-space:nowrap}td:first-child,th:first-child{text-align:left}"
 )
 _PARETO = (
