@@ -24,6 +24,8 @@ REFORECAST_S = 10.0
 SPENT_DAYS = 3
 """Of so many days what was spent is kept: a clock that is set goes on in another one, and may come back."""
 
+_NO_STATE = State()
+
 
 class Stands(NamedTuple):
     """For which requests in progress a decision stands: see `Decision.loads` and `Decision.silence_s`."""
@@ -247,7 +249,7 @@ class Loop:
     def _decide(
         self, model: str, spec: Spec, observation: Observation, forecast: Forecast | bool | None
     ) -> State | None:
-        before = self._states.get(model, State())
+        before = self._states.get(model, _NO_STATE)
         known = forecast if isinstance(forecast, Forecast) else None
         self._ends_s[model] = math.inf
         try:
