@@ -18,10 +18,10 @@ from autoscaling.ports import Clock
 from autoscaling.traces import Row, Source, TraceError, busiest, open_trace
 
 if TYPE_CHECKING:
-    from autoscaling.core.types import Rung
     from autoscaling.live.importer.names import Names
     from autoscaling.live.importer.sources import Log
     from autoscaling.live.store import Store
+    from autoscaling.sim.starts import Measured
     from autoscaling.traffic import Buckets, Traffic
 
 SHUFFLED_BY = 4096
@@ -60,6 +60,8 @@ def open_source(
     from deployments.errors import ConfigError
 
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise TraceError(f"{path}: is a pipe or a device; it must be a file, as it is read more than once")
     try:
         path.open("rb").close()
         first = next(lines_of(path, "reading"), None)
@@ -191,10 +193,12 @@ class StoredSource:
     bad: int = 0
     models: tuple[str, ...] = field(default=(), init=False)
     _known: list[Traffic] = field(default_factory=list, init=False)
-    _starts: dict[Rung | None, list[float]] = field(default_factory=dict, init=False)
+    _starts: Measured | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Raises TraceError for a store that is not there or knows no traffic; ConfigError for what is no URL."""
+        from autoscaling.sim.starts import Measured
+
         now_s = self.clock.now_s()
         with self._opened() as store:
             self.models = tuple(store.models_with_traffic())
@@ -203,8 +207,9 @@ class StoredSource:
             error = health["error"] or next(iter(health["notices"]), None)
             if error is not None:
                 raise TraceError(f"{self.name}: can't be read: {error}")
-            for row in store.cold_starts(None, 0.0, MOST_STARTS):
-                self._starts.setdefault(row.rung, []).append(row.total_s)
+            starts = store.cold_starts(None, 0.0, MOST_STARTS)
+            if starts:
+                self._starts = Measured.of((row.model, row.rung, row.total_s) for row in starts)
         if not self.models:
             raise TraceError(f"{self.name}: it holds no traffic")
 
@@ -248,8 +253,8 @@ class StoredSource:
         """None."""
         return ()
 
-    def starts(self) -> dict[Rung | None, list[float]]:
-        """Rung -> seconds of the newest starts that were measured from there."""
+    def starts(self) -> Measured | None:
+        """The newest starts that were measured; None: there are none."""
         return self._starts
 
     def rows(self) -> Iterator[Row]:

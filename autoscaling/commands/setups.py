@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autoscaling.sim.compare import Base
     from autoscaling.sim.group import Limits
     from autoscaling.sim.profile import Profile
+    from autoscaling.sim.starts import Measured
     from autoscaling.traces import Source
     from deployments.fleet import Fleet, Model
 
@@ -39,10 +40,11 @@ def base_of(source: Source, given: Given) -> Base:
     from autoscaling.core.types import Spec
     from autoscaling.sim.compare import Base
     from autoscaling.sim.replay import Setup
+    from autoscaling.sources import Renamed
     from autoscaling.traces import until
 
     prices = price_table(given.prices)
-    profile, named = _profile(source, given, prices)
+    profile, named, starts = _profile(source, given, prices)
     profile = _priced(profile, given, prices)
     fleet = None if given.fleet is None else _fleet(given.fleet)
     limits: Mapping[str, Limits] = {}
@@ -50,7 +52,10 @@ def base_of(source: Source, given: Given) -> Base:
         if "gpus" not in named:
             profile = replace(profile, gpus=fleet.controller.gpu_budget)
         limits = _limits(profile, fleet, named)
-        source = _by_id(source, fleet)
+        aliases = {alias: model.id for model in fleet.models for alias in model.aliases}
+        if aliases:
+            source = Renamed(source, aliases)
+            starts = None if starts is None else starts.renamed(aliases)
     setup = Setup(
         profile=profile,
         seed=given.seed,
@@ -58,6 +63,7 @@ def base_of(source: Source, given: Given) -> Base:
         measure_from_s=options.duration(given.measure_from, "--measure-from") or 0.0,
         until_s=options.duration(given.until, "--until"),
         limits=limits,
+        starts={} if starts is None else starts.own(profile),
     )
     spec = Spec(
         "", wait_cost=10.0, max_replicas=64, target_ongoing_requests=float(profile.engine.concurrency)
@@ -92,8 +98,10 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
     return table
 
 
-def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> tuple[Profile, frozenset[str]]:
-    """And the fields that its file names."""
+def _profile(
+    source: Source, given: Given, prices: Mapping[str, float]
+) -> tuple[Profile, frozenset[str], Measured | None]:
+    """And the fields that its file names, and the start times that it has, if these were measured."""
     from autoscaling.sim.profile import Profile, ProfileError, read_profile
     from autoscaling.sim.starts import measured, read_starts
     from autoscaling.sources import StoredSource
@@ -102,14 +110,23 @@ def _profile(source: Source, given: Given, prices: Mapping[str, float]) -> tuple
     try:
         if given.profile is not None:
             profile, named = read_profile(given.profile, prices["H100"])
+        starts: Measured | None = None
         if given.cold_start is None:
-            known = source.starts() if isinstance(source, StoredSource) and "starts" not in named else {}
-            return (measured(profile, known) if known else profile), named
-        if Path(given.cold_start).is_file():
-            return measured(profile, read_starts(given.cold_start)), named
+            if isinstance(source, StoredSource) and "starts" not in named:
+                starts = source.starts()
+        elif Path(given.cold_start).exists() and not Path(given.cold_start).is_dir():
+            starts = read_starts(given.cold_start)
+        if starts is not None:
+            return measured(profile, starts.together), named, starts
     except ProfileError as error:
         raise CommandError(str(error), WRONG) from None
-    return profile.two_states(options.duration(given.cold_start, "--cold-start", zero=True) or 0.0), named
+    if given.cold_start is None:
+        return profile, named, None
+    return (
+        profile.two_states(options.duration(given.cold_start, "--cold-start", zero=True) or 0.0),
+        named,
+        None,
+    )
 
 
 def _priced(profile: Profile, given: Given, prices: Mapping[str, float]) -> Profile:
@@ -188,13 +205,6 @@ def _limits(profile: Profile, fleet: Fleet, named: frozenset[str]) -> dict[str, 
             raise CommandError(f"limits of {model.id}: {error}", WRONG) from None
         found[model.id] = limits
     return found
-
-
-def _by_id(source: Source, fleet: Fleet) -> Source:
-    from autoscaling.sources import Renamed
-
-    aliases = {alias: model.id for model in fleet.models for alias in model.aliases}
-    return Renamed(source, aliases) if aliases else source
 
 
 def _specs(fleet: Fleet, source: Source, until_s: float | None) -> dict[str, Spec]:

@@ -227,6 +227,7 @@ def _variants(policies: str, sweep: Sequence[str] | None, given: dict[str, float
         if not sign or not name or not all(map(math.isfinite, values)):
             raise CommandError(f"--sweep: {text!r} is not NAME=A,B,C, like keep_alive_s=30,60,300", WRONG)
         sweeps.setdefault(name, []).extend(values)
+    sweeps = {name: list(dict.fromkeys(values)) for name, values in sweeps.items()}
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise CommandError("--policies: name at least one", WRONG)

@@ -60,7 +60,7 @@ def describe(
     with replaying.wrong(), replaying.progress("reading"):
         shape = shape_of(cut(source.rows(), until_s), seed, scale)
     if not shape.requests:
-        raise _nothing(source)
+        raise _nothing(source, scale)
     if as_json:
         options.print_json(shape.to_plain())
         return
@@ -99,8 +99,9 @@ def describe(
         output.say(f"The {MOST_MODELS} busiest of them are shown; --json has all.", style="dim")
 
 
-def _nothing(source: Source) -> CommandError:
-    return CommandError(f"{source.name}: " + "; ".join(["it holds no requests", *source.notes]), WRONG)
+def _nothing(source: Source, scale: float = 1.0) -> CommandError:
+    nothing = "it holds no requests" if scale == 1 else f"no requests are left of it at a scale of {scale:g}"
+    return CommandError(f"{source.name}: " + "; ".join([nothing, *source.notes]), WRONG)
 
 
 @trace_app.command("convert")
@@ -183,6 +184,10 @@ def generate(
         assert duration_s is not None
         with _written(out) as file:
             count = _write(synthetic.generate(made, duration_s, seed), file)
+            if not count:
+                raise CommandError(
+                    f"these streams have no requests in {lasts} of --for; it must be longer", WRONG
+                )
     _told(_counted(count, "request"))
 
 
@@ -249,7 +254,9 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
     begins_s, sums = float("-inf"), dict[str, list[float]]()
 
     def closed() -> Iterator[Any]:
-        for name, (count, tokens_in, tokens_out, exec_s) in sorted(sums.items()):
+        for name, (count, tokens_in, tokens_out, exec_s, cv) in sorted(sums.items()):
+            if not count:
+                continue
             yield Row(
                 begins_s,
                 name,
@@ -258,6 +265,7 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
                 round(tokens_in / count),
                 round(tokens_out / count),
                 exec_s / count,
+                cv / count,
             )
         sums.clear()
 
@@ -271,8 +279,8 @@ def _windows(rows: Iterable[Any], length_s: float) -> Iterator[Any]:
         if at_s != begins_s:
             yield from closed()
             begins_s = at_s
-        amounts = sums.setdefault(row.model, [0.0, 0.0, 0.0, 0.0])
-        for column, each in enumerate((1, row.input_tokens, row.output_tokens, row.exec_s)):
+        amounts = sums.setdefault(row.model, [0.0] * 5)
+        for column, each in enumerate((1, row.input_tokens, row.output_tokens, row.exec_s, row.cv)):
             amounts[column] += row.requests * each
     yield from closed()
 

@@ -11,11 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from autoscaling.sim.queueing import Floats
+from autoscaling.trace_formats import model_name
 from autoscaling.traces import Row
 
 DAY_S = 86400.0
 MOST = 100_000_000
 """Requests of a stream, all of which are in memory at once."""
+MOST_TURNS = 1_000_000
+MOST_PARAMS = {"cv": 1000.0, "input_tokens": 1e6, "output_tokens": 1e6}
+"""Lengths are drawn around these means, and a trace takes no more than a hundred times as many tokens."""
 
 
 class PatternError(ValueError):
@@ -74,6 +78,11 @@ def _timer(p: Mapping[str, float], duration_s: float, random: np.random.Generato
 
 
 def _on_off(p: Mapping[str, float], duration_s: float, random: np.random.Generator) -> Floats:
+    turns = duration_s / (p["on_s"] + p["off_s"])
+    if turns > MOST_TURNS:
+        raise PatternError(
+            f"on_s {p['on_s']:g} and off_s {p['off_s']:g} make {turns:.3g} turns; {MOST_TURNS:,} are the most"
+        )
     found: list[Floats] = []
     now_s = float(random.exponential(p["off_s"]))
     while now_s < duration_s:
@@ -137,6 +146,10 @@ def stream(text: str) -> Stream:
     name, *settings = rest.split(",")
     if not sign or not model or name not in PATTERNS:
         raise PatternError(f"{text!r} is not MODEL=PATTERN,name=value,…; patterns are {', '.join(PATTERNS)}")
+    try:
+        model_name(model)
+    except ValueError as error:
+        raise PatternError(str(error)) from None
     params = dict(PATTERNS[name].defaults)
     tokens = {"input_tokens": 512, "output_tokens": 128}
     for setting in settings:
@@ -153,6 +166,10 @@ def stream(text: str) -> Stream:
             )
         if key in _SHARES and number > 1:
             raise PatternError(f"{key}: {value!r} is above 1")
+        if key in _WHOLE and number != int(number):
+            raise PatternError(f"{key}: {value!r} is not a whole number")
+        if number > MOST_PARAMS.get(key, math.inf):
+            raise PatternError(f"{key}: {value!r} is above {MOST_PARAMS[key]:,.0f}")
         if key in tokens:
             tokens[key] = int(number)
         else:
@@ -161,7 +178,8 @@ def stream(text: str) -> Stream:
 
 
 _SHARES = ("swing", "weekend", "missed")
-_ABOVE_ZERO = ("rate_per_h", "cv", "every_s", "on_s", "off_s", "crowd", "lasts_s", "rate_per_s")
+_WHOLE = ("burst", "crowd", "input_tokens", "output_tokens")
+_ABOVE_ZERO = ("rate_per_h", "cv", "every_s", "on_s", "off_s", "lasts_s", "rate_per_s", *_WHOLE)
 
 
 def generate(streams: Sequence[Stream], duration_s: float, seed: int = 0) -> Iterator[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from autoscaling.core.budget import Budget
-from autoscaling.core.types import Spec
+from autoscaling.core.types import Rung, Spec
 from autoscaling.loop import Loop
 from autoscaling.sim.adapters import SimCluster, SimSink, SimSpecs
 from autoscaling.sim.clock import VirtualClock
@@ -15,7 +15,7 @@ from autoscaling.sim.cluster import VirtualModel
 from autoscaling.sim.events import GRID
 from autoscaling.sim.forecasts import Foresight, NoForecasts
 from autoscaling.sim.pool import Pool
-from autoscaling.sim.profile import Profile
+from autoscaling.sim.profile import Profile, Start
 from autoscaling.sim.queueing import (
     ARRIVED,
     COLD,
@@ -70,11 +70,16 @@ class Setup:
     """How long the steps of the reports' timelines are; None: there are none."""
     limits: Mapping[str, Limits] = field(default_factory=dict)
     """By model; of others, the profile's."""
+    starts: Mapping[str, Mapping[Rung, Start]] = field(default_factory=dict)
+    """By model, from the rungs of the profile; of others, the profile's."""
 
     def profile_of(self, model: str) -> Profile:
-        """With its own limits. Raises ProfileError."""
+        """With its own limits and starts. Raises ProfileError."""
+        profile = self.profile
+        if (starts := self.starts.get(model)) is not None:
+            profile = replace(profile, starts=starts)
         limits = self.limits.get(model)
-        return self.profile if limits is None else limits.applied(self.profile)
+        return profile if limits is None else limits.applied(profile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,11 +139,14 @@ class Group:
             reforecast_s=0.0,
             usage=False,
         )
-        lead_s = max(start.measured_s()[1] for start in profile.starts.values())
         for name, model in self.models.items():
             model.begin(begin_s)
+            lead_s = max(start.measured_s()[1] for start in model.profile.starts.values())
             # Where there is one replica or none, how much comes decides nothing.
             forecasts.watch(name, begin_s, lead_s if specs[name].max_replicas > 1 else 0.0)
+        if self._measure_s <= begin_s:
+            # What the first tick starts counts, too.
+            self._measure()
         self._tick(begin_s)
 
     @property

@@ -162,6 +162,9 @@ class Profile:
         """As a controller that has measured them would say, lowest first."""
         found: list[RungProfile] = []
         for rung in sorted(self.starts):
+            # A controller says it only where nodes come and go, and where it does, models rest there.
+            if rung == Rung.COLD < self.up_to(self.base):
+                continue
             # Where there is no room, an engine that was warmed for it would be given up at once, and warmed again.
             if rung == Rung.PARKED and not (park and self.parked_engines != 0):
                 continue
@@ -175,6 +178,10 @@ class Profile:
                 )
             )
         return (*found, RungProfile(Rung.SERVING, 0.0, 0.0, gpus_per_replica))
+
+    def up_to(self, rung: Rung) -> Rung:
+        """The highest rung up to that one from which there are starts, else the lowest of all."""
+        return max((each for each in self.starts if each <= rung), default=min(self.starts))
 
     @property
     def applies_s(self) -> float:

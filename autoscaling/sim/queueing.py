@@ -53,6 +53,8 @@ from autoscaling.sim.events import (
 
 RIDE = 256
 """Ticks of one ride at most."""
+ROUNDING_S = 1e-6
+"""Differences of Unix seconds are right to a quarter of that."""
 
 
 class Queue:
@@ -68,7 +70,7 @@ class Queue:
         handoff_s: float = 0.0,
     ) -> None:
         self.slowdown = slowdown
-        self.limits = np.asarray([deadline_s, queue_limit, -math.inf, slo_s, handoff_s])
+        self.limits = np.asarray([deadline_s, queue_limit, -math.inf, slo_s + ROUNDING_S, handoff_s])
         self.f = np.zeros(FLOATS)
         self.f[NOW] = self.f[LAST_ARRIVAL] = self.f[LAST_BUSY] = -math.inf
         self.n = np.zeros(WHOLES, np.int64)
@@ -212,7 +214,8 @@ class Queue:
         self.limits[2] = from_s
         for column in (BUSY_S, HELD_S, WAITED_S, COLD_WAITED_S, IN_FLIGHT_S, LONGEST_S):
             self.f[column] = 0.0
-        for column in (REQUESTS, COLD, STARTED, REJECTED, IN_TIME, EPISODES):
+        # Who comes to wait in a dark span that has begun waits in one that counts.
+        for column in (REQUESTS, COLD, STARTED, REJECTED, IN_TIME, EPISODES, EPISODE):
             self.n[column] = 0
         self.histogram[:] = 0
 

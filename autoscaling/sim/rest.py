@@ -45,7 +45,7 @@ class Rest:
     def __init__(self, model: Sharer, profile: Profile, pool: Pool, delay_s: Callable[[Rung], float]) -> None:
         """`delay_s` draws what a start from a rung takes."""
         self.used = Used()
-        self.rung = self._base = self.of(profile, profile.base)
+        self.rung = self._base = profile.up_to(profile.base)
         self.moved = False
         """Whether the rung changed at once when it was asked for."""
         self.evicted = False
@@ -57,12 +57,6 @@ class Rest:
         self._then = self._reached = self.rung
         self._dark_s: float | None = -math.inf
         self._warming: tuple[float, float, Rung] | None = None  # (ready, begun, to)
-
-    @staticmethod
-    def of(profile: Profile, rung: Rung) -> Rung:
-        """The highest rung up to that one that there is."""
-        below = [each for each in profile.starts if each <= rung]
-        return max(below) if below else min(profile.starts)
 
     @property
     def dark(self) -> bool:
@@ -78,7 +72,7 @@ class Rest:
 
     def ask(self, rung: Rung) -> None:
         """What it is to rest on when it is dark."""
-        self._then = self.of(self._profile, min(rung, Rung.PARKED))
+        self._then = self._profile.up_to(min(rung, Rung.PARKED))
 
     def darken(self, now_s: float) -> None:
         """The last replica, or start of one, is gone."""

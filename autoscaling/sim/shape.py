@@ -138,13 +138,12 @@ def _shape(name: str, model: _Model, begins_s: float, ends_s: float) -> ModelSha
 
 
 def _median_s(model: _Model) -> float:
-    """The middle of its cell; 0 below the first, NaN without gaps."""
+    """By the middles of cells, 0 for the first; of an even number the mean of the middle two. NaN without gaps."""
     if not model.gaps:
         return math.nan
-    cell = int(np.searchsorted(np.cumsum(model.cells), model.gaps / 2))
-    if cell == 0:
-        return 0.0
-    return float(_EDGES_S[cell - 1] * math.sqrt(_EDGES_S[1] / _EDGES_S[0]))
+    middle = np.asarray([(model.gaps + 1) // 2, model.gaps // 2 + 1])
+    cells = np.searchsorted(np.cumsum(model.cells), middle)
+    return float(np.where(cells == 0, 0.0, _EDGES_S[cells - 1] * math.sqrt(_EDGES_S[1] / _EDGES_S[0])).mean())
 
 
 def _daily(counts: Floats, first: int) -> float:

@@ -7,10 +7,10 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from autoscaling.core.types import Rung
 from autoscaling.sim.profile import Profile, ProfileError, Start
@@ -23,7 +23,56 @@ Starts = Mapping[Rung | None, Sequence[float]]
 """Rung that they began from -> seconds; None where that is not known."""
 
 
-def read_starts(path: str | Path) -> dict[Rung | None, list[float]]:
+@dataclass(frozen=True)
+class Measured:
+    """Start times as they were measured."""
+
+    together: Starts
+    """Of all models."""
+    by_model: Mapping[str, Starts]
+    """Of each model that was named."""
+
+    @classmethod
+    def of(cls, starts: Iterable[tuple[str | None, Rung | None, float]]) -> Measured:
+        """From (model, rung, seconds) of each; None where that is not known."""
+        together: dict[Rung | None, list[float]] = {}
+        by_model: dict[str, dict[Rung | None, list[float]]] = {}
+        for model, rung, seconds in starts:
+            together.setdefault(rung, []).append(seconds)
+            if model is not None:
+                by_model.setdefault(model, {}).setdefault(rung, []).append(seconds)
+        return cls(together, by_model)
+
+    def renamed(self, names: Mapping[str, str]) -> Measured:
+        """The same under other names, of those that are called otherwise."""
+        named = Measured.of(
+            (names.get(model, model), rung, seconds)
+            for model, starts in self.by_model.items()
+            for rung, delays in starts.items()
+            for seconds in delays
+        )
+        return Measured(self.together, named.by_model)
+
+    def own(self, profile: Profile) -> dict[str, Mapping[Rung, Start]]:
+        """By model, the starts of a `profile` that has them of all models `together`, with its own in their place.
+
+        A rung from which the model itself was never seen to start is left as it is.
+        """
+        if None in self.together:
+            return {
+                model: {Rung.TEMPLATE: Start(tuple(each for delays in starts.values() for each in delays))}
+                for model, starts in self.by_model.items()
+            }
+        return {
+            model: {
+                rung: replace(start, delay_s=tuple(starts[rung])) if rung in starts else start
+                for rung, start in profile.starts.items()
+            }
+            for model, starts in self.by_model.items()
+        }
+
+
+def read_starts(path: str | Path) -> Measured:
     """Gzip is unpacked. Raises ProfileError."""
     path = Path(path)
     try:
@@ -34,12 +83,11 @@ def read_starts(path: str | Path) -> dict[Rung | None, list[float]]:
     except (EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ProfileError(f"{path}: can't be read: {error}") from None
     rows = _json_rows(path, text) if text.lstrip().startswith(("{", "[")) else _csv_rows(path, text)
-    found: dict[Rung | None, list[float]] = {}
-    for where, value, unit_s, rung in rows:
-        found.setdefault(_rung(where, rung), []).append(_seconds(where, value, unit_s))
-    if not found:
+    if not rows:
         raise ProfileError(f"{path}: it holds no start times")
-    return found
+    return Measured.of(
+        (row.model, _rung(row.where, row.rung), _seconds(row.where, row.value, row.unit_s)) for row in rows
+    )
 
 
 def measured(profile: Profile, starts: Starts) -> Profile:
@@ -61,18 +109,32 @@ def measured(profile: Profile, starts: Starts) -> Profile:
     return replace(profile, starts=made, base=profile.base if lowest <= profile.base else lowest)
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[str, Any, float, str | None]]:
+class _Row(NamedTuple):
+    where: str
+    value: Any
+    unit_s: float
+    rung: str | None
+    model: str | None
+
+
+def _csv_rows(path: Path, text: str) -> list[_Row]:
     lines = csv.DictReader(text.splitlines())
     column = next((name for name in COLUMNS if name in (lines.fieldnames or ())), None)
     if column is None:
         raise ProfileError(f"{path}: its first line has none of the columns {', '.join(COLUMNS)}")
     return [
-        (f"{path}:{number}: {column}", row[column], COLUMNS[column], row.get("rung") or None)
+        _Row(
+            f"{path}:{number}: {column}",
+            row[column],
+            COLUMNS[column],
+            row.get("rung") or None,
+            row.get("model") or None,
+        )
         for number, row in enumerate(lines, 2)
     ]
 
 
-def _json_rows(path: Path, text: str) -> list[tuple[str, Any, float, str | None]]:
+def _json_rows(path: Path, text: str) -> list[_Row]:
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -81,9 +143,15 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, Any, float, str | None]
     if not isinstance(rows, list) or not all(isinstance(row, dict) and "total_s" in row for row in rows):
         raise ProfileError(f"{path}: it is not what `relight coldstarts --json` prints")
     return [
-        (f"{path}: cold_starts[{i}].total_s", row["total_s"], 1.0, row.get("rung"))
+        _Row(
+            f"{path}: cold_starts[{i}].total_s", row["total_s"], 1.0, row.get("rung"), _name(row.get("model"))
+        )
         for i, row in enumerate(rows)
     ]
+
+
+def _name(model: object) -> str | None:
+    return model if isinstance(model, str) and model else None
 
 
 def _seconds(where: str, value: Any, unit_s: float) -> float:
@@ -107,4 +175,4 @@ def _rung(where: str, name: str | None) -> Rung | None:
     return found
 
 
-__all__ = ["COLUMNS", "measured", "read_starts"]
+__all__ = ["COLUMNS", "Measured", "measured", "read_starts"]

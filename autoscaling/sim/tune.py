@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from autoscaling.core.policies import POLICIES
@@ -188,6 +189,11 @@ def ranges(policy: str, names: Sequence[str] | None = None) -> list[Range]:
         # The spec's own field is what people set; idle_s would say the same twice.
         known["keep_alive_s"] = Range("keep_alive_s", 1.0, 7200.0)
         searched = [name for name in known if name != "idle_s"]
+    same = next((name for name in names or () if name in known and SAME.get(name) in (names or ())), None)
+    if same is not None:
+        raise SettingError(
+            f"{same} and {SAME[same]} say the same under {policy}: only one of them can be tuned"
+        )
     missing = [name for name in names or () if name not in known]
     if missing:
         raise SettingError(f"policy {policy} has no parameter {missing[0]!r}; it has {', '.join(known)}")
@@ -216,11 +222,12 @@ def tune(
 ) -> Tuned:
     """Search by tree-structured Parzen estimators (optuna's TPE; Bergstra et al. 2011, NeurIPS).
 
-    What is scored is never looked at: the search replays the trace only up to `learn_until_s`. There it counts what
-    comes after the setup's `measure_from_s`.
+    What is scored is never looked at: the search replays the trace only up to `learn_until_s`, where it counts what
+    comes after the setup's `measure_from_s`, and what is scored begins where the last window of that has ended.
 
     Args:
-        learn_until_s: seconds from the trace's beginning; None: two thirds of it.
+        learn_until_s: seconds from the trace's beginning; None: two thirds of it. Windows that begin before it are
+            learned from as a whole.
         least_slo: parameters count only if so large a share of the requests keeps to the SLO.
         names: which parameters; None: all that the policy has.
         fixed: settings that stay as they are.
@@ -248,7 +255,8 @@ def tune(
     length_s = _length_s(base)
     if learn_until_s is None:
         learn_until_s = float(round(LEARNED * length_s))
-    if learn_until_s >= length_s:
+    score_from_s = _score_from_s(base, learn_until_s)
+    if max(learn_until_s, score_from_s) >= length_s:
         raise SettingError(
             f"learn_until_s: {learn_until_s:,.0f} s leave nothing to score: the trace lasts {length_s:,.0f} s"
         )
@@ -278,8 +286,8 @@ def tune(
         policy, {**held, **_short(study.best_params)} if improved else kept, unsaid=frozenset(kept)
     )
     score = sampled(
-        replace(base, setup=replace(base.setup, measure_from_s=learn_until_s)),
-        _span_s(length_s - learn_until_s),
+        replace(base, setup=replace(base.setup, measure_from_s=score_from_s)),
+        _span_s(length_s - score_from_s),
     )
     scored, scored_default = compare(score, [best, Variant(policy, kept)], processes=processes)
     wait_costs = {each.model: best.applied(base.spec_of(each.model)).wait_cost for each in scored.models}
@@ -325,6 +333,17 @@ def _length_s(base: Base) -> float:
     for row in until(rows_of(base.trace), base.setup.until_s):
         first_s, last_s = min(first_s, row.time_s), max(last_s, row.time_s + row.window_s)
     return max(0.0, last_s - first_s)
+
+
+def _score_from_s(base: Base, learn_until_s: float) -> float:
+    """To the end of what is learned from, in seconds from the whole second of the first row, as a replay measures."""
+    rows = iter(rows_of(base.trace))
+    first = next(rows, None)
+    if first is None:
+        return learn_until_s
+    learned = until(chain([first], rows), learn_until_s)
+    ends_s = max((row.time_s + row.window_s for row in learned), default=-math.inf)
+    return max(first.time_s + learn_until_s, ends_s) - math.floor(first.time_s)
 
 
 def _span_s(left_s: float) -> float:

@@ -25,6 +25,7 @@ from autoscaling.live.records import ColdStartRow
 from autoscaling.live.store import Store
 from autoscaling.sim.plots import cold_grid
 from autoscaling.sim.report import Report
+from autoscaling.sim.starts import Measured
 from autoscaling.sources import StoredSource
 from autoscaling.traces import Row
 from tests.cli.sim_lab import TWO_STATES, fails, report, requests, run, says
@@ -232,6 +233,61 @@ class TestOptions:
         starts.write_text("seconds\n3\n")
         assert "has none of the columns total_s" in fails("simulate", file, *KEEP, "--cold-start", starts)
 
+    def test_each_model_has_its_own_start_times(self, tmp_path: Path) -> None:
+        """Of a model of which none were measured, those of all together."""
+        file, starts = tmp_path / "t.csv", tmp_path / "starts.json"
+        names = ("small", "big", "new")
+        file.write_text(
+            "timestamp_s,model\n" + "".join(f"{1000 * i},{name}\n" for i in range(40) for name in names)
+        )
+        rows = [{"model": "small", "rung": "template", "total_s": 5.0}] * 20
+        rows += [{"model": "big", "rung": "template", "total_s": 300.0}] * 20
+        starts.write_text(json.dumps({"cold_starts": rows}))
+
+        def waits() -> dict[str, float]:
+            found = report("simulate", file, *KEEP, "--cold-start", starts)
+            return {each["model"]: each["wait_mean_s"] for each in found["models"]}
+
+        assert waits() == {
+            "small": pytest.approx(5.1, abs=0.1),
+            "big": pytest.approx(300.1, abs=0.1),
+            "new": pytest.approx(152.6, abs=40),
+        }
+        starts.write_text("model,total_s\nsmall,5\nbig,300\n")
+        assert waits()["small"] == pytest.approx(5.1, abs=0.1)
+        fleet = tmp_path / "fleet.yaml"
+        fleet.write_text(
+            "models:\n" + "".join(f"- {{id: {n}-id, aliases: [{n}], source: /m/{n}}}\n" for n in names[:2])
+        )
+        found = report("simulate", file, *KEEP, "--fleet", fleet, "--cold-start", starts)
+        waited = {each["model"]: each["wait_mean_s"] for each in found["models"]}
+        assert waited == {
+            "small-id": pytest.approx(5.1, abs=0.1),
+            "big-id": pytest.approx(300.1, abs=0.1),
+        }
+
+    def test_a_model_never_rests_below_its_base(self, tmp_path: Path) -> None:
+        """Whatever is known of starts from there: the template is there anyway."""
+        file, profile = requests(tmp_path, range(0, 20_000, 1000)), tmp_path / "p.json"
+        waited = {}
+        for base in ("template", "cold"):
+            profile.write_text(json.dumps({"starts": {"cold": 100, "template": 4}, "base": base}))
+            waited[base] = report("simulate", file, *KEEP, "--profile", profile)["total"]["wait_mean_s"]
+        assert waited == {"template": pytest.approx(4.1, abs=0.1), "cold": pytest.approx(100.1, abs=0.1)}
+
+    def test_who_waits_as_long_as_the_slo_keeps_to_it(self, tmp_path: Path) -> None:
+        """Though differences of Unix seconds are rounded."""
+        file, profile = requests(tmp_path, range(0, 20_000, 1000)), tmp_path / "p.json"
+        for start_s in (1.7, 4.9, 5.7, 7.4):
+            profile.write_text(json.dumps({"starts": {"template": start_s}, "slo_s": start_s, "wake_s": 0}))
+            assert report("simulate", file, *KEEP, "--profile", profile)["total"]["slo_attainment"] == 1.0
+
+    def test_a_pipe_is_said_to_be_one(self, tmp_path: Path) -> None:
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        for command in (("simulate", pipe, *KEEP), ("trace", "describe", pipe)):
+            assert "pipe: is a pipe or a device; it must be a file" in fails(*command)
+
     def test_bad_rows_are_skipped_and_counted(self, tmp_path: Path) -> None:
         file = tmp_path / "m.csv"
         file.write_text("timestamp_s,model\n0,a\nx,a\n5,a\n3,a\n9\n")
@@ -423,7 +479,7 @@ def test_a_stores_history_is_a_trace(tmp_path: Path) -> None:
         )
     store.close()
     source = StoredSource(url, clock)
-    assert source.starts() == {Rung.TEMPLATE: [40.0, 44.0]}
+    assert source.starts() == Measured.of(("a", Rung.TEMPLATE, took_s) for took_s in (40.0, 44.0))
     rows = list(source.rows())
     assert [row.time_s for row in rows] == sorted(row.time_s for row in rows)
     # A bucket's first and last request come in their seconds, the others between.

@@ -186,6 +186,24 @@ class TestConversion:
         )
         assert rows(says("trace", "convert", file, "-", "--per-window", "1h"))[0]["count"] == "6"
 
+    def test_windows_without_requests_are_left_out(self, tmp_path: Path) -> None:
+        file = tmp_path / "w.csv"
+        file.write_text("minute,model,count\n0,a,3\n60,a,0\n60,b,2\n")
+        found = rows(says("trace", "convert", file, "-", "--per-window", "1h"))
+        assert [(row["minute"], row["model"], row["count"]) for row in found] == [
+            ("0", "a", "3"),
+            ("60", "b", "2"),
+        ]
+
+    def test_windows_stay_as_bursty_as_those_that_they_are_made_of(self, tmp_path: Path) -> None:
+        file = tmp_path / "win10_x.csv"
+        file.write_text("minute,model,count,cv\n0,a,30,4\n10,a,10,2\n")
+        assert [row["cv"] for row in rows(says("trace", "convert", file, "-", "--per-window", "10m"))] == [
+            "4",
+            "2",
+        ]
+        assert rows(says("trace", "convert", file, "-", "--per-window", "20m"))[0]["cv"] == "3.5"
+
     def test_order_is_restored(self, tmp_path: Path) -> None:
         file = requests(tmp_path, [5, 3, 9])
         assert "m.csv:3: '3,m,5': m at 3 s breaks the order of times" in fails(
@@ -338,6 +356,15 @@ class TestDescribe:
         edges, counts = found["idle_histogram"]
         assert {edge: count for edge, count in zip(edges, counts, strict=True) if count} == {300: 17}
 
+    def test_of_an_even_number_of_gaps_the_median_is_between(self, tmp_path: Path) -> None:
+        file = requests(tmp_path, [0, 100, 10_100])
+        (model,) = json.loads(says("trace", "describe", file, "--json"))["models"]
+        assert model["median_gap_s"] == pytest.approx(5050, rel=0.02)
+
+    def test_a_scale_that_leaves_nothing_is_said(self, tmp_path: Path) -> None:
+        said = fails("trace", "describe", requests(tmp_path, [0]), "--scale", "1e-9")
+        assert "no requests are left of it at a scale of 1e-09" in said
+
     def test_for_people(self, tmp_path: Path) -> None:
         said = says("trace", "describe", requests(tmp_path, [0, 100, 90_000]))
         assert "3 requests of 1 model over 1 d 1 h" in said
@@ -401,8 +428,29 @@ class TestGenerate:
             ("a=timer,jitter_s=-1", "jitter_s: '-1' is not a number from 0"),
             ("a=diurnal,swing=2", "swing: '2' is above 1"),
             ("a=poisson,rate_per_h=1e12", "requests of one model are too many"),
+            ("a=gamma,cv=100000", "cv: '100000' is above 1,000"),
+            ("a=on-off,on_s=1e-7,off_s=1e-7", "turns; 1,000,000 are the most"),
+            ("a\tb=poisson", "model 'a\\tb' is not a name of printable characters"),
+            ("a=poisson,input_tokens=1e12", "input_tokens: '1e12' is above 1,000,000"),
+            ("a=timer,burst=2.7", "burst: '2.7' is not a whole number"),
+            ("a=timer,burst=0", "burst: '0' is not a number above 0"),
+            ("a=timer,offset_s=99999", "these streams have no requests in 1d of --for"),
         ],
-        ids=["pattern", "parameter", "zero", "negative", "share", "many"],
+        ids=[
+            *(
+                "pattern",
+                "parameter",
+                "zero",
+                "negative",
+                "share",
+                "many",
+                "variation",
+                "turns",
+                "name",
+                "tokens",
+            ),
+            *("whole", "no-burst", "nothing"),
+        ],
     )
     def test_what_is_wrong(self, stream: str, words: str) -> None:
         assert words in run("trace", "generate", stream).stderr

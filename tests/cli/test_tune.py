@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from autoscaling import simulator as sim
+from autoscaling.traces import Row
 from tests.cli.conftest import Cluster
 from tests.cli.sim_lab import TWO_STATES, fails, report, requests, says
 from tests.control.lab import SMALL
@@ -68,14 +70,37 @@ def test_what_is_scored_is_not_looked_at(trace: Path, tmp_path: Path) -> None:
     assert changed["evidence"]["saving"] < as_it_was["evidence"]["saving"]
 
 
+BURST = [0.9, *(600 * i + 0.9 for i in range(1, 100)), *(39_600.05 + i / 100 for i in range(80))]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [Row(86400.0 * i, "m", 400, 86400.0) for i in range(7)],
+        [Row(3600.0 * i, "m", 40, 3600.0) for i in range(70)],
+        [Row(time_s, "m") for time_s in sorted(BURST)],
+    ],
+    ids=["days", "hours", "requests"],
+)
+def test_nothing_is_both_learned_from_and_scored(rows: list[Row]) -> None:
+    """Also where a window goes on after the end of what is learned, and where the first request is in a second."""
+    found = sim.tune(sim.Base(rows), "keep-alive", trials=1, processes=1)
+    requests = sum(row.requests for row in rows)
+    assert 0 < found.scored.total.requests <= requests - found.learned.total.requests
+
+
 def test_a_trace_lasts_until_the_end_of_its_longest_window(tmp_path: Path) -> None:
     """Not until the end of the last one that begins."""
     file = tmp_path / "t.csv"
     file.write_text("minute,model,count,window_s\n0,a,3,60\n1,b,400,86400\n2,a,5,60\n")
-    found = tuned(file, "--policy", "keep-alive", "--trials", 1, "--learn-until", "12h", *TWO_STATES)
-    assert found["evidence"]["learn_until_s"] == 43200
+    found = tuned(file, "--policy", "keep-alive", "--trials", 1, "--learn-until", "30s", *TWO_STATES)
+    assert found["evidence"]["learn_until_s"] == 30
     assert "leave nothing to score: the trace lasts 86,460 s" in fails(
         "tune", file, "--policy", "keep-alive", "--learn-until", "2d"
+    )
+    # The long one is learned from as a whole.
+    assert "43,200 s leave nothing to score" in fails(
+        "tune", file, "--policy", "keep-alive", "--learn-until", "12h"
     )
 
 
@@ -207,10 +232,11 @@ def test_its_file_is_used_live(trace: Path, tmp_path: Path, cluster: Cluster) ->
         (("--objective", "foo"), "objective 'foo' is unknown; there are total_cost_gpu_s"),
         (("--parameters", "foo"), "policy keep-alive has no parameter 'foo'; it has"),
         (("--policy", "oracle"), "policy 'oracle' can't be tuned"),
+        (("--parameters", "idle_s,keep_alive_s"), "idle_s and keep_alive_s say the same under keep-alive"),
         (("--learn-until", "100d"), "8,640,000 s leave nothing to score: the trace lasts 8,700 s"),
         (("--out", "/nowhere/at/all.json"), "--out: /nowhere/at/all.json is in no folder"),
     ],
-    ids=["objective", "parameter", "policy", "nothing-left", "folder"],
+    ids=["objective", "parameter", "policy", "the-same", "nothing-left", "folder"],
 )
 def test_what_is_wrong(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
     file = requests(tmp_path, range(0, 9000, 300))

@@ -383,3 +383,19 @@ def test_a_request_that_finds_a_replica_waits_for_the_way_to_it() -> None:
     # The first waits for the start, in which its way is; the second comes as that has ended.
     assert report.total.waited_s == pytest.approx(30.0 + 0.25 + 0.25)
     assert report.total.wait_p50_s == pytest.approx(0.25, rel=0.01)
+
+
+# Where measuring begins
+
+
+def test_a_dark_span_in_which_measuring_begins_is_a_cold_start_of_who_comes_then() -> None:
+    """The first request is not scored, the start for which it waits serves two that are."""
+    report = lab.run(
+        lab.requests([0.0, 20.0, 30.0], exec_s=1.0), lab.profile(100.0), {"measure_from_s": 10.0}
+    )
+    assert (report.total.cold_requests, report.total.cold_starts) == (2, 1)
+
+
+def test_what_the_first_tick_starts_counts() -> None:
+    report = lab.run(lab.requests([50.0, 400.0]), lab.profile(apply_s=0.0), min_replicas=1)
+    assert (report.total.starts, report.total.scale_ups) == (1, 1)

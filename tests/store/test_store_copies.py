@@ -8,6 +8,7 @@ from sqlalchemy import create_engine, inspect, text
 from autoscaling.core.types import Rung
 from autoscaling.live.records import ColdStartRow
 from autoscaling.live.store import Store
+from autoscaling.sim.starts import Measured
 from autoscaling.sources import StoredSource
 from autoscaling.traces import TraceError
 from tests.store.lab import NOON, FakeClock, make_version_1, second
@@ -49,7 +50,7 @@ def test_it_tells_all_and_is_not_changed(store: Store, url: str, clock: FakeCloc
         (NOON - 3 * DAY + 99, "m", 1, 1.0),
         (NOON - 60, "m", 4, 1.0),
     ]
-    assert source.starts() == {Rung.TEMPLATE: [12.0]}
+    assert source.starts() == Measured.of([("m", Rung.TEMPLATE, 12.0)])
     assert contents(url) == before
 
 

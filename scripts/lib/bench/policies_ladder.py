@@ -24,8 +24,9 @@ of them its GPU-seconds may triple, so that what is as dear as the two states li
 KEEP_ALIVES_S = (0, 15, 30, 60, 90, 120, 180, 300, 450, 600, 900, 1200, 1800, 3600, 7200, 14400)
 BAR = 1 / 3
 NEVER_DARK = Variant("keep-alive", {"keep_alive_s": 1e9})
-"""Each model stays lit from its first request on, so that only its first start is waited for, by all who come during it.
-There is one replica at most: who knows nothing of a model before its first request waits as long, whatever is paid."""
+"""Each model stays lit from its first request on, so that only its first start is waited for, by all who come during
+it. There is one replica at most: who knows nothing of a model before its first request waits as long, whatever is
+paid."""
 LADDER = replace(
     TWO_STATES, starts={Rung.TEMPLATE: Start((START_S,)), Rung.PARKED: Start((WAKE_S,), PARKED_COST)}
 )
