@@ -68,6 +68,10 @@ class Account:
     prewarm: Prewarm | None = None
     arrivals: int = 0
     """Requests that came since that observation, while the replicas were unknown, and are not booked yet."""
+    waited_s: float = 0.0
+    """What was waited meanwhile, likewise."""
+    asked_s: float | None = None
+    """When somebody asked last of a model without a replica: an engine may answer before its replica is seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,16 @@ def book(
     """
     before, prewarm = account.observation, account.prewarm
     if not (math.isfinite(observation.now_s) and known(observation.ready)):
-        came = _count(observation.arrivals) if used or prewarm is not None else 0
-        return (replace(account, arrivals=account.arrivals + came) if came else account), NOTHING
-    if account.arrivals:
-        observation = replace(observation, arrivals=account.arrivals + _count(observation.arrivals))
+        if not used and prewarm is None:
+            return account, NOTHING
+        return _owed(account, observation), NOTHING
+    if account.arrivals or account.waited_s:
+        owed = _owed(account, observation)
+        waited_s = None if observation.waited_s is None else owed.waited_s
+        observation = replace(observation, arrivals=owed.arrivals, waited_s=waited_s)
+    asked_s = _asked_s(account, observation)
     # Of what was before the first observation nothing but its requests is known.
-    usage = _usage(spec, before or observation, observation, prewarm) if used else ()
+    usage = _usage(spec, account, observation) if used else ()
     if before is not None and observation.now_s < before.now_s:
         # The clock went back: what is open can't be measured any more.
         return Account(observation, None), Booking(usage) if usage else NOTHING
@@ -115,11 +123,26 @@ def book(
         begun = _begun(spec, observation, decision)
         if begun is not None:
             changed = (after,) if after is not None and after != prewarm else ()
-            return Account(observation, begun), Booking(usage, (*changed, begun))
+            return Account(observation, begun, asked_s=asked_s), Booking(usage, (*changed, begun))
     changed = (after,) if after is not None and after != prewarm else ()
     if after is not None and _over(after, observation.now_s):
         after = None
-    return Account(observation, after), Booking(usage, changed)
+    return Account(observation, after, asked_s=asked_s), Booking(usage, changed)
+
+
+def _owed(account: Account, observation: Observation) -> Account:
+    """With what came and was waited since, which is booked with the next observation."""
+    came, waited_s = _count(observation.arrivals), observation.waited_s or 0.0
+    if not (came or waited_s):
+        return account
+    return replace(account, arrivals=account.arrivals + came, waited_s=account.waited_s + waited_s)
+
+
+def _asked_s(account: Account, observation: Observation) -> float | None:
+    if _count(observation.ready) + _count(observation.starting):
+        return None
+    asks = _count(observation.arrivals) > 0 or _load(observation) > 0
+    return observation.now_s if asks else account.asked_s
 
 
 def unmet(prewarm: Prewarm, spec: Spec, observation: Observation) -> float | None:
@@ -130,7 +153,8 @@ def unmet(prewarm: Prewarm, spec: Spec, observation: Observation) -> float | Non
     return math.inf if prewarm.ended_s is not None else prewarm.base * per_replica(spec, observation)
 
 
-def _usage(spec: Spec, before: Observation, now: Observation, prewarm: Prewarm | None) -> tuple[Usage, ...]:
+def _usage(spec: Spec, account: Account, now: Observation) -> tuple[Usage, ...]:
+    before, prewarm = account.observation or now, account.prewarm
     span_s = now.now_s - before.now_s
     charged_s = span_s if 0 < span_s <= LONGEST_S else 0.0
     prices = priced(spec, before.rungs)
@@ -145,15 +169,18 @@ def _usage(spec: Spec, before: Observation, now: Observation, prewarm: Prewarm |
     requests = _count(now.arrivals)
     was_dark = _count(before.ready) == 0
     started = replicas == 0 and _count(now.ready) + _count(now.starting) > 0
-    asked = requests > 0 or _load(before) > 0 or _load(now) > 0
+    lately = account.asked_s is not None and 0 <= now.now_s - account.asked_s <= LONGEST_S
+    asked = requests > 0 or _load(now) > 0 or lately
     unforeseen = prewarm is None or prewarm.ended_s is not None
     counted = {
         "requests": requests,
         "cold_requests": requests if was_dark else 0,
         "cold_starts": int(started and asked and unforeseen),
     }
-    waiting = _count(before.queued)
-    if not (rates and charged_s) and not any(counted.values()) and not (waiting and charged_s):
+    # What gateways counted goes before what was seen of their queues at two moments.
+    waiting = _count(before.queued) if now.waited_s is None else 0
+    waited_s = now.waited_s or 0.0
+    if not ((rates or waiting) and charged_s) and not waited_s and not any(counted.values()):
         return ()
     rows: list[Usage] = []
     at_s = now.now_s - charged_s
@@ -164,8 +191,9 @@ def _usage(spec: Spec, before: Observation, now: Observation, prewarm: Prewarm |
         part_s = end_s - at_s
         gpu_s = {rung: rate * part_s for rung, rate in rates.items()} if part_s > 0 else {}
         # Counts belong to when they were seen.
+        part_waited_s = waiting * part_s + (waited_s if last else 0.0)
         rows.append(
-            Usage(spec.model, day_of(at_s), gpu_s, waited_s=waiting * part_s, **(counted if last else {}))
+            Usage(spec.model, day_of(at_s), gpu_s, waited_s=part_waited_s, **(counted if last else {}))
         )
         if last:
             return tuple(rows)
@@ -196,7 +224,8 @@ def _begun(spec: Spec, observation: Observation, decision: Decision) -> Prewarm 
         replicas=extra,
         rung=rung,
         base=present,
-        delay_s=profile.delay_s if profile is not None else 0.0,
+        # What was never measured is not claimed to have been spared.
+        delay_s=profile.delay_s if profile is not None and profile.starts else 0.0,
     )
 
 

@@ -112,6 +112,8 @@ class Observation:
     rungs: tuple[RungProfile, ...] = ()
     """Measured prices, one for each rung that the model can be held on here, lowest first, SERVING last."""
     capacity: Capacity | None = None
+    waited_s: float | None = field(default=None, compare=False)
+    """Request-seconds waited since the observation before; None where only `queued` tells. Decides nothing."""
 
 
 @dataclass(frozen=True, slots=True)

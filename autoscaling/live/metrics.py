@@ -71,6 +71,7 @@ class _Since:
     """What one model did, over the reports so far."""
 
     arrivals: int = 0  # since the last observation
+    waited_s: float = 0.0  # likewise
     last_arrival_s: float | None = None
     last_busy_s: float | None = None
 
@@ -158,6 +159,7 @@ class LiveMetrics:
             for row in rows:
                 if (since := self._since.get(row.model)) is not None:
                     since.arrivals += row.arrivals
+                    since.waited_s += row.waited_s
                     if row.arrivals:
                         since.last_arrival_s = _later(since.last_arrival_s, _past(float(row.second), now_s))
             for model, seen in report["models"].items():
@@ -243,6 +245,7 @@ class LiveMetrics:
         model = setup.id
         since = self._since[model]
         arrivals, since.arrivals = since.arrivals, 0
+        waited_s, since.waited_s = since.waited_s, 0.0
         # For good: what lies in the future was now when the clock was set back, and is longer ago at each look.
         since.last_arrival_s = _past(since.last_arrival_s, now_s)
         since.last_busy_s = _past(since.last_busy_s, now_s)
@@ -270,6 +273,7 @@ class LiveMetrics:
                 target=self._spec(model).target_ongoing_requests,
                 inter_token_slo_s=setup.inter_token_slo_s,
             ),
+            waited_s=waited_s,
         )
 
     def _costs(self, setup: ModelSetup, eligible: Sequence[Node], cluster: _Seen) -> dict[Rung, float]:

@@ -53,7 +53,7 @@ class ShadowWorld:
         arrivals = real.arrivals if model in self._models else 0
         world = self._models.setdefault(model, _Imagined())
         if real.ready is None or real.queued is None or real.in_flight is None:
-            return replace(real, ready=None, arrivals=arrivals)
+            return replace(real, ready=None, arrivals=arrivals, waited_s=None)
         if not world.known:
             # It begins with what there is, as if it had been obeyed only from now on.
             world.known = True
@@ -80,6 +80,7 @@ class ShadowWorld:
             queued=queued,
             in_flight=in_flight,
             arrivals=arrivals,
+            waited_s=None,
             last_busy_s=_latest(world.last_busy_s, None if queued else real.last_busy_s, now_s),
             rung=world.rung,
         )

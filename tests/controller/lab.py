@@ -173,6 +173,7 @@ class World:
         self.make_forecasts: Callable[..., Any] = lambda store, horizon_s: self.forecasts
         self.running: dict[str, ServeView] = {m.deployment: serve_view() for m in self.models}
         self.reports: dict[str, dict[str, Any]] = {"g": report(*(m.id for m in self.models))}
+        self.waited_s = 0.0
         self.batch = 0
 
     @contextmanager
@@ -210,7 +211,7 @@ class World:
         """So many requests came in the second that is over; returns what the gateway need not send again."""
         self.batch += 1
         second = int(self.clock.now_s()) - 1
-        row = [model, second, count, 0, 0, 0.0, 0.0]
+        row = [model, second, count, 0, 0, 0.0, self.waited_s]
         self.seen(model, last_arrival_s=float(second))
         self.reports["g"]["batches"] = [(self.batch, [row])]
         sequence = planner.take_report("g", self.reports["g"])

@@ -60,6 +60,18 @@ def test_a_dark_model_stays_dark(world: World, planner: Planner) -> None:
     assert len(world.plans) < 8
 
 
+def test_what_was_waited_is_what_gateways_counted(world: World, planner: Planner) -> None:
+    """Also where the queue is gone before the next tick; and the start for which it was is one."""
+    world.tick(planner)
+    world.waited_s = 0.08
+    world.came(planner, 1)
+    world.tick(planner)
+    world.running["model-m"] = serve_view(starting=1)
+    world.tick(planner)
+    (row,) = planner.store.usage("2000-01-01", "2100-01-01")
+    assert (row.requests, row.cold_requests, row.cold_starts, row.waited_s) == (1, 1, 1, pytest.approx(0.08))
+
+
 def test_before_anything_is_seen_everything_is_held(world: World) -> None:
     """An empty view scales no loaded model down."""
     with world.planner() as planner:
@@ -88,6 +100,8 @@ def test_a_prewarm_brings_a_replica_and_its_end_lets_it_go(world: World, planner
 
 def test_a_prewarm_that_is_met_has_spared_its_wait(world: World, planner: Planner) -> None:
     """What the request would have waited is the model's own measured start."""
+    now_s = world.clock.now_s()
+    world.metrics.rungs.add(ColdStartRow("m", "e", now_s - 60, now_s - 64, 4.0, "forked"))
     prewarm(planner)
     world.tick(planner)
     world.running["model-m"] = serve_view(1)

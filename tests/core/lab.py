@@ -22,9 +22,9 @@ from autoscaling.core.types import (
 
 T0 = 1_700_000_000.0
 RUNGS = (
-    RungProfile(Rung.WEIGHTS, 40.0, 50.0, 0.0),
-    RungProfile(Rung.TEMPLATE, 4.0, 5.0, 0.0),
-    RungProfile(Rung.PARKED, 1.0, 1.5, 0.02),
+    RungProfile(Rung.WEIGHTS, 40.0, 50.0, 0.0, 9),
+    RungProfile(Rung.TEMPLATE, 4.0, 5.0, 0.0, 9),
+    RungProfile(Rung.PARKED, 1.0, 1.5, 0.02, 9),
     RungProfile(Rung.SERVING, 0.0, 0.0, 1.0),
 )
 TWO = (RUNGS[1], RUNGS[3])

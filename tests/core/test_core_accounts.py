@@ -71,6 +71,42 @@ def test_a_replica_is_charged_as_the_gpus_that_it_holds(
     assert booking.gpu_s == pytest.approx(3 * each * 10)
 
 
+def test_a_start_that_is_seen_after_its_engine_answered_is_a_cold_start() -> None:
+    """A gateway may light the engine itself: who asked is served before Serve's replica is seen."""
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(seen(NOON + 1, arrivals=1))
+    ledger.book(seen(NOON + 2, starting=1))
+    ledger.book(lit(NOON + 3))
+    assert (ledger.requests, ledger.cold_requests, ledger.cold_starts) == (1, 1, 1)
+    # Long after the last request it is none, whoever wants the replica.
+    ledger.book(seen(NOON + 10))
+    ledger.book(seen(NOON + 100, starting=1))
+    assert ledger.cold_starts == 1
+
+
+def test_what_gateways_counted_of_waiting_goes_before_what_was_seen_of_it() -> None:
+    """Also a queue that is gone before the next look; nothing of it is lost while Serve does not answer."""
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(seen(NOON + 1, queued=3, arrivals=3))
+    ledger.book(lit(NOON + 2))
+    assert ledger.waited_s == pytest.approx(3.0)
+    ledger.book(seen(NOON + 10, queued=3, waited_s=0.25))
+    ledger.book(replace(seen(NOON + 11, waited_s=0.5), ready=None))
+    ledger.book(lit(NOON + 12, waited_s=0.25))
+    assert ledger.waited_s == pytest.approx(4.0)
+
+
+def test_what_a_start_takes_is_not_said_to_be_spared_before_it_was_measured() -> None:
+    ledger = Ledger()
+    assumed = tuple(replace(each, starts=0) for each in RUNGS)
+    ledger.book(seen(NOON, rungs=assumed), decided(NOON, 1, Reason.PREWARM))
+    ledger.book(lit(NOON + 5, rungs=assumed), decided(NOON + 5, 1, Reason.PREWARM))
+    ledger.book(lit(NOON + 6, rungs=assumed, arrivals=4, in_flight=4), decided(NOON + 6, 1, Reason.DEMAND))
+    assert (ledger.prewarm.hit_s, ledger.prewarm.spared_requests) == (NOON + 6, 0)
+
+
 def test_a_day_ends_at_midnight() -> None:
     ledger = Ledger()
     midnight = NOON + 43200
