@@ -9,10 +9,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
 from deployments.engine import prebuilt, process, template
 from deployments.engine.process import StatusReporter
@@ -67,9 +68,28 @@ def test_all_starts_keep_kernels_in_one_folder(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["TRITON_CACHE_DIR"] == "/home/somebody/.triton/cache"
 
 
-def test_a_version_that_looks_at_models_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_have_ids_that_no_seed_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every process that is forked from a template."""
+
+    def ids() -> set[int]:
+        template.preload()
+        random.seed(0)
+        span = TracerProvider().get_tracer("vllm").start_span("request").get_span_context()
+        return {span.trace_id, span.span_id}
+
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="")
+    module(monkeypatch, "vllm.platforms", current_platform=platform)
+    monkeypatch.setattr(template, "PRELOAD", ())
+    assert len(template.run_in_fork(ids) | template.run_in_fork(ids)) == 4
+
+
+def test_versions_that_keep_these_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, REGISTRY)
     template._inspect_in_forks()
+    module(monkeypatch, "opentelemetry.sdk.trace.id_generator")
+    template._unseeded_span_ids()
+    monkeypatch.delitem(sys.modules, "opentelemetry.sdk.trace.id_generator")
+    template._unseeded_span_ids()
 
 
 @pytest.mark.parametrize(
