@@ -37,7 +37,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from deployments.engine.process import StatusReporter, root_cause, watch_phase_logs
+from deployments.engine.process import (
+    StatusReporter,
+    parse_arguments,
+    root_cause,
+    start_seed,
+    watch_phase_logs,
+)
 from deployments.engine.protocol import send_with_fds
 from deployments.engine.template import serve_channel
 
@@ -238,10 +244,8 @@ class ModelTemplate:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.engine.core_client import EngineCoreClient
 
@@ -256,9 +260,9 @@ class ModelTemplate:
         _track_thread_pools()
         _fake_process_group()
         mapped_weights.flat_file = flat
-        parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
-        self.args = parser.parse_args(argv)
-        validate_parsed_serve_args(self.args)
+        self.args = parse_arguments(argv)
+        self._seed: int | None = self.args.seed
+        self.args.seed = start_seed(self._seed)
         if self.args.load_format not in ("auto", "safetensors", mapped_weights.LOAD_FORMAT):
             raise Unsupported(f"load_format {self.args.load_format!r} has a loader of its own")
         self.args.load_format = mapped_weights.LOAD_FORMAT
@@ -372,8 +376,11 @@ class ModelTemplate:
 
     def serve(self, message: Mapping[str, Any], http: socket.socket, reporter: StatusReporter) -> None:
         """In the forked child: start the core's thread and serve until SIGTERM, which drains."""
+        from vllm.utils.torch_utils import set_random_seed
+
         reset_thread_pools()
-        random.seed()
+        # The generators are as the template left them, in every fork.
+        set_random_seed(start_seed(self._seed))
         reporter.phase("config", 0.0)
         reporter.phase("weights", 0.0)  # mapped: read as they are used, within the first token
         self.run(http)
@@ -383,6 +390,8 @@ class ModelTemplate:
         import uvloop
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        # The core's seed is the server's as well in one process; some ids of tool calls are drawn with it.
+        random.seed()
 
         async def run() -> None:
             loop = asyncio.get_running_loop()

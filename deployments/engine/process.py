@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -161,6 +162,27 @@ def _name_process(title: str) -> None:
     setproctitle.setproctitle(title)
 
 
+def parse_arguments(argv: list[str]) -> Any:
+    """What vLLM's command line makes of `argv`, but `seed` is None where the user gives none. Exits if it is wrong."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+    parser.set_defaults(seed=None)
+    args = parser.parse_args(argv)
+    validate_parsed_serve_args(args)
+    return args
+
+
+def start_seed(given: int | None) -> int:
+    """The seed of one start: what the user gave, or drawn.
+
+    vLLM's default is the same at each start, and here each wake is one. It has to be vLLM's argument, and not the
+    state of a generator, where several processes run a model: they must all draw the same.
+    """
+    return secrets.randbits(32) if given is None else given
+
+
 def serve_forked(argv: list[str], http: socket.socket, reporter: StatusReporter) -> None:
     """Serve vLLM's own OpenAI server on `http`, as its command line would: the plain start.
 
@@ -168,13 +190,11 @@ def serve_forked(argv: list[str], http: socket.socket, reporter: StatusReporter)
     """
     import uvloop
     from vllm.entrypoints.launchers.api_server import entry
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     watch_phase_logs(reporter)
     _fork_on_cpu()
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(argv)
-    validate_parsed_serve_args(args)
+    args = parse_arguments(argv)
+    args.seed = start_seed(args.seed)
     uvloop.run(entry.run_server_worker(f"unix:{http.getsockname()}", http, args))
 
 

@@ -14,6 +14,7 @@ import gc
 import importlib
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -128,6 +129,7 @@ def preload() -> str:
     for name in PRELOAD:
         _import(name)
     _inspect_in_forks()
+    _unseeded_span_ids()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -171,6 +173,17 @@ def _inspect_in_forks() -> None:
             return anew(work)
 
     registry._run_in_subprocess = forked  # type: ignore[union-attr]
+
+
+def _unseeded_span_ids() -> None:
+    """Span ids come from the operating system, here and in what is forked from here.
+
+    OpenTelemetry draws them from `random`, which vLLM seeds: the spans of all engines would have the same ones. A
+    version that keeps this elsewhere does as it does.
+    """
+    ids: Any = sys.modules.get("opentelemetry.sdk.trace.id_generator")
+    if hasattr(ids, "random"):
+        ids.random = random.SystemRandom()
 
 
 def run_in_fork(work: Callable[[], Any]) -> Any:

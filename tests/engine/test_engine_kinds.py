@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SPEC = EngineSpec(
     env=(("VLLM_CPU_KVCACHE_SPACE", "1"),),
 )
 QUESTION = {"model": "chat", "prompt": "The capital of France is", "max_tokens": 12, "temperature": 0}
+SAMPLED = {"model": "chat", "prompt": "Once", "max_tokens": 24, "temperature": 1, "ignore_eos": True}
 
 
 def test_weights_that_do_not_fit_on_the_disk_leave_nothing_on_it(tmp_path: Path) -> None:
@@ -48,28 +50,47 @@ def test_weights_that_do_not_fit_on_the_disk_leave_nothing_on_it(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-async def answered(run_dir: Path) -> tuple[str, list[dict[str, Any]]]:
-    """The kind of an engine that is started now, and what it answers, twice; it is ended again."""
+@dataclass(frozen=True)
+class Answers:
+    """What an engine said, and from which kind of start it came."""
+
+    kind: str
+    sure: list[dict[str, Any]]  # at temperature 0: before the weights are packed, and (it may be) after
+    drawn: str  # from the engine's generators
+    repeatable: str  # drawn, by a seed of the request's own
+
+
+async def answered(run_dir: Path) -> Answers:
+    """By an engine that is started now; it is ended again."""
     connection = HostConnection(*await asyncio.open_unix_connection(run_dir / "host.sock"))
     try:
         info = await acquire(connection, SPEC, [], time.time())
         if info.kind == "forked":
             # Of several processes, which meet on sockets that vLLM does not remove.
             assert any(path.is_socket() for path in (run_dir / "ipc" / info.engine_id[-8:]).iterdir())
-        choices = []
-        for _ in range(2):  # before the weights are packed, and (it may be) after
-            status, body = await http.request(info.http, "POST", "/v1/completions", QUESTION)
+
+        async def ask(question: dict[str, Any]) -> dict[str, Any]:
+            status, body = await http.request(info.http, "POST", "/v1/completions", question)
             assert status == 200, body
-            choices.append(json.loads(body)["choices"][0])
-            await asyncio.sleep(0.5)
+            choice: dict[str, Any] = json.loads(body)["choices"][0]
+            return choice
+
+        sure = [await ask(QUESTION)]
+        drawn = (await ask(SAMPLED))["text"]
+        repeatable = (await ask({**SAMPLED, "seed": 5}))["text"]
+        await asyncio.sleep(0.5)
+        sure.append(await ask(QUESTION))
         assert (await connection.ask({"op": "release", "park": False}))["event"] == "released"
-        return info.kind, choices
+        return Answers(info.kind, sure, drawn, repeatable)
     finally:
         connection.close()
 
 
 async def test_every_kind_of_start_gives_the_same_answers() -> None:
-    """From the model's template, from mapped weights when that is let down, and as vLLM's command line does it."""
+    """From the model's template, from mapped weights when that is let down, and as vLLM's command line does it.
+
+    What is sampled without a seed is another at each start.
+    """
     run_dir = Path(tempfile.mkdtemp(prefix="rl-", dir="/tmp"))
     host = Host(run_dir)
     host.models.start_node_template()
@@ -79,17 +100,19 @@ async def test_every_kind_of_start_gives_the_same_answers() -> None:
         entry = host.models.entries[SPEC.fingerprint]
         await until(lambda: entry.template_state in ("ready", "failed"), 240)
         assert entry.template_state == "ready", entry.template_reason
-        prebuilt, expected = await answered(run_dir)
+        starts = [await answered(run_dir), await answered(run_dir)]
         template = entry.template
         host.configure({"prebuilt": "on_demand"}, [SPEC])
         await until(lambda: entry.template_state == "off")
         assert template is not None and entry.template is None
-        mapped, second = await answered(run_dir)
+        starts += [await answered(run_dir), await answered(run_dir)]
         host.configure({"prebuilt": "off"}, [SPEC])
-        forked, third = await answered(run_dir)
-        assert (prebuilt, mapped, forked) == ("prebuilt", "mapped", "forked")
-        assert expected[0]["text"].startswith(" Paris")
-        assert expected == second == third
+        starts.append(await answered(run_dir))
+        assert [each.kind for each in starts] == ["prebuilt", "prebuilt", "mapped", "mapped", "forked"]
+        assert starts[0].sure[0]["text"].startswith(" Paris")
+        assert all(each.sure == starts[0].sure for each in starts)
+        assert len({each.drawn for each in starts}) == len(starts)
+        assert len({each.repeatable for each in starts}) == 1
         assert not list((run_dir / "ipc").iterdir())
     finally:
         server.close()

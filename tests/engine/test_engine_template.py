@@ -1,18 +1,22 @@
-"""What the node's template does to vLLM before it forks: a look at models in forks, a sampler that can be had."""
+"""What the node's template does to vLLM before it forks, and what each start draws anew."""
 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 
-from deployments.engine import prebuilt, template
+from deployments.engine import prebuilt, process, template
+from deployments.engine.process import StatusReporter
 from deployments.engine.protocol import receive_with_fds
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -64,9 +68,28 @@ def test_all_starts_keep_kernels_in_one_folder(monkeypatch: pytest.MonkeyPatch) 
     assert os.environ["TRITON_CACHE_DIR"] == "/home/somebody/.triton/cache"
 
 
-def test_a_version_that_looks_at_models_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_have_ids_that_no_seed_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every process that is forked from a template."""
+
+    def ids() -> set[int]:
+        template.preload()
+        random.seed(0)
+        span = TracerProvider().get_tracer("vllm").start_span("request").get_span_context()
+        return {span.trace_id, span.span_id}
+
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type="")
+    module(monkeypatch, "vllm.platforms", current_platform=platform)
+    monkeypatch.setattr(template, "PRELOAD", ())
+    assert len(template.run_in_fork(ids) | template.run_in_fork(ids)) == 4
+
+
+def test_versions_that_keep_these_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     module(monkeypatch, REGISTRY)
     template._inspect_in_forks()
+    module(monkeypatch, "opentelemetry.sdk.trace.id_generator")
+    template._unseeded_span_ids()
+    monkeypatch.delitem(sys.modules, "opentelemetry.sdk.trace.id_generator")
+    template._unseeded_span_ids()
 
 
 @pytest.mark.parametrize(
@@ -103,3 +126,61 @@ def test_a_models_template_sees_no_device(tmp_path: Path, monkeypatch: pytest.Mo
             template.run_in_fork(lambda: prebuilt.model_template(message, theirs))
         told = receive_with_fds(ours)
     assert told is not None and told[0]["reason"] == "RuntimeError: devices: ''"
+
+
+REPORTER = StatusReporter(-1, 0.0)
+
+
+@pytest.fixture
+def seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What engines were seeded with: a vLLM that serves nothing, whose `random` is left in a state of its seed."""
+
+    def seed(value: int) -> None:
+        drawn.append(value)
+        random.seed(value)
+
+    def parser(empty: ArgumentParser) -> ArgumentParser:
+        empty.add_argument("--seed", type=int, default=0)
+        return empty
+
+    def run_server_worker(_: str, __: socket.socket, args: Namespace) -> None:
+        seed(args.seed)
+
+    drawn: list[int] = []
+    launchers = "vllm.entrypoints.launchers"
+    module(
+        monkeypatch,
+        f"{launchers}.cli_args",
+        make_arg_parser=parser,
+        validate_parsed_serve_args=lambda _: None,
+    )
+    module(monkeypatch, "vllm.utils.argparse_utils", FlexibleArgumentParser=ArgumentParser)
+    module(monkeypatch, "vllm.utils.torch_utils", set_random_seed=seed)
+    entry = module(monkeypatch, f"{launchers}.api_server.entry", run_server_worker=run_server_worker)
+    module(monkeypatch, f"{launchers}.api_server", entry=entry)
+    module(monkeypatch, "uvloop", run=lambda serving: serving and serving.close())
+    for name in ("watch_phase_logs", "_fork_on_cpu"):
+        monkeypatch.setattr(process, name, lambda *_: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda _: None)
+    return drawn
+
+
+def test_plain_starts_are_seeded_anew(seeds: list[int]) -> None:
+    """Unless the user has said with what."""
+    with socket.socket(socket.AF_UNIX) as http:
+        for argv in ([], [], ["--seed", "0"], ["--seed", "7"]):
+            process.serve_forked(argv, http, REPORTER)
+    assert seeds[2:] == [0, 7] and len(set(seeds)) == 4
+
+
+def test_forks_of_a_models_template_are_seeded_anew(seeds: list[int]) -> None:
+    """Unless the user has said with what. What the server draws, as ids of tool calls, differs all the same."""
+    built = prebuilt.ModelTemplate.__new__(prebuilt.ModelTemplate)
+    by_servers = set()
+    with socket.socket(socket.AF_UNIX) as http:
+        for argv in ([], [], ["--seed", "7"], ["--seed", "7"]):
+            built._seed = process.parse_arguments(argv).seed
+            built.serve({}, http, REPORTER)
+            by_servers.add(random.random())
+    assert seeds[2:] == [7, 7] and len(set(seeds)) == 3
+    assert len(by_servers) == 4
