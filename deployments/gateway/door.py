@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from deployments.engine.doors import DoorError, ask_for_door
 
@@ -35,6 +37,8 @@ class _Http(HttpToolsProtocol):
 
     The parser ends such a request at its head, and uvicorn takes it for one without a body. Java's own client wishes
     for HTTP/2 in every request that it sends over plain HTTP.
+
+    Answers HTTP/1.0 without chunks, which uvicorn does not.
     """
 
     def data_received(self, data: bytes) -> None:
@@ -80,6 +84,48 @@ class _Http(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if not (self.parser.should_upgrade() and self._wished):
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] < "1.1":
+            app = _unchunked(app, cycle)
+        super()._start_asgi_task(cycle, app)
+
+
+def _unchunked(app: Any, cycle: RequestResponseCycle) -> Any:
+    """`app` for a client of HTTP/1.0, which knows no chunks (RFC 9112, 6.1): a body of no told length ends with the
+    connection. One that breaks off ends with a reset, so that nobody takes it for whole.
+    """
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        sized = True
+
+        async def send_unchunked(message: Any) -> None:
+            nonlocal sized
+            if message["type"] == "http.response.start":
+                sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                if not sized:
+                    cycle.chunked_encoding = False
+            elif not sized:
+                # uvicorn sends no byte beyond what it expects.
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await app(scope, receive, send_unchunked)
+        finally:
+            if not (sized or cycle.response_complete or cycle.disconnected):
+                _reset(cycle.transport)
+
+    cycle.keep_alive = False
+    return application
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Close the connection as one that failed: a plain close tells an HTTP/1.0 client that the body is complete."""
+    # uvloop's transports do not give their sockets away.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 class _Server(uvicorn.Server):

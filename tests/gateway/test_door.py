@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
@@ -164,6 +165,74 @@ async def test_any_number_of_such_wishes_may_come_at_once(tmp_path: Path, keeper
     writer.close()
     await door.close()
     held.close()
+
+
+@contextlib.asynccontextmanager
+async def open_door(application: Any, folder: Path) -> AsyncIterator[tuple[str, int]]:
+    """Serve it; host and port, which take connections at once."""
+    address = free_address()
+    door = Door(application, address, folder, drain_s=1)
+    with await asyncio.to_thread(ask_for_door, folder / "doors.sock", address):
+        host, _, port = address.rpartition(":")
+        yield host, int(port)
+        await door.close()
+
+
+def streaming(*pieces: bytes, whole: bool = True) -> Any:
+    """An ASGI application whose answer tells no length; half of one if it is not `whole`."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-a", b"1")]})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if whole:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return application
+
+
+@pytest.mark.parametrize("wish", [b"", b"connection: keep-alive\r\n"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_http_1_0_gets_no_chunks(
+    tmp_path: Path, keeper: DoorKeeper, version: bytes, wish: bytes
+) -> None:
+    """A body of no told length ends with the connection there, whatever the client wishes; HTTP/1.1 has chunks."""
+    async with open_door(streaming(b"hel", b"", b"lo"), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/" + version + b"\r\nhost: x\r\n" + wish + b"\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        if version == b"1.1":
+            assert b"transfer-encoding: chunked" in head
+            assert await reader.readuntil(b"0\r\n\r\n") == b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+        else:
+            assert b"transfer-encoding" not in head
+            assert b"connection: close" in head
+            assert await reader.read() == b"hello"
+        writer.close()
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+async def test_http_1_0_keeps_a_length_that_is_told(
+    tmp_path: Path, keeper: DoorKeeper, method: bytes
+) -> None:
+    """And a HEAD has no body."""
+    async with open_door(app("sized"), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(method + b" / HTTP/1.0\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert b"content-length: 17" in head
+        assert body == (b'{"name": "sized"}' if method == b"GET" else b"")
+        writer.close()
+
+
+async def test_a_body_that_breaks_off_is_not_whole_for_http_1_0(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """The connection is reset, since its end alone would say that all is there."""
+    async with open_door(streaming(b"half", whole=False), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
 
 
 async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: DoorKeeper) -> None:
