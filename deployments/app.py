@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +195,7 @@ class GatewayDeployment:
         self._place = _Place(node_id, os.getppid(), default_run_dir(node_id))
 
     def __serve_build_asgi_app__(self) -> Any:
-        return LateGateway(self._build, self._open_door, self._flush)
+        return LateGateway(self._build, self._open_door, self._flush, self._report)
 
     def _open_door(self, gateway: Any) -> Any:
         """The gateway's own listening socket, if the fleet wants one."""
@@ -207,6 +207,9 @@ class GatewayDeployment:
 
     def _flush(self) -> None:
         self._telemetry.shutdown()
+
+    async def _report(self) -> None:
+        await self._reports.close()
 
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
@@ -247,6 +250,7 @@ class GatewayDeployment:
         )
         gateway = build_gateway(fleet, engines, self._telemetry, clock=clock, traffic=traffic)
         engines.start()
+        self._reports = engines.reports
         self._refreshing = asyncio.ensure_future(refresh_fits())
         return gateway
 
@@ -259,11 +263,16 @@ class LateGateway:
     """
 
     def __init__(
-        self, build: Callable[[], Any], open_door: Callable[[Any], Door | None], flush: Callable[[], None]
+        self,
+        build: Callable[[], Any],
+        open_door: Callable[[Any], Door | None],
+        flush: Callable[[], None],
+        report: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._build = build
         self._open_door = open_door
         self._flush = flush  # sends what telemetry is queued; blocks
+        self._report = report  # tells the controller what is untold
         self._app: Any = None
         self._door: Door | None = None
 
@@ -279,7 +288,10 @@ class LateGateway:
                 if message["type"] == "lifespan.shutdown":
                     if self._door is not None:
                         await self._door.close()
-                    await asyncio.to_thread(self._flush)
+                    last: list[Awaitable[None]] = [asyncio.to_thread(self._flush)]
+                    if self._report is not None:
+                        last.append(self._report())
+                    await asyncio.gather(*last)
                 return message
 
             await self._app(scope, receive_and_drain, send)
@@ -343,7 +355,7 @@ def build_from_fleet(fleet: Fleet) -> serve.Application:
             name="gateway",
             max_ongoing_requests=GATEWAY_MAX_ONGOING,
             ray_actor_options=_off_accelerators(fleet),
-            # Telemetry takes at most 5 s to leave once the requests are drained.
+            # Telemetry and reports, side by side, take at most 5 s to leave once the requests are drained.
             graceful_shutdown_timeout_s=max(m.limits.drain_deadline_s for m in fleet.models) + 10,
             graceful_shutdown_wait_loop_s=0.5,
             health_check_period_s=5,

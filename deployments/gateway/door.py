@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httptools
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from deployments.engine.doors import DoorError, ask_for_door
 
 log = logging.getLogger("ray.serve")
 
 KEEP_ALIVE_S = 75
+HEAD_S = 60.0
+"""For a request's head, from its first byte on, or from the connection's beginning until one comes."""
 RETRY_S = 0.2
 RENEW_S = 1.0
 LAST_WORDS_S = 2.0
@@ -35,13 +39,51 @@ class _Http(HttpToolsProtocol):
 
     The parser ends such a request at its head, and uvicorn takes it for one without a body. Java's own client wishes
     for HTTP/2 in every request that it sends over plain HTTP.
+
+    Answers HTTP/1.0 without chunks, and closes connections whose head does not end, which uvicorn does not.
     """
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _in_head = False
+    _in_body = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head_timer()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._unset_keepalive_if_required()
         left: bytes | None = data
         while left is not None:
             left = self._read(left)
+        self._time_head()
+
+    @property
+    def _answers(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _time_head(self) -> None:
+        """Time the head that is waited for, if one is; between two requests uvicorn does, until a byte comes."""
+        if self._in_body or (self._answers and not self._in_head):
+            self._end_head_timer()
+        elif self._head_timer is None and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(HEAD_S, self._head_is_late)
+
+    def _end_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._answers:
+            self._time_head()  # of a request sent ahead: what is being answered must not suffer
+        else:
+            self.transport.close()
 
     def _read(self, data: bytes) -> bytes | None:
         """What is to be read next of it, None if that was all."""
@@ -73,13 +115,62 @@ class _Http(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn sets it
         return b"".join([*head, b"\r\n", rest])
 
+    def on_message_begin(self) -> None:
+        self._end_head_timer()
+        self._in_head = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
+        self._in_head, self._in_body = False, True
         if not (self.parser.should_upgrade() and self._wished):
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        self._in_body = False
         if not (self.parser.should_upgrade() and self._wished):
             super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["http_version"] < "1.1":
+            app = _unchunked(app, cycle)
+        super()._start_asgi_task(cycle, app)
+
+
+def _unchunked(app: Any, cycle: RequestResponseCycle) -> Any:
+    """`app` for a client of HTTP/1.0, which knows no chunks (RFC 9112, 6.1): a body of no told length ends with the
+    connection. One that breaks off ends with a reset, so that nobody takes it for whole.
+    """
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        sized = True
+
+        async def send_unchunked(message: Any) -> None:
+            nonlocal sized
+            if message["type"] == "http.response.start":
+                sized = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+                if not sized:
+                    cycle.chunked_encoding = False
+            elif not sized:
+                # uvicorn sends no byte beyond what it expects.
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await app(scope, receive, send_unchunked)
+        finally:
+            if not (sized or cycle.response_complete or cycle.disconnected):
+                _reset(cycle.transport)
+
+    cycle.keep_alive = False
+    return application
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """Close the connection as one that failed: a plain close tells an HTTP/1.0 client that the body is complete."""
+    # uvloop's transports do not give their sockets away.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as shared:
+        shared.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 class _Server(uvicorn.Server):

@@ -14,7 +14,13 @@ from typing import Any
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from deployments.errors import InvalidRequest, ModelNotFound, RelightError, UnsupportedMediaType
+from deployments.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    RelightError,
+    UnsupportedMediaType,
+)
 from deployments.gateway.engines import ColdStart, Headers
 from deployments.gateway.sse import Style
 
@@ -366,17 +372,31 @@ def error_document(fields: Mapping[str, Any], style: Style = Style.CHAT) -> dict
     return {"error": dict(fields)}
 
 
-def engine_error_fields(status: int, body: bytes) -> dict[str, Any]:
-    """The fields of an error that an engine answered, for when it must travel inside a stream."""
+def reshaped_error(status: int, body: bytes, model: str, path: str, style: Style) -> bytes | None:
+    """OpenAI's document for an error that an engine answered; None if that has its shape already, or is no JSON."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(document, dict) and isinstance(document.get("error"), dict):
+        return None
+    return json.dumps(error_document(engine_error_fields(status, body, model, path), style)).encode()
+
+
+def engine_error_fields(status: int, body: bytes, model: str, path: str) -> dict[str, Any]:
+    """OpenAI's fields of an error that an engine answered to a request for `path`."""
     fields: dict[str, Any] = {}
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         document = None
     if isinstance(document, dict):
+        if status == HTTPStatus.NOT_FOUND and document == {"detail": HTTPStatus.NOT_FOUND.phrase}:
+            # What an engine's server says of a route that its kind of model has not.
+            return error_fields(NotFound(f"The model {model!r} does not serve {_short(path, 200)}."))
         inner = document.get("error", document)
         fields = inner if isinstance(inner, dict) else {"message": inner}
-    message = fields.get("message")
+    message = fields.get("message", fields.get("detail"))
     if not (isinstance(message, str) and message):
         message = body[:1000].decode("utf-8", "replace") or f"The engine answered with status {status}."
     type_ = fields.get("type")

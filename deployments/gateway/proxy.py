@@ -186,6 +186,11 @@ class _Exchange:
     def started(self) -> bool:
         return self.status != 0
 
+    @property
+    def path(self) -> str:
+        """As the engine was asked for it, without the query."""
+        return self.target.partition("?")[0]
+
     def elapsed_s(self) -> float:
         return self.clock.monotonic_s() - self.arrived_monotonic_s
 
@@ -527,6 +532,7 @@ class Proxy:
             if response.status in (HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED):
                 pass  # these have no body, and HTTP forbids them a length
             elif answer.rest is None:
+                answer.head = self._in_shape(x, answer)
                 headers.append((b"content-length", str(len(answer.head)).encode("ascii")))
             elif length := openai.header(response.headers, b"content-length"):
                 headers.append((b"content-length", length))
@@ -545,6 +551,16 @@ class Proxy:
             await x.write(chunk)
         await x.write(b"", more=False)
         return last + end
+
+    @staticmethod
+    def _in_shape(x: _Exchange, answer: _Answer) -> bytes:
+        """The held body; an error that has not OpenAI's shape (a server's own 404) is given it."""
+        status, body = answer.response.status, answer.head
+        content_type = openai.header(answer.response.headers, b"content-type")
+        if status < HTTPStatus.BAD_REQUEST or not _is_json(content_type):
+            return body
+        assert x.model is not None
+        return openai.reshaped_error(status, body, x.model.id, x.path, x.route.style) or body
 
     @staticmethod
     async def _deliver_events(x: _Exchange, head: bytes, rest: AsyncIterator[bytes]) -> bytes:
@@ -579,7 +595,8 @@ class Proxy:
             with contextlib.suppress(ValueError, RecursionError):
                 await x.write(sse.data_event(json.loads(body)), more=False)
                 return body
-        fields = openai.engine_error_fields(answer.response.status, body)
+        assert x.model is not None
+        fields = openai.engine_error_fields(answer.response.status, body, x.model.id, x.path)
         x.error = str(fields["code"])
         await x.write(sse.error_event(x.route.style, fields), more=False)
         return body
@@ -656,6 +673,10 @@ def _is_held(content_type: bytes, headers: Headers) -> bool:
     length = openai.header(headers, b"content-length")
     if length.isdigit():
         return int(length) <= HELD_BODY_BYTES
+    return _is_json(content_type)
+
+
+def _is_json(content_type: bytes) -> bool:
     return content_type.split(b";", 1)[0].strip().lower() == b"application/json"
 
 

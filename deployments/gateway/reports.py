@@ -26,6 +26,9 @@ REPORT_SOONEST_S = 0.1
 REPORT_AT_LEAST_EVERY_S = 5.0
 READ_ENGINES_EVERY_S = 5.0
 SEND_TIMEOUT_S = 5.0
+LAST_REPORTS_S = 5.0
+"""For what is untold when the gateway ends; the controller may be replaced at the same moment."""
+LAST_REPORTS_EVERY_S = 0.3
 
 
 class Known(Protocol):
@@ -149,6 +152,23 @@ class Reports:
             self._known.starts.told(report["starts"])
             for engine_id in report["engine_counters"]:
                 self._engines.pop(engine_id, None)
+
+    async def close(self) -> None:
+        """Tell what is untold, that of the open second too, until the controller has it, or `LAST_REPORTS_S` are over.
+
+        To be called when requests are no longer counted. Raises nothing.
+        """
+        self._traffic.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_REPORTS_S):
+                while self._traffic.batches() or self._known.starts.untold():
+                    try:
+                        await self.send()
+                    except Exception:
+                        log.exception("a last report to the controller failed")
+                    await asyncio.sleep(LAST_REPORTS_EVERY_S)
+        if rows := sum(len(rows) for _, rows in self._traffic.batches()):
+            log.warning("the controller has not said that it keeps the last %d rows of traffic", rows)
 
     async def _hear_of_room(self, no_room: Mapping[str, str] | None, holds_s: float = 0.0) -> None:
         """None: there is no news. What was told last then holds as long as the plan that it came from."""

@@ -75,6 +75,7 @@ class TrafficCounter:
         self._pending_rows = 0
         self._open_rows = 0  # those that are in no batch yet
         self._sequence = 0
+        self._closed = False
         self.dropped = 0
         """Rows that the controller never got."""
 
@@ -142,8 +143,11 @@ class TrafficCounter:
         return {"last_arrival_s": now.last_arrival_s, "last_busy_s": busy_s, "untold": now.untold}
 
     def batches(self) -> list[tuple[int, list[Row]]]:
-        """Every batch that is not acknowledged, (number, rows), with the seconds that are over by now."""
-        over = int(self._clock.time_s())
+        """Every batch that is not acknowledged, (number, rows), with the seconds that are over by now.
+
+        Once the counter is closed, also with what there is of the present one.
+        """
+        over = math.inf if self._closed else int(self._clock.time_s())
         rows = []
         for model, now in self._models.items():
             if now.queued or now.in_flight:
@@ -160,6 +164,10 @@ class TrafficCounter:
                 self._pending_rows -= len(lost)
                 self.dropped += len(lost)
         return list(self._pending)
+
+    def close(self) -> None:
+        """Hardly anything comes any more: what does is not kept back until its second is over."""
+        self._closed = True
 
     def acknowledge(self, sequence: int) -> None:
         """The controller keeps the batches up to this number."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments.engine.doors import DoorError, DoorKeeper, ask_for_door
-from deployments.gateway.door import Door
+from deployments.gateway.door import HEAD_S, Door
 
 
 @pytest.fixture
@@ -164,6 +165,202 @@ async def test_any_number_of_such_wishes_may_come_at_once(tmp_path: Path, keeper
     writer.close()
     await door.close()
     held.close()
+
+
+@contextlib.asynccontextmanager
+async def open_door(application: Any, folder: Path) -> AsyncIterator[tuple[str, int]]:
+    """Serve it; host and port, which take connections at once."""
+    address = free_address()
+    door = Door(application, address, folder, drain_s=1)
+    with await asyncio.to_thread(ask_for_door, folder / "doors.sock", address):
+        host, _, port = address.rpartition(":")
+        yield host, int(port)
+        await door.close()
+
+
+def streaming(*pieces: bytes, whole: bool = True) -> Any:
+    """An ASGI application whose answer tells no length; half of one if it is not `whole`."""
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-a", b"1")]})
+        for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        if whole:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return application
+
+
+@pytest.mark.parametrize("wish", [b"", b"connection: keep-alive\r\n"])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_http_1_0_gets_no_chunks(
+    tmp_path: Path, keeper: DoorKeeper, version: bytes, wish: bytes
+) -> None:
+    """A body of no told length ends with the connection there, whatever the client wishes; HTTP/1.1 has chunks."""
+    async with open_door(streaming(b"hel", b"", b"lo"), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/" + version + b"\r\nhost: x\r\n" + wish + b"\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        if version == b"1.1":
+            assert b"transfer-encoding: chunked" in head
+            assert await reader.readuntil(b"0\r\n\r\n") == b"3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n"
+        else:
+            assert b"transfer-encoding" not in head
+            assert b"connection: close" in head
+            assert await reader.read() == b"hello"
+        writer.close()
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+async def test_http_1_0_keeps_a_length_that_is_told(
+    tmp_path: Path, keeper: DoorKeeper, method: bytes
+) -> None:
+    """And a HEAD has no body."""
+    async with open_door(app("sized"), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(method + b" / HTTP/1.0\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert b"content-length: 17" in head
+        assert body == (b'{"name": "sized"}' if method == b"GET" else b"")
+        writer.close()
+
+
+async def test_a_body_that_breaks_off_is_not_whole_for_http_1_0(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """The connection is reset, since its end alone would say that all is there."""
+    async with open_door(streaming(b"half", whole=False), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
+        writer.close()
+
+
+@pytest.fixture
+async def go(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets the event loop's clock go on by so many seconds."""
+    loop, ahead_s = asyncio.get_running_loop(), 0.0
+    steady_s = loop.time
+
+    def go(seconds: float) -> None:
+        nonlocal ahead_s
+        ahead_s += seconds
+
+    monkeypatch.setattr(loop, "time", lambda: steady_s() + ahead_s)
+    return go
+
+
+async def echoed(reader: asyncio.StreamReader) -> list[Any]:
+    """One answer of `echo`."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    answer: list[Any] = json.loads(await reader.readexactly(size))
+    return answer
+
+
+async def all_is_read(host: str, port: int) -> None:
+    """What was sent before is read, and timers that are due have run: another connection was answered since."""
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(REQUEST)
+    await echoed(reader)
+    writer.close()
+
+
+REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "sent"),
+    [
+        (False, b""),
+        (False, b"\r\n"),
+        (False, b"G"),
+        (False, REQUEST[:-2]),
+        (True, b"\r\n"),
+        (True, REQUEST[:-2]),
+    ],
+)
+async def test_a_head_that_does_not_end_is_not_waited_for(
+    tmp_path: Path, keeper: DoorKeeper, go: Callable[[float], None], asked: bool, sent: bytes
+) -> None:
+    """On a new connection and on one that was asked before; also where no byte comes, and however slowly they come."""
+    async with open_door(echo, tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        if asked:
+            writer.write(REQUEST)
+            await echoed(reader)
+        steps = max(1, len(sent))
+        for number in range(steps):
+            writer.write(sent[number : number + 1])
+            await all_is_read(host, port)
+            go(HEAD_S / steps)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_head_has_its_time_from_its_first_byte(
+    tmp_path: Path, keeper: DoorKeeper, go: Callable[[float], None]
+) -> None:
+    """The time before that is not counted."""
+    async with open_door(echo, tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        for _ in range(2):
+            for part in (REQUEST[:5], REQUEST[5:]):
+                await all_is_read(host, port)
+                go(HEAD_S - 5)
+                await all_is_read(host, port)
+                writer.write(part)
+            assert (await echoed(reader))[:2] == ["GET", "/"]
+        writer.close()
+
+
+async def test_what_is_not_a_head_may_take_its_time(
+    tmp_path: Path, keeper: DoorKeeper, go: Callable[[float], None]
+) -> None:
+    """Bodies, also answered ones, streams with half a request behind them, and the silence between two requests."""
+    end = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/early":
+            await app("early")(scope, receive, send)
+            return
+        if scope["path"] != "/stream":
+            await echo(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        await end.wait()
+        await send({"type": "http.response.body", "body": b"ended", "more_body": False})
+
+    async with open_door(application, tmp_path) as (host, port):
+        idle, idle_writer = await asyncio.open_connection(host, port)
+        idle_writer.write(REQUEST)
+        await echoed(idle)
+        body, body_writer = await asyncio.open_connection(host, port)
+        body_writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhe")
+        stream, stream_writer = await asyncio.open_connection(host, port)
+        stream_writer.write(b"GET /stream HTTP/1.1\r\nhost: x\r\n\r\n" + REQUEST[:5])
+        await stream.readuntil(b"begun\r\n")
+        early, early_writer = await asyncio.open_connection(host, port)
+        early_writer.write(b"POST /early HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        await echoed(early)
+        early_writer.write(b"he")
+        await all_is_read(host, port)
+        go(HEAD_S)
+        await all_is_read(host, port)
+        idle_writer.write(REQUEST)
+        assert (await echoed(idle))[:2] == ["GET", "/"]
+        go(HEAD_S)
+        await all_is_read(host, port)
+        body_writer.write(b"llo")
+        assert (await echoed(body))[:3] == ["POST", "/", "hello"]
+        early_writer.write(b"llo" + REQUEST)
+        assert (await echoed(early))[:2] == ["GET", "/"]
+        end.set()
+        await stream.readuntil(b"0\r\n\r\n")
+        stream_writer.write(REQUEST[5:])
+        assert (await echoed(stream))[:2] == ["GET", "/"]
+        for writer in (idle_writer, body_writer, early_writer, stream_writer):
+            writer.close()
 
 
 async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: DoorKeeper) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from deployments.gateway import openai
 from deployments.gateway.engines import Phase
+from deployments.gateway.proxy import HELD_BODY_BYTES
 from tests.gateway.lab import CHAT, Lab, make_lab
 
 
@@ -162,6 +163,76 @@ async def test_an_engines_error_passes_untouched(lab: Lab) -> None:
     answer = await lab.chat(stream=True)
     assert (answer.status_code, answer.content) == (400, body)
     assert answer.headers["content-type"] == "application/json"
+
+
+UNSHAPED: list[tuple[str, int, bytes, dict[str, object]]] = [
+    (
+        "/v1/embeddings",
+        404,
+        b'{"detail":"Not Found"}',
+        {"message": "The model 'tiny' does not serve /v1/embeddings.", "code": "not_found"},
+    ),
+    (
+        "/v1/moderations",
+        405,
+        b'{"detail":"Method Not Allowed"}',
+        {"message": "Method Not Allowed", "code": 405},
+    ),
+    ("/v1/messages", 404, b'{"detail":"Gone."}', {"message": "Gone.", "type": "Not Found", "code": 404}),
+    (CHAT, 422, b'{"detail":[{"loc":["body"]}]}', {"message": '{"detail":[{"loc":["body"]}]}', "code": 422}),
+    (CHAT, 400, b'{"object":"error","message":"old","type":"Old"}', {"message": "old", "type": "Old"}),
+    (CHAT, 400, b'{"error":"no"}', {"message": "no", "type": "Bad Request", "param": None, "code": 400}),
+    (CHAT, 500, b'"broken"', {"message": '"broken"', "type": "Internal Server Error", "code": 500}),
+]
+
+
+@pytest.mark.parametrize(("path", "status", "body", "told"), UNSHAPED)
+async def test_an_engines_error_of_another_shape_is_told_in_openais(
+    lab: Lab, path: str, status: int, body: bytes, told: dict[str, object]
+) -> None:
+    """Its status and what it said stay; a route that the model has not is named with the model."""
+    lab.model.light()
+    lab.engine.script.answer = (status, b"application/json", body)
+    answer = await lab.client.post(f"{path}?a=1", json={"model": "small", "stream": True})
+    assert answer.status_code == status
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["x-relight-model"] == "tiny"
+    document = answer.json()
+    assert document.pop("type", None) == ("error" if path == "/v1/messages" else None)
+    assert set(document) == {"error"}
+    assert set(document["error"]) == {"message", "type", "param", "code"}
+    assert told.items() <= document["error"].items()
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "body"),
+    [
+        (404, b"text/plain", b"Not Found"),
+        (400, b"application/json", b"{"),
+        (400, b"application/json", b""),
+        (200, b"application/json", b'{"detail":"Not Found"}'),
+        (404, b"application/json", b'{"error": {"message": "Not Found"}, "detail":"Not Found"}'),
+    ],
+)
+async def test_what_is_no_error_document_or_has_openais_shape_passes_untouched(
+    lab: Lab, status: int, content_type: bytes, body: bytes
+) -> None:
+    """The engine's bytes are the client's."""
+    lab.model.light()
+    lab.engine.script.answer = (status, content_type, body)
+    answer = await lab.chat()
+    assert (answer.status_code, answer.content) == (status, body)
+    assert answer.headers["content-length"] == str(len(body))
+
+
+async def test_a_huge_error_is_passed_on_as_it_comes(lab: Lab) -> None:
+    """What is not held is not looked into."""
+    lab.model.light()
+    body = b'{"detail": "' + b"x" * HELD_BODY_BYTES + b'"}'
+    lab.engine.script.answer = (400, b"application/json", body)
+    answer = await lab.chat()
+    assert (answer.status_code, answer.content) == (400, body)
 
 
 async def test_an_engines_own_failure_has_its_replica_look(lab: Lab) -> None:

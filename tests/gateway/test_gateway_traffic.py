@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from deployments.app import LateGateway
 from deployments.engine.protocol import EngineInfo
 from deployments.gateway import reports as reports_module
 from deployments.gateway import traffic as traffic_module
@@ -19,7 +20,7 @@ from deployments.gateway.reports import Reports
 from deployments.gateway.scrape import engine_counters
 from deployments.gateway.starts import StartLog
 from deployments.gateway.traffic import Row, TrafficCounter, read_usage
-from tests.fakes.engines import vllm_answer
+from tests.fakes.engines import Watched, vllm_answer
 from tests.gateway.lab import make_lab
 
 START_S = 1_700_000_000.0
@@ -292,16 +293,20 @@ class Known:
         """It asks nobody."""
 
 
-class Controller:
+class Controller(Watched):
     """Takes reports; raises what it is told to."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.report = self
+        self.asked = 0
         self.taken: list[dict[str, Any]] = []
         self.sequence = 0
         self.failure: Exception | None = None
 
     async def _take(self, report: dict[str, Any]) -> dict[str, Any]:
+        self.asked += 1
+        self.notify()
         if self.failure is not None:
             raise self.failure
         self.taken.append(report)
@@ -366,6 +371,69 @@ async def test_reporting_goes_on_after_any_failure(
             await asyncio.sleep(0.001)
     for task in tasks:
         task.cancel()
+
+
+def rows_taken(controller: Controller) -> list[Row]:
+    """Each batch that came, once."""
+    batches = {number: rows for report in controller.taken for number, rows in report["batches"]}
+    return [row for _, rows in sorted(batches.items()) for row in rows]
+
+
+@pytest.mark.parametrize("failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__)
+async def test_a_gateway_that_ends_tells_its_last_second(
+    monkeypatch: pytest.MonkeyPatch, failure: Exception
+) -> None:
+    """Also of what came until its door was closed, and again until the next controller has it."""
+    monkeypatch.setattr(reports_module, "LAST_REPORTS_S", 60.0)
+    monkeypatch.setattr(reports_module, "LAST_REPORTS_EVERY_S", 0.001)
+    clock, controller = HandClock(), Controller()
+    counter = TrafficCounter(["m"], clock)
+    counter.arrived("m")
+    clock.go(1)
+
+    class LastRequest:
+        async def close(self) -> None:
+            counter.arrived("m")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+
+    async def receive() -> Any:
+        return {"type": "lifespan.shutdown"}
+
+    reports = Reports(Known(), controller, counter, dict)
+    gateway = LateGateway(lambda: app, lambda _: cast(Any, LastRequest()), lambda: None, reports.close)
+    controller.failure = failure
+    ending = asyncio.create_task(gateway({"type": "lifespan"}, receive, None))
+    await controller.until(lambda: controller.asked >= 3)
+    controller.failure = None
+    await controller.until(lambda: len(controller.taken) >= 2)
+    assert [row[:3] for row in rows_taken(controller)] == [["m", START_S, 1], ["m", START_S + 1, 1]]
+    assert not ending.done()
+    controller.sequence = counter.batches()[-1][0]
+    await ending
+    assert counter.batches() == []
+    asked = controller.asked
+    await reports.close()
+    assert controller.asked == asked
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+async def test_last_reports_are_bounded(monkeypatch: pytest.MonkeyPatch, hangs: bool) -> None:
+    """Without a controller the gateway ends all the same."""
+    monkeypatch.setattr(reports_module, "LAST_REPORTS_S", 0.01)
+    controller = Controller()
+    counter = TrafficCounter(["m"], HandClock())
+    counter.arrived("m")
+
+    async def never(report: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    if hangs:
+        monkeypatch.setattr(controller, "_take", never)
+    await Reports(Known(), controller, counter, dict).close()
+    assert len(rows_of(counter)) == 1
 
 
 class Response:

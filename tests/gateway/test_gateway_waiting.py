@@ -122,6 +122,14 @@ async def test_an_engines_error_after_comments_is_an_event(lab: Lab, path: str, 
     assert lab.telemetry.ended() == [(200, "400")]
 
 
+async def test_a_route_that_the_model_has_not_is_named_after_comments(lab: Lab) -> None:
+    """As it is where the status is still open."""
+    lab.engine.script.answer = (404, b"application/json", b'{"detail":"Not Found"}')
+    _, text = await comments_then(lab, CHAT)
+    assert f"The model 'tiny' does not serve {CHAT}." in text
+    assert '"code": "not_found"' in text
+
+
 async def test_a_document_after_comments_is_an_event(lab: Lab) -> None:
     """An engine that doesn't stream after all has its document sent as the only event."""
     lab.engine.script.answer = (200, b"application/json", b'{\n"a": 1}')

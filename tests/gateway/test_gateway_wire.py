@@ -200,11 +200,14 @@ JSON_VALUES: Any = st.recursive(
 
 @given(
     st.integers(min_value=400, max_value=999),
-    st.binary(max_size=80) | JSON_VALUES.map(lambda value: json.dumps({"error": value}).encode()),
+    st.binary(max_size=80)
+    | st.tuples(st.sampled_from(["error", "detail", "message"]), JSON_VALUES).map(
+        lambda pair: json.dumps(dict([pair])).encode()
+    ),
 )
 def test_any_engine_error_becomes_openais_fields(status: int, body: bytes) -> None:
     """Message and type are strings whatever the engine said, and the document can be written."""
-    fields = openai.engine_error_fields(status, body)
+    fields = openai.engine_error_fields(status, body, "m", "/v1/x")
     assert isinstance(fields["message"], str)
     assert fields["message"]
     assert isinstance(fields["type"], str)
