@@ -160,8 +160,9 @@ class Controller:
     async def report(self, gateway: str, report: dict[str, Any]) -> dict[str, Any]:
         """One gateway's view, replacing its last.
 
-        Returns {"sequence": up to where its counts are kept here, "node_waits": model -> which node it waits for,
-        "no_room": model -> why it may have no replica now, None where that is not known; "no_room_s": for how long}.
+        Returns {"taken": whether it is kept here, "sequence": up to where counts are, "node_waits": model -> which node
+        it waits for, "no_room": model -> why it may have no replica now, None where that is not known; "no_room_s": for
+        how long}.
         """
         for model, seen in report["models"].items():
             start = seen["last_cold_start"]
@@ -170,10 +171,11 @@ class Controller:
         planner = self._planner
         if planner is None or not self._decides:
             self._metrics.take_report(gateway, report, ())
-            return {"sequence": 0, "node_waits": {}, "no_room": None}
+            return {"taken": False, "sequence": 0, "node_waits": {}, "no_room": None}
         sequence = await asyncio.to_thread(planner.take_report, gateway, report)
         no_room, holds_s = planner.no_room()
         return {
+            "taken": True,
             "sequence": sequence,
             "node_waits": planner.node_waits(),
             "no_room": no_room,

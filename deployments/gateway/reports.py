@@ -148,6 +148,9 @@ class Reports:
                 return
             self.node_waits = answer.get("node_waits", {})
             await self._hear_of_room(answer.get("no_room"), answer.get("no_room_s", 0.0))
+            if not answer["taken"]:
+                # By a controller that does not decide yet, or no more.
+                return
             self._traffic.acknowledge(answer["sequence"])
             self._known.starts.told(report["starts"])
             for engine_id in report["engine_counters"]:

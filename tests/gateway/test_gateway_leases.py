@@ -124,7 +124,13 @@ class Controller:
     async def _take(self) -> dict[str, Any]:
         if self.failure is not None:
             raise self.failure
-        return {"sequence": 0, "node_waits": {}, "no_room": self.no_room, "no_room_s": self.holds_s}
+        return {
+            "taken": True,
+            "sequence": 0,
+            "node_waits": {},
+            "no_room": self.no_room,
+            "no_room_s": self.holds_s,
+        }
 
     def remote(self, *_: Any) -> Any:
         return self._take()

@@ -302,6 +302,7 @@ class Controller(Watched):
         self.asked = 0
         self.taken: list[dict[str, Any]] = []
         self.sequence = 0
+        self.takes = True
         self.failure: Exception | None = None
 
     async def _take(self, report: dict[str, Any]) -> dict[str, Any]:
@@ -310,7 +311,7 @@ class Controller(Watched):
         if self.failure is not None:
             raise self.failure
         self.taken.append(report)
-        return {"sequence": self.sequence}
+        return {"taken": self.takes, "sequence": self.sequence}
 
     def remote(self, gateway: str, report: dict[str, Any]) -> Any:
         return self._take(report)
@@ -342,6 +343,19 @@ async def test_counts_and_starts_are_told_until_the_controller_has_them(failure:
     assert [len(r["batches"]) for r in controller.taken] == [1, 1, 0]
     assert [len(r["starts"]) for r in controller.taken] == [1, 0, 0]
     assert {r["source"] for r in controller.taken} == {counter.source}
+
+
+async def test_starts_are_told_until_a_controller_that_decides_has_them() -> None:
+    """One that has only come, or has let go, answers and keeps nothing."""
+    controller, known = Controller(), Known()
+    reports = Reports(known, controller, TrafficCounter(["m"], HandClock()), dict)
+    known.starts.note(info(), waiting_since_s=99.0)
+    controller.takes = False
+    await reports.send()
+    controller.takes = True
+    await reports.send()
+    await reports.send()
+    assert [len(report["starts"]) for report in controller.taken] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__)
