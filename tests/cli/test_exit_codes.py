@@ -122,6 +122,33 @@ def test_a_wrong_value_is_2_and_says_what_would_be_right(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "option", "number"),
+    [
+        (("policy", "set", SMALL), "--wait-cost", "nan"),
+        (("policy", "set", SMALL), "--wait-cost", "-inf"),
+        (("policy", "set", SMALL), "--target", "nan"),
+        (("policy", "validate", SMALL), "--wait-cost", "nan"),
+        (("policy", "shadow", "start", "kpa"), "--wait-cost", "inf"),
+        (("cluster", "render", "--provider", "aws"), "--node-start", "inf"),
+    ],
+)
+def test_a_number_is_finite(
+    cluster: Cluster, nowhere: str, arguments: tuple[str, ...], option: str, number: str
+) -> None:
+    """Which is said whether a cluster answers or not."""
+    said = cluster.fails(2, *arguments, option, number, RELIGHT_ADDRESS=nowhere)
+    assert said == f"{option}: '{number}' is not right; expected a finite number\n"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_of_a_policy_file_is_finite(cluster: Cluster, tmp_path: Path, number: str) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(f'{{"policy": "kpa", "wait_cost": {number}}}')
+    said = cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
+    assert said == f"--file: {file} is not JSON: {number} is not a finite number\n"
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("nonsense",),
