@@ -145,9 +145,12 @@ def params(given: list[str] | None) -> dict[str, float] | None:
             number = float(value)
         except ValueError:
             number = math.nan
-        found[name.strip()] = number
-        if not sign or not name.strip() or not math.isfinite(number):
+        name = name.strip()
+        if not sign or not name or not math.isfinite(number):
             raise CommandError(f"--param: {text!r} is not NAME=NUMBER, like stable_s=30", WRONG)
+        if name in found:
+            raise CommandError(f"--param: {name} is given twice", WRONG)
+        found[name] = number
     return found
 
 

@@ -89,6 +89,10 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("policy", "set", SMALL, "--param", "stable_s=much"), "is not NAME=NUMBER"),
         (("policy", "set", SMALL, "--param", "stabel_s=3"), "stable_s?"),
         (("policy", "set", SMALL, "--param", "stable_s=nan"), "is not NAME=NUMBER"),
+        (
+            ("policy", "set", SMALL, "--param", "stable_s=1", "--param", "stable_s = 2"),
+            "--param: stable_s is given twice",
+        ),
         (("policy", "set", SMALL, "--min-replicas", "9"), "max_replicas (4"),
         (("policy", "set", SMALL, "--wait-cost", "1", "--for", "soon"), "--for: 'soon' is not a duration"),
         (("policy", "set", SMALL, "--wait-cost", "1", "--until", "soon"), "--until: 'soon' is not a time"),
