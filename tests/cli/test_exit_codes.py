@@ -111,6 +111,8 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("schedule", "add", "--cron", "0 9 * * *", "--for", "1h"), "Name one model"),
         (("decisions", "--since", "lately"), "--since: 'lately' is neither"),
         (("decisions", "--since", "tomorrow 09:00"), "still to come"),
+        (("accounts", "--source", "bar"), "expected active, shadow or shadow:NAME"),
+        (("decisions", "--source", "foo"), "expected active, shadow or shadow:NAME"),
         (("history", SMALL, "--since", "1h", "--step", "0.001s"), "step_s"),
         (("mode", "turbo"), "'active'"),
         (("undo", "none"), "There is no override"),

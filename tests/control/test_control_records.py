@@ -179,6 +179,25 @@ def test_accounts_add_up_by_model_and_day(lab: Lab) -> None:
     assert lab.ok("GET", "accounts", model=ORG)["total"]["gpu_s"] == 20.0
 
 
+def test_a_shadow_policy_has_no_prewarms_in_its_accounts(lab: Lab) -> None:
+    """Those that were made are the active policy's."""
+    lab.store.put_prewarm(PrewarmRow("p", SMALL, NOW_S - 60, "prewarm", 1, Rung.SERVING, cost_gpu_s=3.0))
+    lab.store.add_usage([UsageRow(SMALL, TODAY, "shadow:k", {"SERVING": 9.0})])
+    assert lab.ok("GET", "accounts")["total"]["prewarms"]["count"] == 1
+    answer = lab.ok("GET", "accounts", source="shadow:k")
+    assert [row["prewarms"]["count"] for row in answer["models"]] == [0]
+    assert answer["total"]["prewarms"]["cost_gpu_s"] == 0
+    assert lab.ok("GET", "accounts", source="shadow:never")["models"] == []
+
+
+@pytest.mark.parametrize("path", ["accounts", "decisions"])
+@pytest.mark.parametrize("source", ["foo", "beside:k", "shadow:", "shadow:a b", "shadowy"])
+def test_a_source_that_can_not_be_is_refused(lab: Lab, path: str, source: str) -> None:
+    status, error = lab.refused("GET", path, source=source)
+    assert (status, error["field"]) == (422, "source")
+    assert error["expected"] == "active, shadow or shadow:NAME"
+
+
 def test_a_dedicated_gpu_is_charged_from_when_the_model_was_first_seen(lab: Lab) -> None:
     """Not from the midnight or the hour before: an installation of an hour would seem to have saved a day."""
     lab.store.add_usage([UsageRow(SMALL, TODAY, gpu_s={"serving": 60.0}, requests=1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from autoscaling.live.api.plain import plain
 from autoscaling.live.api.request import Request
 from autoscaling.live.invalid import InvalidValue
 from autoscaling.live.records import PrewarmRow, UsageRow
-from autoscaling.live.values import Value
+from autoscaling.live.values import SHADOW_NAME, Value
 from autoscaling.traffic import LONGEST_WINDOW_S
 
 YEAR_S = 400 * 86400.0
@@ -59,7 +60,7 @@ def decisions(request: Request) -> dict[str, Any]:
     model = request.optional_model()
     since_s, until_s = request.span(3600.0, YEAR_S)
     limit = request.whole("limit", 200, 1, 10_000)
-    source = request.query.get("source") or ("shadow" if request.mode() == "shadow" else "active")
+    source = _source(request, "shadow" if request.mode() == "shadow" else "active")
     found = request.view.store.decisions(model, since_s, until_s, limit, source)
     return {"since_s": since_s, "until_s": until_s, "source": source, "decisions": plain(list(found))}
 
@@ -76,6 +77,7 @@ def cold_starts(request: Request) -> dict[str, Any]:
 def accounts(request: Request) -> dict[str, Any]:
     """GET accounts: by model and UTC day, what was spent and waited; the prewarms; and a dedicated GPU's price.
 
+    With `source` shadow:NAME what a shadow policy would have spent and waited; it makes no prewarms.
     A dedicated replica is charged from the first day of the span, or from when anything is known of the model, until
     now, at the model's GPUs for each replica.
     """
@@ -86,10 +88,10 @@ def accounts(request: Request) -> dict[str, Any]:
     if since_day > until_day:
         raise InvalidValue("since_day", since_day, f"a day not after until_day ({until_day})")
     store = request.view.store
-    source = request.query.get("source", "active")
+    source = _source(request, "active")
     usage = list(store.usage(since_day, until_day, model, source))
     start_s, end_s = day_start_s(since_day), min(request.now_s, day_start_s(until_day) + DAY_S)
-    prewarms = [row for row in store.prewarms(model, start_s, 10_000) if row.begun_s < end_s]
+    prewarms = _made(request, model, start_s, end_s) if source == "active" else []
     specs = request.models()
     names = sorted({row.model for row in usage} | {row.model for row in prewarms})
     models = []
@@ -120,6 +122,20 @@ def accounts(request: Request) -> dict[str, Any]:
             "prewarms": prewarm_total(prewarms),
         },
     }
+
+
+def _source(request: Request, default: str) -> str:
+    """Whose records are asked for."""
+    given = request.query.get("source") or default
+    if given not in ("active", "shadow") and not re.fullmatch(f"shadow:{SHADOW_NAME}", given):
+        raise InvalidValue("source", given, "active, shadow or shadow:NAME")
+    return given
+
+
+def _made(request: Request, model: str | None, start_s: float, end_s: float) -> list[PrewarmRow]:
+    """The newest prewarms that were begun in [start_s, end_s)."""
+    found = request.view.store.prewarms(model, start_s, 10_000)
+    return [row for row in found if row.begun_s < end_s]
 
 
 def usage_total(rows: Iterable[UsageRow]) -> dict[str, Any]:
