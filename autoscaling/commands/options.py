@@ -126,6 +126,16 @@ def moment(text: str | None, option: str) -> float | None:
         raise CommandError(f"{option}: {error}", WRONG) from None
 
 
+def past(text: str | None, option: str) -> float | None:
+    """Unix seconds of a time that was. Raises CommandError."""
+    if text is None:
+        return None
+    try:
+        return times.parse_past(text, times.now())
+    except times.TimeError as error:
+        raise CommandError(f"{option}: {error}", WRONG) from None
+
+
 def since(text: str) -> float:
     """Unix seconds. Raises CommandError."""
     try:
