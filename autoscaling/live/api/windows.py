@@ -67,7 +67,7 @@ def add_prewarm(request: Request) -> dict[str, Any]:
     if replicas is None:
         replicas = 1 if body.rung == "serving" else 0
     value = parse(PrewarmValue, {"replicas": replicas, "rung": body.rung, "start_s": start_s, "end_s": end_s})
-    _check_bounds(request.models()[model], value)
+    _check(request, request.models()[model], value)
     mode = request.mode()
     if mode != "active" and start_s <= now_s:
         message = f"The controller's mode is {mode}: it would not act on a prewarm. `relight mode active` changes that."
@@ -104,7 +104,7 @@ def add_schedule(request: Request) -> dict[str, Any]:
     value = parse(ScheduleValue, given)
     models = request.models()
     for spec in models.values() if model is None else [models[model]]:
-        _check_bounds(spec, value)
+        _check(request, spec, value)
     made = None
     if not request.flag("dry_run"):
         made = shown_override(make(request, "schedule", model, value, ends(request, body)))
@@ -144,14 +144,17 @@ def _next(value: ScheduleValue, now_s: float, count: int) -> list[dict[str, Any]
     return [{"start_s": start, "end_s": end} for start, end in cron.upcoming(value.when(), now_s, count)]
 
 
-def _check_bounds(spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
+def _check(request: Request, spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
+    """Raises InvalidValue where the model can't come to be what is asked for."""
     if value.rung == "serving" and value.replicas > spec.max_replicas:
         raise InvalidValue(
             "replicas", value.replicas, f"at most {spec.max_replicas}, {spec.model}'s max_replicas"
         )
-    if value.rung == "parked" and not spec.park:
-        expected = f"weights, template or serving: {spec.model}'s scaling.park is false in the fleet file"
-        raise InvalidValue("rung", value.rung, expected)
+    if value.rung == "parked" and not (spec.park and request.view.parks()):
+        said = "engine_host.park_memory_bytes is 0"
+        if not spec.park:
+            said = f"{spec.model}'s scaling.park is false"
+        raise InvalidValue("rung", value.rung, f"weights, template or serving: {said} in the fleet file")
 
 
 def _alive(request: Request, kind: str, model: str | None) -> list[Any]:
