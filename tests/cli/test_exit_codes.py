@@ -115,6 +115,8 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("decisions", "--source", "foo"), "expected active, shadow or shadow:NAME"),
         (("history", SMALL, "--since", "1h", "--step", "0.001s"), "step_s"),
         (("mode", "turbo"), "'active'"),
+        (("mode", "--for", "1h"), "name the mode that is to hold, active, shadow, off"),
+        (("mode", "--until", "18:00"), "name the mode that is to hold"),
         (("undo", "none"), "There is no override"),
         (("mode", "--address", "localhost:8000"), "begins with http://"),
         (("mode", "--address", "http://127.0.0.1:abc"), "'http://127.0.0.1:abc' is not an address"),
