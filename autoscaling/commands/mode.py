@@ -81,6 +81,8 @@ def overrides(
     rows = []
     for row in answer["overrides"]:
         state = "in force" if row["in_force"] else "over"
+        if row["under"] is not None:
+            state = f"not while {row['under']} is"
         if row["undone_s"] is not None:
             state = f"undone by {row['undone_by']} at {output.when(row['undone_s'])}"
         rows.append(

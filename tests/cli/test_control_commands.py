@@ -235,6 +235,26 @@ def test_mode_undo_and_overrides(cluster: Cluster) -> None:
     assert "undone by ann@lab" in cluster.says("overrides", "--history")
 
 
+def test_of_several_modes_the_last_is_in_force(cluster: Cluster) -> None:
+    """And what it hides is in force again when it ends."""
+    first = cluster.json("mode", "shadow", "--for", "2h")["override"]["id"]
+    cluster.clock.time_s += 60
+    last = cluster.json("mode", "active", "--for", "1h")["override"]["id"]
+    for history in ((), ("--history",)):
+        rows = {row["id"]: row for row in cluster.json("overrides", *history)["overrides"]}
+        assert [(rows[each]["in_force"], rows[each]["under"]) for each in (first, last)] == [
+            (False, last),
+            (True, None),
+        ]
+        shown = cluster.says("overrides", *history).splitlines()
+        assert [line.rstrip().endswith("in force") for line in shown[1:]] == [False, True]
+        assert shown[1].rstrip().endswith(f"not while {last} is")
+    cluster.clock.time_s += 3600
+    [row] = cluster.json("overrides")["overrides"]
+    assert (row["id"], row["in_force"], row["under"]) == (first, True, None)
+    assert cluster.json("mode")["mode"] == "shadow"
+
+
 JSON: list[tuple[tuple[str, ...], set[str]]] = [
     (("policy", "list"), {"policies", "models", "mode"}),
     (("policy", "show", SMALL), {"model", "spec", "base", "overridden", "overrides", "windows"}),
