@@ -95,7 +95,11 @@ def schedules(request: Request) -> dict[str, Any]:
 
 
 def add_schedule(request: Request) -> dict[str, Any]:
-    """POST schedules; the answer has the next spans. With dry_run=1 nothing is kept."""
+    """POST schedules; the answer has the next spans. With dry_run=1 nothing is kept.
+
+    Of one whose times begin before the last has ended there is one span, from now, with `end_s` null where no `until_s`
+    ends it.
+    """
     body = request.parse(ScheduleBody)
     model = None if body.model is None else request.model(body.model)
     given = body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True)
@@ -105,10 +109,10 @@ def add_schedule(request: Request) -> dict[str, Any]:
     models = request.models()
     for spec in models.values() if model is None else [models[model]]:
         _check(request, spec, value)
-    made = None
+    made, until_s = None, ends(request, body)
     if not request.flag("dry_run"):
-        made = shown_override(make(request, "schedule", model, value, ends(request, body)))
-    return {"schedule": made, "next": _next(value, request.now_s, 3)}
+        made = shown_override(make(request, "schedule", model, value, until_s))
+    return {"schedule": made, "next": _next(value, request.now_s, 3, until_s)}
 
 
 def remove_schedule(request: Request) -> dict[str, Any]:
@@ -135,12 +139,15 @@ def next_spans(request: Request) -> dict[str, Any]:
             continue
         replicas = value.replicas if value.rung == "serving" else 0
         shared = {"id": schedule_id, "model": of, "replicas": replicas, "rung": value.rung}
-        spans = _next(value, request.now_s, count)
+        spans = _next(value, request.now_s, count, until_s)
         found += [{**shared, **s} for s in spans if until_s is None or s["start_s"] < until_s]
     return {"next": sorted(found, key=lambda row: (row["start_s"], row["id"]))[:count]}
 
 
-def _next(value: ScheduleValue, now_s: float, count: int) -> list[dict[str, Any]]:
+def _next(value: ScheduleValue, now_s: float, count: int, until_s: float | None) -> list[dict[str, Any]]:
+    """The next spans; of a schedule that is always in force the one from now until it ends, None for never."""
+    if cron.always(value.when()):
+        return [{"start_s": now_s, "end_s": until_s}]
     return [{"start_s": start, "end_s": end} for start, end in cron.upcoming(value.when(), now_s, count)]
 
 
