@@ -46,7 +46,7 @@ def import_file(
     ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out lines that can't be read.")] = False,
     ends: Annotated[
-        str | None, typer.Option(help=f"Move the file's times so that it ends then: {times.TIMES}.")
+        str | None, typer.Option(help=f"Move the file's times so that it ends then: {times.PAST_TIMES}.")
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Also if this file was imported before.")] = False,
     address: options.Address = None,
@@ -61,7 +61,7 @@ def import_file(
     """
     if model is not None and mapping:
         raise CommandError("--model and --map: give one of them", WRONG)
-    ends_s = options.moment(ends, "--ends")
+    ends_s = options.past(ends, "--ends")
     client = Client(address)
     fleet = {row["model"] for row in client.get("policies")["models"]}
     patterns = _patterns(mapping)

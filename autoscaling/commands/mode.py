@@ -8,6 +8,7 @@ import typer
 
 from autoscaling.commands import options, output
 from autoscaling.commands.client import Client, in_path
+from autoscaling.commands.failures import WRONG, CommandError
 
 _MODES = ("active", "shadow", "off")
 
@@ -37,6 +38,8 @@ def mode(
     active: it decides and acts. shadow: it decides and records, and models scale by the requests in progress. off: it
     only looks.
     """
+    if wanted is None and (for_ or until):
+        raise CommandError(f"--for and --until: name the mode that is to hold, {', '.join(_MODES)}", WRONG)
     client = Client(address)
     if wanted is None:
         answer = client.get("mode")
@@ -78,6 +81,8 @@ def overrides(
     rows = []
     for row in answer["overrides"]:
         state = "in force" if row["in_force"] else "over"
+        if row["under"] is not None:
+            state = f"not while {row['under']} is"
         if row["undone_s"] is not None:
             state = f"undone by {row['undone_by']} at {output.when(row['undone_s'])}"
         rows.append(

@@ -37,7 +37,11 @@ Prices = Annotated[
 ]
 NodeStart = Annotated[
     float,
-    typer.Option(help="Seconds that a GPU node was measured to take to start, its image included.", min=1),
+    typer.Option(
+        help="Seconds that a GPU node was measured to take to start, its image included.",
+        min=1,
+        callback=options.finite,
+    ),
 ]
 Region = Annotated[str | None, typer.Option(help="The region (default: that of the prices).")]
 

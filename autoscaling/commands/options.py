@@ -47,6 +47,13 @@ def _ids(incomplete: str) -> list[str]:
     return [str(row["id"]) for row in found if str(row["id"]).startswith(incomplete)]
 
 
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """The callback of options that are numbers: no infinity, and nothing that is no number. Raises CommandError."""
+    if value is not None and not math.isfinite(value):
+        raise CommandError(f"{param.opts[0]}: '{value}' is not right; expected a finite number", WRONG)
+    return value
+
+
 RUNGS = ("weights", "template", "parked", "serving")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of text.")]
 Address = Annotated[
@@ -75,12 +82,15 @@ PolicyFile = Annotated[
     ),
 ]
 WaitCost = Annotated[
-    float | None, typer.Option(help="GPU-seconds worth paying to spare one request one second of waiting.")
+    float | None,
+    typer.Option(
+        help="GPU-seconds worth paying to spare one request one second of waiting.", callback=finite
+    ),
 ]
 KeepAlive = Annotated[str | None, typer.Option(help=f"How long an idle replica is kept: {times.DURATIONS}.")]
 MinReplicas = Annotated[int | None, typer.Option(help="Never fewer replicas.")]
 MaxReplicas = Annotated[int | None, typer.Option(help="Never more replicas.")]
-Target = Annotated[float | None, typer.Option(help="Requests in progress for each replica.")]
+Target = Annotated[float | None, typer.Option(help="Requests in progress for each replica.", callback=finite)]
 Priority = Annotated[int | None, typer.Option(help="A higher one keeps its replicas when GPUs are short.")]
 For = Annotated[str | None, typer.Option("--for", help=f"For how long: {times.DURATIONS}.")]
 Until = Annotated[str | None, typer.Option("--until", help=f"Until when: {times.TIMES}.")]
@@ -116,6 +126,16 @@ def moment(text: str | None, option: str) -> float | None:
         raise CommandError(f"{option}: {error}", WRONG) from None
 
 
+def past(text: str | None, option: str) -> float | None:
+    """Unix seconds of a time that was. Raises CommandError."""
+    if text is None:
+        return None
+    try:
+        return times.parse_past(text, times.now())
+    except times.TimeError as error:
+        raise CommandError(f"{option}: {error}", WRONG) from None
+
+
 def since(text: str) -> float:
     """Unix seconds. Raises CommandError."""
     try:
@@ -135,9 +155,12 @@ def params(given: list[str] | None) -> dict[str, float] | None:
             number = float(value)
         except ValueError:
             number = math.nan
-        found[name.strip()] = number
-        if not sign or not name.strip() or not math.isfinite(number):
+        name = name.strip()
+        if not sign or not name or not math.isfinite(number):
             raise CommandError(f"--param: {text!r} is not NAME=NUMBER, like stable_s=30", WRONG)
+        if name in found:
+            raise CommandError(f"--param: {name} is given twice", WRONG)
+        found[name] = number
     return found
 
 
@@ -146,7 +169,8 @@ def policy_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise CommandError(f"--file: {path} can't be read: {error.strerror}", WRONG) from None
     except ValueError as error:
@@ -157,6 +181,14 @@ def policy_file(path: Path | None) -> dict[str, Any]:
         raise CommandError(f"--file: {path} is no policy file: its params must be an object", WRONG)
     found.pop("evidence", None)
     return found
+
+
+def _finite(text: str) -> float:
+    """A number of a file. ValueError for NaN and Infinity, which Python's JSON has, and what is too large."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
 
 
 def over_policy_file(path: Path | None, said: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,10 @@ def add(
     if answer["schedule"]:
         output.done(answer["schedule"])
     for span in answer["next"]:
-        output.say(f"next: {output.when(span['start_s'])} to {output.when(span['end_s'])}")
+        if span["end_s"] is None:
+            output.say("It is always in force: each time begins before the one before it has ended.")
+        else:
+            output.say(f"next: {output.when(span['start_s'])} to {output.when(span['end_s'])}")
 
 
 @schedule_app.command("list")
@@ -123,7 +126,7 @@ def _spans(rows: Iterable[Mapping[str, Any]]) -> None:
         [
             (
                 output.when(r["start_s"]),
-                output.when(r["end_s"]),
+                "always" if r["end_s"] is None else output.when(r["end_s"]),
                 r["model"] or "(all)",
                 output.floor(r),
                 r["id"],

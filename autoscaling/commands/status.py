@@ -91,13 +91,15 @@ def _watch(base: str, as_json: bool) -> None:
     from rich.live import Live
     from rich.text import Text
 
+    from autoscaling.commands.output import console
+
     answer = fetch(base)
     try:
         if as_json:
             while True:  # one line each, for programs that read as it comes
                 typer.echo(json.dumps(answer))
                 answer = _next(base)
-        with Live(render(answer), auto_refresh=False, screen=False) as live:
+        with Live(render(answer), console=console(), auto_refresh=False, screen=False) as live:
             while True:
                 time.sleep(1)
                 try:

@@ -10,6 +10,9 @@ from zoneinfo import ZoneInfo
 
 DURATIONS = "like 90s, 15m, 1h30m, 2d or 1w"
 TIMES = 'like 18:30, "tomorrow 09:00", "mon 08:00", "in 15m", 2026-11-25T09:00 or 2026-11-25T09:00+01:00'
+PAST_TIMES = (
+    'like 18:30, "yesterday 09:00", "mon 08:00", "15m ago", now, 2026-11-25T09:00 or 2026-11-25T09:00+01:00'
+)
 _UNITS = {"w": 604800, "d": 86400, "h": 3600, "m": 60, "s": 1}
 _PART = re.compile(r"(\d+(?:\.\d+)?)([wdhms])", re.ASCII)
 _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", re.ASCII)
@@ -73,7 +76,7 @@ def parse_time(text: str, now: datetime, *, past: bool = False) -> float:
     `now` carries the zone that is meant where the text names none. A time that a clock shows twice is the first of
     both; one that it skips is an error.
     """
-    words = text.lower().split()
+    words, forms = text.lower().split(), PAST_TIMES if past else TIMES
     if words == ["now"]:
         return now.timestamp()
     if len(words) == 2 and words[0] == "in":
@@ -81,13 +84,21 @@ def parse_time(text: str, now: datetime, *, past: bool = False) -> float:
     if len(words) == 2 and words[1] == "ago":
         return now.timestamp() - parse_duration(words[0])
     if _ISO.fullmatch(text.strip().upper()):
-        return _from_iso(text.strip().upper(), text, now)
+        return _from_iso(text.strip().upper(), text, now, forms)
     if len(words) in (1, 2) and (clock := _clock(words[-1])) is not None:
         days = [now.date() + timedelta(days=offset) for offset in range(-8, 9)]
         if len(words) == 2:
-            days = _days_named(words[0], days, now.date(), text)
+            days = _days_named(words[0], days, now.date(), text, forms)
         return _nearest(clock, days, now, text, past=past)
-    raise TimeError(f"{text!r} is not a time; write one {TIMES}")
+    raise TimeError(f"{text!r} is not a time; write one {forms}")
+
+
+def parse_past(text: str, now: datetime) -> float:
+    """A time that was, in Unix seconds: a time of day without a day is the last one. Raises TimeError."""
+    then_s = parse_time(text, now, past=True)
+    if then_s > now.timestamp():
+        raise TimeError(f"{text!r} is still to come; write a time that was, {PAST_TIMES}")
+    return then_s
 
 
 def parse_since(text: str, now: datetime) -> float:
@@ -99,23 +110,23 @@ def parse_since(text: str, now: datetime) -> float:
     try:
         since_s = parse_time(text, now, past=True)
     except TimeError:
-        raise TimeError(f"{text!r} is neither a duration ({DURATIONS}) nor a time ({TIMES})") from None
+        raise TimeError(f"{text!r} is neither a duration ({DURATIONS}) nor a time ({PAST_TIMES})") from None
     if since_s > now.timestamp():
         raise TimeError(f"{text!r} is still to come; write a time that was, or a duration {DURATIONS}")
     return since_s
 
 
-def _from_iso(iso: str, text: str, now: datetime) -> float:
+def _from_iso(iso: str, text: str, now: datetime, forms: str) -> float:
     try:
         then = datetime.fromisoformat(iso)
         return then.timestamp() if then.tzinfo is not None else _at(then, now.tzinfo or UTC, text)
     except OverflowError:
         # The first or the last day that there is, on a clock on which it is another in UTC.
-        raise TimeError(f"{text!r} is beyond what clocks show; write a time {TIMES}") from None
+        raise TimeError(f"{text!r} is beyond what clocks show; write a time {forms}") from None
     except TimeError:
         raise
     except ValueError as error:
-        raise TimeError(f"{text!r} is not a time ({error}); write one {TIMES}") from None
+        raise TimeError(f"{text!r} is not a time ({error}); write one {forms}") from None
 
 
 def _clock(word: str) -> time | None:
@@ -128,13 +139,13 @@ def _clock(word: str) -> time | None:
         return None
 
 
-def _days_named(word: str, days: list[date], today: date, text: str) -> list[date]:
+def _days_named(word: str, days: list[date], today: date, text: str, forms: str) -> list[date]:
     named = {"yesterday": -1, "today": 0, "tomorrow": 1}
     if word in named:
         return [today + timedelta(days=named[word])]
     weekdays = [i for i, day in enumerate(_DAYS) if len(word) >= 3 and day.startswith(word)]
     if not weekdays:
-        raise TimeError(f"{text!r} is not a time; write one {TIMES}")
+        raise TimeError(f"{text!r} is not a time; write one {forms}")
     return [day for day in days if day.weekday() == weekdays[0]]
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from itertools import islice, takewhile
+from itertools import islice, pairwise, takewhile
 
 from cronsim import CronSim
 
@@ -72,6 +72,21 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
     first_hour, last_hour = int(from_s // _HOUR_S), int(-(-until_s // _HOUR_S))
     found = _spans(cron, first_hour, last_hour)
     return tuple((start, end) for start, end in found if end > from_s and start < until_s)
+
+
+@lru_cache(maxsize=128)
+def always(cron: Cron) -> bool:
+    """Whether each time begins before the one before it has ended, so that the schedule is always in force."""
+    minute, hour, days = cron.expression.split(maxsplit=2)
+    midnight, lasts = datetime(2024, 1, 1), timedelta(seconds=cron.duration_s)
+    daily = CronSim(f"{minute} {hour} * * *", midnight - timedelta(seconds=1))
+    of_a_day = list(takewhile(lambda start: start < midnight + timedelta(days=1), daily))
+    if any(later - start > lasts for start, later in pairwise(of_a_day)):
+        return False
+    first, last = of_a_day[0], of_a_day[-1]
+    firsts = CronSim(f"{first.minute} {first.hour} {days}", midnight)
+    years = takewhile(lambda start: start < midnight + timedelta(seconds=_FAR_S), firsts)
+    return all(later - start - (last - first) <= lasts for start, later in pairwise(years))
 
 
 @lru_cache(maxsize=128)

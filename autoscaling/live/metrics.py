@@ -292,9 +292,14 @@ class LiveMetrics:
             costs |= {Rung.COLD: 0.0, Rung.NODE: node, Rung.WEIGHTS: node, Rung.TEMPLATE: node}
         if setup.own_template:
             costs[Rung.TEMPLATE] += held
-        if setup.can_park and spec.park and self._park_budget_bytes:
+        if setup.can_park and spec.park and self.parks:
             costs[Rung.PARKED] = costs[Rung.TEMPLATE] + held
         return costs
+
+    @property
+    def parks(self) -> bool:
+        """Whether nodes have host memory for parked engines."""
+        return self._park_budget_bytes > 0
 
     def _spec(self, model: str) -> Spec:
         return self.in_force.get(model) or self.models[model].spec

@@ -602,6 +602,9 @@ class Planner:
     def mode(self) -> str:
         return self._mode
 
+    def parks(self) -> bool:
+        return self._metrics.parks
+
     def observations(self) -> Mapping[str, Observation]:
         return self._active.observations
 

@@ -18,6 +18,7 @@ from autoscaling.live.records import OverrideKind
 
 Mode = Literal["active", "shadow", "off"]
 RungName = Literal["weights", "template", "parked", "serving"]
+SHADOW_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 MAX_REPLICAS = 10_000
 MAX_PREWARM_S = 31 * 86400.0
 LATEST_S = 253370764800
@@ -124,7 +125,7 @@ class ModeValue(Value):
 class ShadowValue(Value):
     """A policy that decides beside the active one and changes nothing. What is absent is each model's own."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = "shadow"
+    name: Annotated[str, Field(pattern=f"^{SHADOW_NAME}$")] = "shadow"
     """Under which its decisions and its costs are kept."""
     policy: PolicyName
     params: Params | None = None

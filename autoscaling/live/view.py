@@ -42,6 +42,10 @@ class ControllerView(Protocol):
         """active, shadow or off."""
         ...
 
+    def parks(self) -> bool:
+        """Whether nodes have host memory for parked engines."""
+        ...
+
     def observations(self) -> Mapping[str, Observation]: ...
 
     def decisions(self) -> Mapping[str, Decision]:

@@ -157,6 +157,19 @@ def test_schedule_add_next_list_remove(cluster: Cluster) -> None:
     assert "Nothing is scheduled" in cluster.says("schedule", "next")
 
 
+def test_a_schedule_that_never_ends_is_said_to_be_always_in_force(cluster: Cluster) -> None:
+    """Each of its times begins while the last goes on."""
+    add = ("schedule", "add", SMALL, "--cron", "0 9 * * MON-FRI", "--for", "2w")
+    said = cluster.says(*add, "--dry-run")
+    assert said.startswith("It is always in force") and said.count("\n") == 1
+    assert cluster.json(*add, "--dry-run")["next"] == [{"start_s": NOW_S, "end_s": None}]
+    until = cluster.says(*add, "--until", "tomorrow 09:00", "--dry-run")
+    assert until == "next: 07:00:00 to Wed 2026-11-25 09:00\n"
+    cluster.says(*add)
+    (row,) = cluster.says("schedule", "next").splitlines()[1:]
+    assert row.split()[:3] == ["07:00:00", "always", SMALL]
+
+
 def test_forecast_in_words_and_drawn(cluster: Cluster) -> None:
     assert "no forecast of smollm2-135m yet" in cluster.says("forecast", SMALL)
     cluster.idle()
@@ -233,6 +246,26 @@ def test_mode_undo_and_overrides(cluster: Cluster) -> None:
     assert cluster.says("mode") == "active\n"
     assert "Nothing was set" in cluster.says("overrides")
     assert "undone by ann@lab" in cluster.says("overrides", "--history")
+
+
+def test_of_several_modes_the_last_is_in_force(cluster: Cluster) -> None:
+    """And what it hides is in force again when it ends."""
+    first = cluster.json("mode", "shadow", "--for", "2h")["override"]["id"]
+    cluster.clock.time_s += 60
+    last = cluster.json("mode", "active", "--for", "1h")["override"]["id"]
+    for history in ((), ("--history",)):
+        rows = {row["id"]: row for row in cluster.json("overrides", *history)["overrides"]}
+        assert [(rows[each]["in_force"], rows[each]["under"]) for each in (first, last)] == [
+            (False, last),
+            (True, None),
+        ]
+        shown = cluster.says("overrides", *history).splitlines()
+        assert [line.rstrip().endswith("in force") for line in shown[1:]] == [False, True]
+        assert shown[1].rstrip().endswith(f"not while {last} is")
+    cluster.clock.time_s += 3600
+    [row] = cluster.json("overrides")["overrides"]
+    assert (row["id"], row["in_force"], row["under"]) == (first, True, None)
+    assert cluster.json("mode")["mode"] == "shadow"
 
 
 JSON: list[tuple[tuple[str, ...], set[str]]] = [

@@ -89,6 +89,10 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("policy", "set", SMALL, "--param", "stable_s=much"), "is not NAME=NUMBER"),
         (("policy", "set", SMALL, "--param", "stabel_s=3"), "stable_s?"),
         (("policy", "set", SMALL, "--param", "stable_s=nan"), "is not NAME=NUMBER"),
+        (
+            ("policy", "set", SMALL, "--param", "stable_s=1", "--param", "stable_s = 2"),
+            "--param: stable_s is given twice",
+        ),
         (("policy", "set", SMALL, "--min-replicas", "9"), "max_replicas (4"),
         (("policy", "set", SMALL, "--wait-cost", "1", "--for", "soon"), "--for: 'soon' is not a duration"),
         (("policy", "set", SMALL, "--wait-cost", "1", "--until", "soon"), "--until: 'soon' is not a time"),
@@ -107,8 +111,12 @@ def test_the_token_of_the_data_folder_is_taken(cluster: Cluster) -> None:
         (("schedule", "add", "--cron", "0 9 * * *", "--for", "1h"), "Name one model"),
         (("decisions", "--since", "lately"), "--since: 'lately' is neither"),
         (("decisions", "--since", "tomorrow 09:00"), "still to come"),
+        (("accounts", "--source", "bar"), "expected active, shadow or shadow:NAME"),
+        (("decisions", "--source", "foo"), "expected active, shadow or shadow:NAME"),
         (("history", SMALL, "--since", "1h", "--step", "0.001s"), "step_s"),
         (("mode", "turbo"), "'active'"),
+        (("mode", "--for", "1h"), "name the mode that is to hold, active, shadow, off"),
+        (("mode", "--until", "18:00"), "name the mode that is to hold"),
         (("undo", "none"), "There is no override"),
         (("mode", "--address", "localhost:8000"), "begins with http://"),
         (("mode", "--address", "http://127.0.0.1:abc"), "'http://127.0.0.1:abc' is not an address"),
@@ -119,6 +127,33 @@ def test_a_wrong_value_is_2_and_says_what_would_be_right(
     cluster: Cluster, arguments: tuple[str, ...], said: str
 ) -> None:
     assert said in cluster.fails(2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "number"),
+    [
+        (("policy", "set", SMALL), "--wait-cost", "nan"),
+        (("policy", "set", SMALL), "--wait-cost", "-inf"),
+        (("policy", "set", SMALL), "--target", "nan"),
+        (("policy", "validate", SMALL), "--wait-cost", "nan"),
+        (("policy", "shadow", "start", "kpa"), "--wait-cost", "inf"),
+        (("cluster", "render", "--provider", "aws"), "--node-start", "inf"),
+    ],
+)
+def test_a_number_is_finite(
+    cluster: Cluster, nowhere: str, arguments: tuple[str, ...], option: str, number: str
+) -> None:
+    """Which is said whether a cluster answers or not."""
+    said = cluster.fails(2, *arguments, option, number, RELIGHT_ADDRESS=nowhere)
+    assert said == f"{option}: '{number}' is not right; expected a finite number\n"
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_of_a_policy_file_is_finite(cluster: Cluster, tmp_path: Path, number: str) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text(f'{{"policy": "kpa", "wait_cost": {number}}}')
+    said = cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
+    assert said == f"--file: {file} is not JSON: {number} is not a finite number\n"
 
 
 @pytest.mark.parametrize(

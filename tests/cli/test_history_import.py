@@ -69,6 +69,20 @@ def test_a_trace_by_the_minute_is_moved_to_its_end(cluster: Cluster, tmp_path: P
     assert arrivals(cluster, SMALL, "2h") == 120
 
 
+def test_an_end_is_a_time_that_was(cluster: Cluster, requests: Path) -> None:
+    """It is 07:00: eight o'clock was yesterday's."""
+    answer = cluster.json("history", "import", str(requests), "--ends", "08:00")
+    assert answer["until_s"] == pytest.approx(NOW_S - 23 * 3600, abs=1)
+    for ends in ("in 15m", "tomorrow 09:00", "today 07:01", "2026-11-24T07:00:01"):
+        said = cluster.fails(2, "history", "import", str(requests), "--ends", ends)
+        assert said.startswith(f"--ends: '{ends}' is still to come; write a time that was, like 18:30")
+    for said in (
+        cluster.fails(2, "history", "import", str(requests), "--ends", "soon"),
+        cluster.says("history", "import", "--help"),
+    ):
+        assert "15m ago" in said and "in 15m" not in said and "tomorrow" not in said
+
+
 def test_times_that_are_no_dates_are_moved_by_whole_weeks(cluster: Cluster, tmp_path: Path) -> None:
     """So that what came at nine on a Monday is history of nine on a Monday."""
     file = tmp_path / "requests.csv"

@@ -65,6 +65,7 @@ class View:
         self.shadowed: dict[str, dict[str, Decision]] = {}
         self.forecasts: dict[str, Forecast] = {}
         self.fleet_mode = "active"
+        self.park_memory_bytes = 1 << 30
         self.changes = 0
 
     def now_s(self) -> float:
@@ -85,6 +86,9 @@ class View:
 
     def mode(self) -> str:
         return overrides.mode(self.store.overrides(self.now_s()), self.fleet_mode, self.now_s())
+
+    def parks(self) -> bool:
+        return self.park_memory_bytes > 0
 
     def observations(self) -> Mapping[str, Observation]:
         return self.seen

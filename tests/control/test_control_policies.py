@@ -192,6 +192,18 @@ def test_a_model_that_is_not_parked_can_not_be_asked_to_be(lab: Lab) -> None:
     assert lab.refused("POST", "schedules", {**schedule, "rung": "parked"})[0] == 422, "for all models"
 
 
+def test_where_no_memory_is_for_it_nothing_can_be_asked_to_be_parked(lab: Lab) -> None:
+    lab.view.park_memory_bytes = 0
+    schedule = {"cron": "0 9 * * *", "duration_s": 60.0}
+    for path, body in (("prewarms", {"model": SMALL}), ("schedules", {"model": SMALL, **schedule})):
+        status, error = lab.refused("POST", path, {**body, "rung": "parked"})
+        assert (status, error["field"]) == (422, "rung")
+        assert error["expected"].startswith(
+            "weights, template or serving: engine_host.park_memory_bytes is 0"
+        )
+        lab.ok("POST", path, {**body, "rung": "template"})
+
+
 def test_a_prewarm_that_would_not_be_acted_on_is_a_conflict(lab: Lab) -> None:
     lab.ok("PUT", "mode", {"mode": "shadow"})
     status, error = lab.refused("POST", "prewarms", {"model": SMALL})

@@ -179,12 +179,71 @@ def test_accounts_add_up_by_model_and_day(lab: Lab) -> None:
     assert lab.ok("GET", "accounts", model=ORG)["total"]["gpu_s"] == 20.0
 
 
+def test_a_shadow_policy_has_no_prewarms_in_its_accounts(lab: Lab) -> None:
+    """Those that were made are the active policy's."""
+    lab.store.put_prewarm(PrewarmRow("p", SMALL, NOW_S - 60, "prewarm", 1, Rung.SERVING, cost_gpu_s=3.0))
+    lab.store.add_usage([UsageRow(SMALL, TODAY, "shadow:k", {"SERVING": 9.0})])
+    assert lab.ok("GET", "accounts")["total"]["prewarms"]["count"] == 1
+    answer = lab.ok("GET", "accounts", source="shadow:k")
+    assert [row["prewarms"]["count"] for row in answer["models"]] == [0]
+    assert answer["total"]["prewarms"]["cost_gpu_s"] == 0
+    assert lab.ok("GET", "accounts", source="shadow:never")["models"] == []
+
+
+@pytest.mark.parametrize("path", ["accounts", "decisions"])
+@pytest.mark.parametrize("source", ["foo", "beside:k", "shadow:", "shadow:a b", "shadowy"])
+def test_a_source_that_can_not_be_is_refused(lab: Lab, path: str, source: str) -> None:
+    status, error = lab.refused("GET", path, source=source)
+    assert (status, error["field"]) == (422, "source")
+    assert error["expected"] == "active, shadow or shadow:NAME"
+
+
 def test_a_dedicated_gpu_is_charged_from_when_the_model_was_first_seen(lab: Lab) -> None:
     """Not from the midnight or the hour before: an installation of an hour would seem to have saved a day."""
     lab.store.add_usage([UsageRow(SMALL, TODAY, gpu_s={"serving": 60.0}, requests=1)])
     lab.store.add_traffic([TrafficRow(SMALL, int(NOW_S) - 1234)])
     (small,) = lab.ok("GET", "accounts")["models"]
     assert 1234 <= small["dedicated_gpu_s"] <= 1235
+
+
+def test_imported_history_charges_no_dedicated_gpu(lab: Lab) -> None:
+    """The model was not here then."""
+    rows = [[SMALL, NOW_S - 5 * 86400, 2, 10, 20, 1.5], [ORG, NOW_S - 5 * 86400, 2, 10, 20, 1.5]]
+    assert lab.ok("POST", "import", {"bucket_s": 1.0, "rows": rows}) == {"rows": 2}
+    lab.store.add_traffic([TrafficRow(SMALL, int(NOW_S) - 1234)])
+    lab.store.add_usage([UsageRow(name, TODAY, gpu_s={"serving": 60.0}) for name in (SMALL, ORG)])
+    small, other = (lab.ok("GET", "accounts", model=name)["models"][0] for name in (SMALL, ORG))
+    assert 1234 <= small["dedicated_gpu_s"] <= 1235
+    assert other["dedicated_gpu_s"] == 2 * 6 * 3600, "of which it is not known since when it is watched"
+
+
+def test_a_model_that_left_the_fleet_is_charged_until_it_was_last_used(lab: Lab) -> None:
+    days = [datetime.fromtimestamp(NOW_S - 86400 * back, UTC).date().isoformat() for back in (3, 2)]
+    lab.store.add_usage([UsageRow("gone", day, gpu_s={"serving": 60.0}, requests=1) for day in days])
+    for _ in range(2):
+        answer = lab.ok("GET", "accounts", model="gone")
+        assert answer["total"]["dedicated_gpu_s"] == 2 * 86400
+        lab.clock.time_s += 2 * 86400
+    lab.store.add_usage([UsageRow("gone", TODAY, gpu_s={"serving": 60.0}, requests=1)])
+    lab.clock.time_s = NOW_S
+    (gone,) = lab.ok("GET", "accounts", since_day=TODAY)["models"]
+    assert gone["dedicated_gpu_s"] == 6 * 3600, "today is not over"
+
+
+def test_what_is_on_record_of_a_model_that_left_the_fleet_is_told(lab: Lab) -> None:
+    lab.store.add_traffic([TrafficRow("gone", int(NOW_S) - 300, 3)])
+    lab.store.add_decisions(
+        [Decision("gone", NOW_S - 50, 1, Rung.TEMPLATE, Reason.WAKE, NOW_S, "predictive")]
+    )
+    lab.store.add_cold_start(ColdStartRow("gone", "e1", NOW_S - 9, NOW_S - 11, 2.0, "forked"))
+    points = lab.ok("GET", "history", model="gone", last_s=600)["points"]
+    assert sum(row["arrivals"] for row in points) == 3
+    for path, rows in (("decisions", "decisions"), ("coldstarts", "cold_starts")):
+        assert [row["model"] for row in lab.ok("GET", path, model="gone")[rows]] == ["gone"]
+    for path in ("history", "decisions", "coldstarts", "accounts"):
+        status, error = lab.refused("GET", path, model="never")
+        assert (status, error["field"]) == (404, "model")
+    assert lab.refused("GET", "forecasts/gone")[0] == 404
 
 
 def test_a_sparse_forecast_tells_when_the_next_request_comes(lab: Lab) -> None:

@@ -42,6 +42,30 @@ def wall_clock_says(  # noqa: PLR0917 - those of a schedule
     return False
 
 
+@pytest.mark.parametrize(
+    ("expression", "longest_gap_s"),
+    [
+        ("* * * * *", 60),
+        ("*/7 * * * *", 7 * 60),
+        ("0 9 * * *", 86400),
+        ("0 9,17 * * *", 16 * 3600),
+        ("0 9 * * MON-FRI", 3 * 86400),
+        ("30 8-18 * * MON", 7 * 86400 - 10 * 3600),
+        ("0 0 1 * *", 31 * 86400),
+        ("0 0 1 JAN *", 366 * 86400),
+    ],
+)
+def test_a_schedule_is_always_in_force_if_no_gap_is_longer_than_it_lasts(
+    expression: str, longest_gap_s: int
+) -> None:
+    assert cron.always(Cron(expression, float(longest_gap_s)))
+    assert not cron.always(Cron(expression, longest_gap_s - 1.0))
+
+
+def test_what_comes_only_in_leap_years_is_not_always_in_force() -> None:
+    assert not cron.always(Cron("0 0 29 2 *", cron.MAX_DURATION_S))
+
+
 @settings(max_examples=400)
 @given(
     zone=st.sampled_from(ZONES),

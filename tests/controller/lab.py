@@ -175,12 +175,13 @@ class World:
         self.reports: dict[str, dict[str, Any]] = {"g": report(*(m.id for m in self.models))}
         self.waited_s = 0.0
         self.batch = 0
+        self.park_budget_bytes = 4 * GIB
 
     @contextmanager
     def planner(self) -> Iterator[Planner]:
         """A controller's life: what it must know at its start comes from the store alone."""
         self.metrics = LiveMetrics(
-            self.models, RungBook(), CapacityBook(), self.clock, park_budget_bytes=4 * GIB
+            self.models, RungBook(), CapacityBook(), self.clock, park_budget_bytes=self.park_budget_bytes
         )
         planner = Planner(
             ControllerSetup(models=tuple(self.models), **self.section),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from autoscaling.core.types import Forecast, NextArrival, Reason, Rung
 from autoscaling.live import planner as planner_module
+from autoscaling.live.control import Control
 from autoscaling.live.planner import Planner
 from autoscaling.live.records import ColdStartRow, Override
 from autoscaling.live.rungs import KEPT_STARTS
@@ -48,6 +50,19 @@ def prewarm(planner: Planner, replicas: int = 1, for_s: float = 60.0, rung: str 
     now_s = planner.now_s()
     value = {"replicas": replicas, "rung": rung, "start_s": now_s, "end_s": now_s + for_s}
     return said(planner, "prewarm", value, until_s=now_s + for_s)
+
+
+def test_a_controller_knows_whether_anything_can_be_parked(world: World) -> None:
+    """And refuses what would be answered as done, and never come about."""
+    body = json.dumps({"model": "m", "rung": "parked"}).encode()
+    for budget_bytes, wanted in ((1, 200), (0, 422)):
+        world.park_budget_bytes = budget_bytes
+        with world.planner() as planner:
+            token = "a-token-of-a-test-run"
+            answer = Control(planner, token).handle(
+                "POST", "/relight/v1/prewarms", {}, body, f"Bearer {token}"
+            )
+            assert answer[0] == wanted, answer
 
 
 def test_a_dark_model_stays_dark(world: World, planner: Planner) -> None:

@@ -75,11 +75,11 @@ def gateway() -> Iterator[Gateway]:
     server.server_close()
 
 
-def run(*arguments: str) -> Any:
+def run(*arguments: str, columns: str | None = "160") -> Any:
     app = typer.Typer(cls=Commands)
     app.callback()(lambda: None)
     status.register(app)
-    return CliRunner().invoke(app, ["status", *arguments], env={"COLUMNS": "160"})
+    return CliRunner().invoke(app, ["status", *arguments], env={"COLUMNS": columns})
 
 
 def test_the_table_shows_every_model(gateway: Gateway) -> None:
@@ -180,6 +180,21 @@ def test_a_watch_for_programs_goes_on_after_a_restart(
     assert result.exit_code == 0
     assert [json.loads(line) for line in result.stdout.splitlines()] == [ANSWER, ANSWER]
     assert result.stderr.count("HTTP 503") == 1
+
+
+def test_a_watch_breaks_no_line_for_who_reads_lines(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", interrupted)
+    why = "it waits for a node " * 10
+    gateway.body = json.dumps({**ANSWER, "models": [{**ANSWER["models"][0], "reason": why}]})
+    result = run("--watch", "--address", gateway.address, columns=None)
+    assert result.exit_code == 0
+    _, row, _ = result.stdout.splitlines()
+    assert row.startswith("smollm2") and row.rstrip().endswith(why.rstrip())
 
 
 def test_the_default_address_is_the_port_that_one_chose(

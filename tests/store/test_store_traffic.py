@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, text
 
-from autoscaling.live.records import TrafficRow
+from autoscaling.core.types import Decision, Reason, Rung
+from autoscaling.live.records import ColdStartRow, PrewarmRow, TrafficRow, UsageRow
 from autoscaling.live.store import Store
 from autoscaling.traffic import LEVELS
 from deployments.errors import ConfigError
@@ -247,11 +248,31 @@ def test_history_of_a_new_installation_after_its_seconds_are_gone(store: Store, 
     assert ({row["step_s"] for row in rows}, sum(row["arrivals"] for row in rows)) == ({60.0}, 2)
 
 
-def test_since_when_a_model_is_known(store: Store, clock: FakeClock) -> None:
-    assert store.known_since_s("m") is None
-    store.add_traffic([second("m", NOON - 1234)])
+def test_since_when_a_model_is_watched(store: Store, open_store: Open) -> None:
+    """What is imported says nothing of that, nor does what comes later."""
+    assert store.watched_since_s("m") is None
+    store.import_traffic([("m", NOON - 2 * DAY, 1, 0, 0, 0.0)], 1)
     store.flush()
-    assert store.known_since_s("m") == NOON - 1234
+    assert (store.watched_since_s("m"), store.models_with_traffic()) == (None, ["m"])
+    store.add_traffic([second("m", NOON - 1234)])
+    store.add_traffic([second("m", NOON - 12)])
+    store.flush()
+    store.import_traffic([("m", NOON - 3 * DAY, 1, 0, 0, 0.0)], 1)
+    store.flush()
+    for at in (store, open_store()):
+        assert at.watched_since_s("m") == NOON - 1234
+
+
+def test_of_which_models_there_are_records(store: Store) -> None:
+    decision = Decision("d", NOON, 1, Rung.TEMPLATE, Reason.WAKE, NOON, "predictive")
+    store.add_traffic([second("t", NOON)])
+    store.add_usage([UsageRow("u", "2026-11-24", "shadow:k")])
+    store.add_decisions([decision], source="shadow:k")
+    store.add_cold_start(ColdStartRow("c", "e", NOON, NOON - 1, 1.0, "forked"))
+    store.put_prewarm(PrewarmRow("id", "p", NOON, "prewarm", 1, Rung.SERVING))
+    for _ in range(2):
+        assert [model for model in "tudcpn" if store.has_records(model)] == ["t", "u", "d", "c", "p"]
+        assert store.flush()
 
 
 def test_history_of_a_time_whose_short_buckets_are_gone(store: Store, clock: FakeClock) -> None:
@@ -385,7 +406,7 @@ def test_an_import_that_no_level_can_show_is_refused(store: Store, bucket_s: flo
     rows = [("m", NOON - 3 * DAY, 100, 0, 0, 0.0)]
     with pytest.raises(ConfigError, match=r"bucket_s is .*at most 7200"):
         store.import_traffic(rows, bucket_s, source="days")
-    assert store.known_since_s("m") is None
+    assert store.models_with_traffic() == []
     assert store.import_traffic(rows, 7200.0, source="days") == 1
     assert counts(store, "m", NOON)[3600] == {(NOON - 3 * DAY) // 3600 + i: 50 for i in (0, 1)}
 

@@ -86,13 +86,23 @@ def undo(request: Request, override_id: str, kind: OverrideKind | None = None) -
 
 
 def listing(request: Request) -> dict[str, Any]:
-    """GET overrides: those in force; with history=1 those that were, too."""
+    """GET overrides: those that are not over; with history=1 those that were, too.
+
+    Of several modes the last that was set is in force. `under` of the others is its id: when it ends before them they
+    are in force again.
+    """
     store = request.view.store
     limit = request.whole("limit", 100, 1, 10_000)
     alive = list(store.overrides(request.now_s))
     found = store.override_history(limit) if request.flag("history") else alive
-    ids = {override.id for override in alive}
-    return {"overrides": [{**shown_override(o), "in_force": o.id in ids} for o in found]}
+    modes = [override.id for override in alive if override.kind == "mode"]
+    under = dict.fromkeys(modes[:-1], modes[-1]) if modes else {}
+    in_force = {override.id for override in alive} - under.keys()
+    return {
+        "overrides": [
+            {**shown_override(o), "in_force": o.id in in_force, "under": under.get(o.id)} for o in found
+        ]
+    }
 
 
 def undo_one(request: Request) -> dict[str, Any]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from autoscaling.live.api.plain import plain
-from autoscaling.live.api.request import Request
+from autoscaling.live.api.request import Refusal, Request
 from autoscaling.live.invalid import InvalidValue
 from autoscaling.live.records import PrewarmRow, UsageRow
-from autoscaling.live.values import Value
+from autoscaling.live.values import SHADOW_NAME, Value
 from autoscaling.traffic import LONGEST_WINDOW_S
 
 YEAR_S = 400 * 86400.0
@@ -22,7 +23,7 @@ DAY_S = 86400.0
 
 def history(request: Request) -> dict[str, Any]:
     """GET history: one model's traffic in steps of step_s (0 chooses some hundred steps)."""
-    model = request.model(request.query.get("model", ""))
+    model = _recorded(request, request.query.get("model", ""))
     since_s, until_s = request.span(DAY_S, YEAR_S)
     span_s = max(1.0, until_s - since_s)
     step_s = request.number("step_s", 0, 0, YEAR_S) or nice_step(span_s / 120)
@@ -56,17 +57,17 @@ def decisions(request: Request) -> dict[str, Any]:
 
     In the mode `shadow` the controller's own are kept under `shadow`, since nobody acted on them.
     """
-    model = request.optional_model()
+    model = _optional(request)
     since_s, until_s = request.span(3600.0, YEAR_S)
     limit = request.whole("limit", 200, 1, 10_000)
-    source = request.query.get("source") or ("shadow" if request.mode() == "shadow" else "active")
+    source = _source(request, "shadow" if request.mode() == "shadow" else "active")
     found = request.view.store.decisions(model, since_s, until_s, limit, source)
     return {"since_s": since_s, "until_s": until_s, "source": source, "decisions": plain(list(found))}
 
 
 def cold_starts(request: Request) -> dict[str, Any]:
     """GET coldstarts: the newest, in the order of time, with their phases."""
-    model = request.optional_model()
+    model = _optional(request)
     since_s, until_s = request.span(7 * DAY_S, YEAR_S)
     limit = request.whole("limit", 50, 1, 10_000)
     rows = request.view.store.cold_starts(model, since_s, limit, until_s=request.told_until_s())
@@ -76,34 +77,34 @@ def cold_starts(request: Request) -> dict[str, Any]:
 def accounts(request: Request) -> dict[str, Any]:
     """GET accounts: by model and UTC day, what was spent and waited; the prewarms; and a dedicated GPU's price.
 
-    A dedicated replica is charged from the first day of the span, or from when anything is known of the model, until
-    now, at the model's GPUs for each replica.
+    With `source` shadow:NAME what a shadow policy would have spent and waited; it makes no prewarms.
+    A dedicated replica is charged from the first day on which the model was used, or from when it is watched if that is
+    on this day, until now, at the model's GPUs for each replica; of a model that the fleet no longer has, until the end
+    of the last day on which it was used, at one GPU.
     """
-    model = request.optional_model()
+    model = _optional(request)
     today = day_of(request.now_s)
     until_day = request.day("until_day", today)
     since_day = request.day("since_day", day_of(request.now_s - 6 * DAY_S))
     if since_day > until_day:
         raise InvalidValue("since_day", since_day, f"a day not after until_day ({until_day})")
     store = request.view.store
-    source = request.query.get("source", "active")
+    source = _source(request, "active")
     usage = list(store.usage(since_day, until_day, model, source))
     start_s, end_s = day_start_s(since_day), min(request.now_s, day_start_s(until_day) + DAY_S)
-    prewarms = [row for row in store.prewarms(model, start_s, 10_000) if row.begun_s < end_s]
+    prewarms = _made(request, model, start_s, end_s) if source == "active" else []
     specs = request.models()
     names = sorted({row.model for row in usage} | {row.model for row in prewarms})
     models = []
     for name in names:
         rows = [row for row in usage if row.model == name]
-        first_s = max(start_s, min((day_start_s(row.day) for row in rows), default=end_s))
-        first_s = max(first_s, store.known_since_s(name) or 0.0)
-        gpus = specs[name].gpus_per_replica if name in specs else 1.0
+        gpus = (specs[name].gpus_per_replica if name in specs else 0.0) or 1.0
         own_prewarms = [row for row in prewarms if row.model == name]
         models.append(
             {
                 "model": name,
                 **usage_total(rows),
-                "dedicated_gpu_s": max(0.0, end_s - first_s) * (gpus or 1.0),
+                "dedicated_gpu_s": gpus * _there_s(request, name, rows, end_s, gone=name not in specs),
                 "prewarms": prewarm_total(own_prewarms),
                 "days": [{"day": row.day, **usage_total([row])} for row in sorted(rows, key=lambda r: r.day)],
             }
@@ -120,6 +121,47 @@ def accounts(request: Request) -> dict[str, Any]:
             "prewarms": prewarm_total(prewarms),
         },
     }
+
+
+def _recorded(request: Request, name: str) -> str:
+    """The id of a model of the fleet, or of one that it no longer has and of which there are records; else 404."""
+    try:
+        return request.model(name)
+    except Refusal:
+        if not request.view.store.has_records(name):
+            raise
+        return name
+
+
+def _optional(request: Request) -> str | None:
+    name = request.query.get("model")
+    return _recorded(request, name) if name else None
+
+
+def _there_s(request: Request, model: str, rows: Sequence[UsageRow], end_s: float, *, gone: bool) -> float:
+    """For how long the model was there until `end_s`, by the days of its usage and since when it is watched."""
+    if not rows:
+        return 0.0
+    days = sorted(row.day for row in rows)
+    first_s, last_s = day_start_s(days[0]), day_start_s(days[-1])
+    # An installation of an hour would else seem to have saved a day.
+    watched_s = request.view.store.watched_since_s(model) or first_s
+    begins_s = watched_s if first_s <= watched_s < first_s + DAY_S else first_s
+    return max(0.0, (min(end_s, last_s + DAY_S) if gone else end_s) - begins_s)
+
+
+def _source(request: Request, default: str) -> str:
+    """Whose records are asked for."""
+    given = request.query.get("source") or default
+    if given not in ("active", "shadow") and not re.fullmatch(f"shadow:{SHADOW_NAME}", given):
+        raise InvalidValue("source", given, "active, shadow or shadow:NAME")
+    return given
+
+
+def _made(request: Request, model: str | None, start_s: float, end_s: float) -> list[PrewarmRow]:
+    """The newest prewarms that were begun in [start_s, end_s)."""
+    found = request.view.store.prewarms(model, start_s, 10_000)
+    return [row for row in found if row.begun_s < end_s]
 
 
 def usage_total(rows: Iterable[UsageRow]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def add_prewarm(request: Request) -> dict[str, Any]:
     if replicas is None:
         replicas = 1 if body.rung == "serving" else 0
     value = parse(PrewarmValue, {"replicas": replicas, "rung": body.rung, "start_s": start_s, "end_s": end_s})
-    _check_bounds(request.models()[model], value)
+    _check(request, request.models()[model], value)
     mode = request.mode()
     if mode != "active" and start_s <= now_s:
         message = f"The controller's mode is {mode}: it would not act on a prewarm. `relight mode active` changes that."
@@ -95,7 +95,11 @@ def schedules(request: Request) -> dict[str, Any]:
 
 
 def add_schedule(request: Request) -> dict[str, Any]:
-    """POST schedules; the answer has the next spans. With dry_run=1 nothing is kept."""
+    """POST schedules; the answer has the next spans. With dry_run=1 nothing is kept.
+
+    Of one whose times begin before the last has ended there is one span, from now, with `end_s` null where no `until_s`
+    ends it.
+    """
     body = request.parse(ScheduleBody)
     model = None if body.model is None else request.model(body.model)
     given = body.model_dump(exclude={*Ends.model_fields, "model"}, exclude_none=True)
@@ -104,11 +108,11 @@ def add_schedule(request: Request) -> dict[str, Any]:
     value = parse(ScheduleValue, given)
     models = request.models()
     for spec in models.values() if model is None else [models[model]]:
-        _check_bounds(spec, value)
-    made = None
+        _check(request, spec, value)
+    made, until_s = None, ends(request, body)
     if not request.flag("dry_run"):
-        made = shown_override(make(request, "schedule", model, value, ends(request, body)))
-    return {"schedule": made, "next": _next(value, request.now_s, 3)}
+        made = shown_override(make(request, "schedule", model, value, until_s))
+    return {"schedule": made, "next": _next(value, request.now_s, 3, until_s)}
 
 
 def remove_schedule(request: Request) -> dict[str, Any]:
@@ -135,23 +139,29 @@ def next_spans(request: Request) -> dict[str, Any]:
             continue
         replicas = value.replicas if value.rung == "serving" else 0
         shared = {"id": schedule_id, "model": of, "replicas": replicas, "rung": value.rung}
-        spans = _next(value, request.now_s, count)
+        spans = _next(value, request.now_s, count, until_s)
         found += [{**shared, **s} for s in spans if until_s is None or s["start_s"] < until_s]
     return {"next": sorted(found, key=lambda row: (row["start_s"], row["id"]))[:count]}
 
 
-def _next(value: ScheduleValue, now_s: float, count: int) -> list[dict[str, Any]]:
+def _next(value: ScheduleValue, now_s: float, count: int, until_s: float | None) -> list[dict[str, Any]]:
+    """The next spans; of a schedule that is always in force the one from now until it ends, None for never."""
+    if cron.always(value.when()):
+        return [{"start_s": now_s, "end_s": until_s}]
     return [{"start_s": start, "end_s": end} for start, end in cron.upcoming(value.when(), now_s, count)]
 
 
-def _check_bounds(spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
+def _check(request: Request, spec: Spec, value: PrewarmValue | ScheduleValue) -> None:
+    """Raises InvalidValue where the model can't come to be what is asked for."""
     if value.rung == "serving" and value.replicas > spec.max_replicas:
         raise InvalidValue(
             "replicas", value.replicas, f"at most {spec.max_replicas}, {spec.model}'s max_replicas"
         )
-    if value.rung == "parked" and not spec.park:
-        expected = f"weights, template or serving: {spec.model}'s scaling.park is false in the fleet file"
-        raise InvalidValue("rung", value.rung, expected)
+    if value.rung == "parked" and not (spec.park and request.view.parks()):
+        said = "engine_host.park_memory_bytes is 0"
+        if not spec.park:
+            said = f"{spec.model}'s scaling.park is false"
+        raise InvalidValue("rung", value.rung, f"weights, template or serving: {said} in the fleet file")
 
 
 def _alive(request: Request, kind: str, model: str | None) -> list[Any]:

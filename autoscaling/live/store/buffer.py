@@ -19,7 +19,7 @@ class Batch:
     traffic: dict[tuple[str, int, int], Amounts] = field(default_factory=dict)
     """(model, time_s, step_s) -> amounts."""
     since: dict[tuple[str, int], float] = field(default_factory=dict)
-    """(model, step_s) -> since when that level is known."""
+    """(model, step_s) -> since when that level is known; of WATCHED: since when the model is watched."""
     decisions: deque[tuple[str, Decision]] = field(default_factory=deque)
     """(source, decision), oldest first."""
     cold_starts: dict[tuple[str, float], ColdStartRow] = field(default_factory=dict)

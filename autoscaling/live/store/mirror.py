@@ -18,6 +18,9 @@ from autoscaling.traffic import LEVELS, Buckets, Traffic
 STEPS = tuple(int(step_s) for step_s, _ in LEVELS)
 KEPT_S = {int(step_s): kept_s for step_s, kept_s in LEVELS}
 
+WATCHED = 0
+"""In the place of a level: since when a model is watched here, of which what is imported says nothing."""
+
 TAIL = 256
 """Rows that wait in a list before they are folded into the arrays, unless somebody reads."""
 
@@ -106,7 +109,7 @@ class Series:
     """One model. The one-second level is always here; the others once they were loaded from the database."""
 
     since: dict[int, float] = field(default_factory=dict)
-    """step_s -> since when it is known; missing if it isn't."""
+    """step_s -> since when it is known; missing if it isn't. WATCHED -> since when the model is watched."""
     levels: dict[int, LevelArrays] = field(default_factory=lambda: {1: EMPTY})
     tail: list[Entry] = field(default_factory=list)
 

@@ -80,7 +80,8 @@ series = Table(
     Column("since_s", Double, nullable=False),
     sqlite_with_rowid=False,
 )
-"""Since when a model's traffic is known, on each level. Without a row it isn't."""
+"""Since when a model's traffic is known, on each level. Without a row it isn't. With step_s 0: since when the model is
+watched, which tells what was imported from what was seen here."""
 
 imports = Table(
     "relight_imports",

@@ -26,7 +26,7 @@ from autoscaling.live.store.database import Database
 from autoscaling.live.store.errors import StoreUnavailable
 from autoscaling.live.store.history import history
 from autoscaling.live.store.memory import MAX_PENDING, Memory
-from autoscaling.live.store.mirror import STEPS
+from autoscaling.live.store.mirror import STEPS, WATCHED
 from autoscaling.live.store.values import decision_dict, from_decision
 from autoscaling.live.store.writer import Writer
 from autoscaling.ports import Clock
@@ -167,7 +167,7 @@ class Store:
                 if reason is not None:
                     self._memory.refused[reason] += 1
                     continue
-                for step_s in STEPS:
+                for step_s in (WATCHED, *STEPS):
                     if self._memory.mirror.know_since(row.model, step_s, row.second):
                         self._memory.buffer.since[row.model, step_s] = row.second
                 amounts = (row.arrivals, row.input_tokens, row.output_tokens, row.busy_s, row.waited_s)
@@ -190,12 +190,25 @@ class Store:
             series.fold(self._clock.now_s())
             return series.traffic(model, now_s)
 
-    def known_since_s(self, model: str) -> float | None:
-        """Since when anything is known of a model's traffic, in Unix seconds; None if nothing is."""
-        self._load(model)
+    def watched_since_s(self, model: str) -> float | None:
+        """Since when `add_traffic` tells of a model, in Unix seconds; None if it never did, or an older Relight did."""
         with self._memory.lock:
             series = self._memory.mirror.models.get(model)
-            return min(series.since.values(), default=None) if series is not None else None
+            return series.since.get(WATCHED) if series is not None else None
+
+    def has_records(self, model: str) -> bool:
+        """Whether anything that came of a model, or was done with it, is on record.
+
+        Raises:
+            StoreUnavailable: the database can't be read now.
+        """
+        return (
+            model in self.models_with_traffic()
+            or bool(self.usage("", "9999-12-31", model))
+            or bool(self.cold_starts(model, 0.0, 1))
+            or bool(self.prewarms(model, 0.0, 1))
+            or bool(self.decisions(model, 0.0, math.inf, 1, source=None))
+        )
 
     def models_with_traffic(self) -> list[str]:
         """Models of which anything is known, sorted."""
