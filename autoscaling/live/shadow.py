@@ -4,11 +4,6 @@ It sees the requests that really came. Replicas, rungs and waiting are those tha
 the measured times of the model's starts: a replica that it starts is there after the median start from the rung that it
 kept, and requests that came meanwhile wait for it. A request that is answered is taken to hold a replica for as long as
 it does in truth.
-
-Of the requests that came during such a start no more wait at once than were in progress at once in truth, as far as
-they were seen: clients that ask again when they are answered came that fast only because they were served at once, and
-would be waiting with the one request that they have. What came and went between two looks counts as one. Where many
-clients ask once each, and are answered sooner than the start takes, more would wait than is counted.
 """
 
 from __future__ import annotations
@@ -27,8 +22,6 @@ class _Imagined:
     starting: list[float] = field(default_factory=list)  # when each will be there
     rung: Rung = Rung.WEIGHTS
     waiting: int = 0
-    most: int = 0
-    """Requests that were in progress at once in truth since the first of those that wait here came."""
     last_busy_s: float | None = None
     known: bool = False
 
@@ -69,13 +62,13 @@ class ShadowWorld:
         there = [at_s for at_s in world.starting if at_s <= now_s]
         world.starting = [at_s for at_s in world.starting if at_s > now_s]
         world.ready += len(there)
-        load = real.queued + real.in_flight
         if world.ready:
             # Who waited here is answered now, and is not there any more in truth.
+            load = real.queued + real.in_flight
             queued, in_flight = 0, max(load, world.waiting)
-            world.waiting = world.most = 0
+            world.waiting = 0
         else:
-            _wait(world, real.arrivals or 0, load)
+            world.waiting += real.arrivals or 0
             queued, in_flight = world.waiting, 0
         if queued or in_flight:
             world.last_busy_s = now_s
@@ -108,13 +101,6 @@ class ShadowWorld:
             if not decision.replicas:
                 held = [profile.rung for profile in real.rungs if profile.rung < Rung.SERVING]
                 world.rung = max((r for r in held if r <= decision.rung), default=Rung.WEIGHTS)
-
-
-def _wait(world: _Imagined, arrivals: int, load: int) -> None:
-    """So many came, and so many are in progress in truth."""
-    if arrivals or world.waiting:
-        world.most = max(world.most, load, min(1, arrivals))
-        world.waiting = min(world.waiting + arrivals, world.most)
 
 
 def _delay_s(real: Observation, rung: Rung) -> float:

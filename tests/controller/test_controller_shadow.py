@@ -56,28 +56,6 @@ def test_a_replica_that_it_ended_is_missed_by_the_next_request() -> None:
     assert (waits[-1].ready, waits[-1].in_flight) == (1, 2)
 
 
-def test_clients_that_ask_again_when_they_are_answered_wait_once() -> None:
-    """Each has one request in progress at a time; they came that fast since they were served at once."""
-    world = World()
-    world.see()
-    world.decide(0)
-    world.see(in_flight=4)  # which came before
-    world.see(arrivals=1, in_flight=1)
-    world.decide(1)
-    waits = [world.see(arrivals=arrivals, in_flight=load) for arrivals, load in ((3, 1), (4, 2), (4, 0))]
-    assert [w.queued for w in waits] == [1, 2, 2]
-    assert [w.arrivals for w in waits] == [3, 4, 4]
-    answered = world.see(2.0, arrivals=1, in_flight=1)
-    assert (answered.queued, answered.in_flight) == (0, 2)
-
-
-def test_a_request_that_came_and_went_between_two_looks_waits() -> None:
-    world = World()
-    world.see()
-    world.decide(0)
-    assert [world.see(arrivals=arrivals).queued for arrivals in (0, 2, 0)] == [0, 1, 1]
-
-
 def test_a_colder_rung_takes_longer() -> None:
     """The start from its weights."""
     world = World()
