@@ -587,6 +587,23 @@ class Fleet(_Config):
             raise _Problems(*problems)
         return self
 
+    @model_validator(mode="after")
+    def _what_is_parked_has_memory(self) -> Self:
+        if self.engine_host.park_memory_bytes:
+            return self
+        text = (
+            "'parked' is never reached while engine_host.park_memory_bytes is 0: set it, or another rung here"
+        )
+        problems: list[tuple[_Loc, str]] = [
+            (("models", index, "scaling", "schedules", at, "rung"), text)
+            for index, model in enumerate(self.models)
+            for at, schedule in enumerate(model.scaling.schedules)
+            if schedule.rung == "parked"
+        ]
+        if problems:
+            raise _Problems(*problems)
+        return self
+
     def resolve(self, name: str) -> Model | None:
         """The model whose id or alias is `name`; None if there is none."""
         return next((model for model in self.models if name in model.names), None)

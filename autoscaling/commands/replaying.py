@@ -61,7 +61,10 @@ Until = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The same seed draws the same traffic and starts.", min=0)]
 Scale = Annotated[
-    float, typer.Option(help="Share of the requests that come; above 1, windows hold more.", min=1e-9)
+    float,
+    typer.Option(
+        help="Share of the requests that come; above 1, windows hold more.", min=1e-9, callback=options.finite
+    ),
 ]
 WindowLength = Annotated[
     str | None,

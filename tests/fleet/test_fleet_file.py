@@ -582,9 +582,17 @@ def test_a_wrong_schedule_is_refused(changes: dict[str, Any], text: str) -> None
 def test_a_model_that_is_not_parked_has_no_schedule_for_it() -> None:
     """It would do nothing."""
     scaling = {"schedules": [OFFICE, {**OFFICE, "rung": "parked"}]}
-    assert fleet_of(scaling=scaling).models[0].scaling.park
+    fleet = {
+        "models": [{"id": "m", "source": "org/name", "scaling": scaling}],
+        "engine_host": {"park_memory_bytes": "4GiB"},
+    }
+    assert parse_fleet(fleet).models[0].scaling.park
     refused = refusal_of_model(scaling={**scaling, "park": False})
     assert "models[0].scaling.schedules[1].rung: 'parked' is never reached while park is false" in refused
+    refused = refusal_of_model(scaling=scaling)
+    assert (
+        "models[0].scaling.schedules[1].rung: 'parked' is never reached while engine_host.park_memory_bytes is 0"
+    ) in refused
 
 
 @pytest.mark.parametrize(
