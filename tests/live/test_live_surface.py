@@ -66,7 +66,6 @@ REQUESTS: dict[str, tuple[str, Any]] = {
     "bad-temperature": ("/v1/chat/completions", {**HELLO, "temperature": -1}),
     "too-long": ("/v1/completions", {**PARIS, "prompt": "a b c " * 2000}),
     "wrong-type": ("/v1/chat/completions", {"model": "chat", "messages": "no list"}),
-    "embedding-of-a-generator": ("/v1/embeddings", {"model": "chat", "input": "x"}),
 }
 EMBEDDINGS: dict[str, tuple[str, Any]] = {
     "embedding": ("/v1/embeddings", {"model": "embed", "input": "One, two"}),
@@ -75,7 +74,6 @@ EMBEDDINGS: dict[str, tuple[str, Any]] = {
         {"model": "embed", "input": ["a", "b"], "encoding_format": "base64"},
     ),
     "embedding-tokens": ("/v1/embeddings", {"model": "embed", "input": [101, 2028, 102]}),
-    "completion-of-an-embedder": ("/v1/completions", {**PARIS, "model": "embed"}),
 }
 # What differs from one answer to the next: identities and times.
 PASSING = [
@@ -146,6 +144,20 @@ def test_the_bytes_are_those_of_the_embedding_engine(lit: Relight, name: str) ->
     """The same for the model that embeds."""
     target, body = EMBEDDINGS[name]
     assert Both(lit, "embed").compare(target, body).status < 500
+
+
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [("/v1/embeddings", {"model": "chat", "input": "x"}), ("/v1/completions", {**PARIS, "model": "embed"})],
+    ids=["embedding-of-a-generator", "completion-of-an-embedder"],
+)
+def test_a_route_that_a_model_does_not_serve_is_said_in_openais_shape(
+    lit: Relight, target: str, body: dict[str, Any]
+) -> None:
+    """The engine's own server says `{"detail": "Not Found"}`."""
+    answer = lit.request("POST", target, body)
+    assert answer.status == 404
+    assert answer.json["error"]["message"] == f"The model {body['model']!r} does not serve {target}."
 
 
 def test_a_document_has_one_length_and_a_stream_has_none(lit: Relight) -> None:
