@@ -51,6 +51,7 @@ MADV_DONTNEED = 4
 WARM_TOKENS = 8
 LARGE_BYTES = 1 << 26
 OTEL_THREAD = "OtelBatch"
+THREADS_END_S = 5.0
 # The server's thread and the core's share the interpreter's lock. A torch operation gives it away and takes it back;
 # at Python's default (5 ms) each time that the server is busy costs the core that long.
 SWITCH_INTERVAL_S = 0.0002
@@ -571,7 +572,7 @@ def self_test(template: ModelTemplate) -> None:
     """Fork once and compare: a fork must answer as the engine that was built. Raises `Unsupported`."""
     # OpenTelemetry's exporter restarts its thread in a forked child; no other thread is there afterwards.
     known = [t for t in threading.enumerate() if t.name.startswith(OTEL_THREAD)]
-    if _threads() > 1 + len(known):
+    if not threads_end(1 + len(known)):
         raise Unsupported(f"{_threads()} threads are running before the fork: {_thread_names()}")
     read, write = os.pipe()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -692,6 +693,19 @@ def _drop_pages(address: int, size_bytes: int) -> None:
     end = (address + size_bytes) // 4096 * 4096
     if end > start and _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_DONTNEED):
         raise OSError(ctypes.get_errno(), "madvise")
+
+
+def threads_end(most: int) -> bool:
+    """Whether no more than so many threads are left, within `THREADS_END_S`.
+
+    Python lets a thread be joined somewhat before the kernel's own thread is gone.
+    """
+    until_s = time.monotonic() + THREADS_END_S
+    while _threads() > most:
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _threads() -> int:

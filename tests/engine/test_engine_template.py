@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import sys
+import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_spans_have_ids_that_no_seed_repeats(monkeypatch: pytest.MonkeyPatch) ->
     module(monkeypatch, "vllm.platforms", current_platform=platform)
     monkeypatch.setattr(template, "PRELOAD", ())
     assert len(template.run_in_fork(ids) | template.run_in_fork(ids)) == 4
+
+
+def test_a_thread_that_is_ending_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was joined may still be there for the kernel; one that stays is told of."""
+    before, ends = len(list(Path("/proc/self/task").iterdir())), threading.Event()
+    thread = threading.Thread(target=ends.wait)
+    thread.start()
+    monkeypatch.setattr(prebuilt, "THREADS_END_S", 0.0)
+    assert not prebuilt.threads_end(before)
+    monkeypatch.setattr(prebuilt, "THREADS_END_S", 60.0)
+    monkeypatch.setattr(prebuilt.time, "sleep", lambda _: ends.set())
+    assert prebuilt.threads_end(before)
 
 
 def test_versions_that_keep_these_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from tests.live.lab import Relight, kill, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-CLIENTS = 8
+CLIENTS = 4
 VICTIMS = {
     "engine": "relight-engine chat ",
     "node template": "-m deployments.engine.template",
