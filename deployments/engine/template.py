@@ -114,6 +114,11 @@ def preload() -> str:
 
     Must not start a thread or touch a device.
     """
+    with contextlib.suppress(ImportError):
+        import setproctitle
+
+        # It finds the title's place by the environment's first variable, and forgoes titles if that was moved before.
+        setproctitle.getproctitle()
     for name, value in SINGLE_THREAD_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _keep_kernels_together()

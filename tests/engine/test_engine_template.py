@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
 import sys
 import threading
 from argparse import ArgumentParser, Namespace
@@ -94,6 +95,25 @@ def test_a_thread_that_is_ending_is_waited_for(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prebuilt, "THREADS_END_S", 60.0)
     monkeypatch.setattr(prebuilt.time, "sleep", lambda _: ends.set())
     assert prebuilt.threads_end(before)
+
+
+def test_processes_have_titles_whichever_variable_comes_first() -> None:
+    """Nobody says in which order a cluster's processes get them, and the search path is changed before."""
+    code = (
+        "import sys\nfrom types import ModuleType, SimpleNamespace\nfrom pathlib import Path\n"
+        "from deployments.engine import process, template\n"
+        "platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_type='')\n"
+        "sys.modules['vllm'], found = ModuleType('vllm'), ModuleType('vllm.platforms')\n"
+        "found.current_platform, sys.modules['vllm.platforms'] = platform, found\n"
+        "template.PRELOAD = ()\ntemplate.preload()\nprocess._name_process('relight-engine m')\n"
+        "print(Path('/proc/self/cmdline').read_text())"
+    )
+    root = str(Path(template.__file__).parents[2])
+    environment = {"PATH": os.defpath, "SPT_NOENV": "1", "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("relight-engine m"), done
 
 
 def test_versions_that_keep_these_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
