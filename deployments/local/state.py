@@ -20,6 +20,7 @@ MARK = "RELIGHT_LOCAL_CLUSTER"
 DEFAULT_APP = "deployments.app:build"
 """What `up` deploys unless RELIGHT_APP names another application."""
 
+PORTS, PORT_TRIES = range(20_000, 32_000), 100
 NODE_ADDRESS = "127.0.0.2"
 """Ray's address here: on loopback, but not 127.0.0.1, which Ray replaces by the network's address."""
 
@@ -148,10 +149,17 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def pick_port(remembered: int | None) -> int:
-    """The remembered port if it is still free, else one that the kernel says is."""
+    """The remembered port if it is still free, else another that is.
+
+    One that is bound only later is taken from below those that Linux gives to outgoing connections, and above those of
+    Ray's workers.
+    """
     if remembered and port_is_free("127.0.0.1", remembered):
         return remembered
+    for _ in range(PORT_TRIES):
+        port = secrets.choice(PORTS)
+        if port_is_free("127.0.0.1", port):
+            return port
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
