@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,42 +107,37 @@ def print_json(answer: object) -> None:
     typer.echo(json.dumps(answer, indent=2))
 
 
-def duration(text: str | None, option: str, *, zero: bool = False) -> float | None:
-    """Seconds; 0 only if `zero`. Raises CommandError."""
-    if text is None:
-        return None
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """A time that can't be read is told of with its option. Raises CommandError."""
     try:
-        return times.parse_duration(text, zero=zero)
+        yield
     except times.TimeError as error:
         raise CommandError(f"{option}: {error}", WRONG) from None
+
+
+def duration(text: str | None, option: str, *, zero: bool = False) -> float | None:
+    """Seconds; 0 only if `zero`. Raises CommandError."""
+    with _named(option):
+        return None if text is None else times.parse_duration(text, zero=zero)
 
 
 def moment(text: str | None, option: str) -> float | None:
     """Unix seconds. Raises CommandError."""
-    if text is None:
-        return None
-    try:
-        return times.parse_time(text, times.now())
-    except times.TimeError as error:
-        raise CommandError(f"{option}: {error}", WRONG) from None
+    with _named(option):
+        return None if text is None else times.parse_time(text, times.now())
 
 
 def past(text: str | None, option: str) -> float | None:
     """Unix seconds of a time that was. Raises CommandError."""
-    if text is None:
-        return None
-    try:
-        return times.parse_past(text, times.now())
-    except times.TimeError as error:
-        raise CommandError(f"{option}: {error}", WRONG) from None
+    with _named(option):
+        return None if text is None else times.parse_past(text, times.now())
 
 
 def since(text: str) -> float:
     """Unix seconds. Raises CommandError."""
-    try:
+    with _named("--since"):
         return times.parse_since(text, times.now())
-    except times.TimeError as error:
-        raise CommandError(f"--since: {error}", WRONG) from None
 
 
 def params(given: list[str] | None) -> dict[str, float] | None:

@@ -107,26 +107,24 @@ def _profile(
     from autoscaling.sources import StoredSource
 
     profile, named = Profile(), frozenset[str]()
+    starts: Measured | None = None
+    given_file = None if given.cold_start is None else Path(given.cold_start)
     try:
         if given.profile is not None:
             profile, named = read_profile(given.profile, prices["H100"])
-        starts: Measured | None = None
-        if given.cold_start is None:
+        if given_file is None:
             if isinstance(source, StoredSource) and "starts" not in named:
                 starts = source.starts()
-        elif Path(given.cold_start).exists() and not Path(given.cold_start).is_dir():
-            starts = read_starts(given.cold_start)
+        elif given_file.exists() and not given_file.is_dir():
+            starts = read_starts(given_file)
+        else:
+            delay_s = options.duration(given.cold_start, "--cold-start", zero=True)
+            profile = profile.two_states(delay_s or 0.0)
         if starts is not None:
-            return measured(profile, starts.together), named, starts
+            profile = measured(profile, starts.together)
     except ProfileError as error:
         raise CommandError(str(error), WRONG) from None
-    if given.cold_start is None:
-        return profile, named, None
-    return (
-        profile.two_states(options.duration(given.cold_start, "--cold-start", zero=True) or 0.0),
-        named,
-        None,
-    )
+    return profile, named, starts
 
 
 def _priced(profile: Profile, given: Given, prices: Mapping[str, float]) -> Profile:

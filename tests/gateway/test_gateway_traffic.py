@@ -318,6 +318,9 @@ class Controller(Watched):
 
 
 FAILURES = [RayActorError(), DeploymentUnavailableError(DeploymentID("controller", "default"))]
+any_failure = pytest.mark.parametrize(
+    "failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__
+)
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
@@ -358,7 +361,7 @@ async def test_starts_are_told_until_a_controller_that_decides_has_them() -> Non
     assert [len(report["starts"]) for report in controller.taken] == [1, 1, 0]
 
 
-@pytest.mark.parametrize("failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__)
+@any_failure
 async def test_reporting_goes_on_after_any_failure(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
@@ -393,7 +396,7 @@ def rows_taken(controller: Controller) -> list[Row]:
     return [row for _, rows in sorted(batches.items()) for row in rows]
 
 
-@pytest.mark.parametrize("failure", [*FAILURES, ValueError()], ids=lambda failure: type(failure).__name__)
+@any_failure
 async def test_a_gateway_that_ends_tells_its_last_second(
     monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
