@@ -143,7 +143,10 @@ class Loop:
 
         It comes for ever, and what is decided then is no news.
         """
-        return min(self._ends_s.values(), default=math.inf)
+        looks_s = math.inf
+        for ends_s in self._ends_s.values():
+            looks_s = min(looks_s, ends_s)
+        return looks_s
 
     def stands_for(self, model: str) -> Stands | None:
         """For which requests in progress a tick would do nothing for a model, until what it decided ends, as long as
@@ -264,7 +267,7 @@ class Loop:
         # Those of the decision that says the same may be others.
         self._stands[model] = None if decision.loads is None else Stands(*decision.loads, decision.silence_s)
         if decision.until_s == math.inf and known is not None and known.next_arrival is not None:
-            self._ends_s[model] = known.next_arrival.made_s + known.next_arrival.times_s[-1]
+            self._ends_s[model] = known.next_arrival.end_s
         made = self._made.get(model)
         # The same again is not made anew: neither recorded nor published as news.
         if made is None or not _says(decision, made):

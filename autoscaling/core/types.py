@@ -128,6 +128,11 @@ class NextArrival:
     times_s: tuple[float, ...]
     survival: tuple[float, ...]
 
+    @property
+    def end_s(self) -> float:
+        """The Unix time up to which it says anything."""
+        return self.made_s + self.times_s[-1]
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:

@@ -71,6 +71,11 @@ class Later(NextArrival):
         return known
 
     @property
+    def end_s(self) -> float:
+        # Where every grid ends: to say so nothing needs to be worked out.
+        return self.made_s + HORIZON_S
+
+    @property
     def times_s(self) -> tuple[float, ...]:
         return tuple(self.arrays[0].tolist())
 
@@ -147,6 +152,10 @@ class FittedRenewal(ArrivalBase):
     def log_survival(self, now_s: float, recent: Recent, times_s: Floats) -> Floats:
         if self.season is FLAT:
             age = max(0.0, now_s - recent.last_s)
+            if len(times_s) and times_s[0] == 0.0:
+                # As grids begin: the first is the age itself.
+                values = np.interp(age + times_s, EDGES_S, self.log_survival_at_edges)
+                return np.asarray(values - values[0])
             ages = age + times_s
         else:
             clock = self.season.elapsed(np.concatenate([[min(recent.last_s, now_s), now_s], now_s + times_s]))

@@ -232,16 +232,17 @@ class Group:
         )
         if not self._measured:
             before_s = min(before_s, self._measure_s)
-        ticks = model.ride(now_s, before_s, self._tick_s, stands).tolist()
-        if not ticks:
+        rode = model.ride(now_s, before_s, self._tick_s, stands)
+        if not len(rode):
             return False
+        ticks = rode.tolist()
         self._clock.advance(ticks[-1])
         decides = not stands.least <= model.load <= stands.most
         if self._foresees:
             queue = model.queue
             first, until = self._taken[name], int(queue.n[TAIL])
             times = queue.times[first:until]
-            for tick_s, last in zip(ticks, times.searchsorted(ticks, "right").tolist(), strict=True):
+            for tick_s, last in zip(ticks, times.searchsorted(rode, "right").tolist(), strict=True):
                 self._learn(name, first + last)
                 if tick_s < ticks[-1] or not decides:
                     # What it would have said then, it says for some seconds.

@@ -142,16 +142,16 @@ class Queue:
 
     def add_replica(self) -> None:
         """A replica that accepts from now on."""
-        free = np.flatnonzero(self.state == NONE)
-        if not len(free):
+        states = self.state.tolist()
+        if NONE in states:
+            slot = states.index(NONE)
+        else:
             old = self._slots()
-            count = len(self.state)
-            self._size(2 * count)
+            slot = len(states)
+            self._size(2 * slot)
             new = self._slots()
             for before, after in zip(old, new, strict=True):
-                after[:count] = before
-            free = np.asarray([count])
-        slot = int(free[0])
+                after[:slot] = before
         self.state[slot] = ACCEPTS
         self.n[SLOTS] = max(self.n[SLOTS], slot + 1)
         self.n[READY] += 1
@@ -166,9 +166,10 @@ class Queue:
 
     def drain_replica(self) -> bool:
         """The one with the fewest requests accepts no more, and ends when they have; whether it has ended at once."""
-        accepts = np.flatnonzero(self.state == ACCEPTS)
+        states, loads = self.state.tolist(), self.load.tolist()
         # The last of equals, so that slots fill from the first.
-        slot = int(accepts[::-1][np.argmin(self.load[accepts[::-1]])])
+        accepts = (slot for slot in reversed(range(len(states))) if states[slot] == ACCEPTS)
+        slot = min(accepts, key=loads.__getitem__)
         self.n[READY] -= 1
         if self.load[slot]:
             self.state[slot] = DRAINS

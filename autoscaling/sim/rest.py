@@ -55,6 +55,7 @@ class Rest:
         self._pool = pool
         self._delay_s = delay_s
         self._then = self._reached = self.rung
+        self._asked: Rung | None = None
         self._dark_s: float | None = -math.inf
         self._warming: tuple[float, float, Rung] | None = None  # (ready, begun, to)
 
@@ -72,7 +73,9 @@ class Rest:
 
     def ask(self, rung: Rung) -> None:
         """What it is to rest on when it is dark."""
-        self._then = self._profile.up_to(min(rung, Rung.PARKED))
+        if rung != self._asked:
+            self._asked = rung
+            self._then = self._profile.up_to(min(rung, Rung.PARKED))
 
     def darken(self, now_s: float) -> None:
         """The last replica, or start of one, is gone."""
