@@ -112,23 +112,28 @@ class VirtualModel:
         """Whether there can be a replica at all."""
         return self.pool.gpus is None or self.devices <= self.pool.gpus
 
-    def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
-        """All that happens up to the last tick before `before_s`, or to the first at which what was decided does not
-        stand for the requests that are queued or in flight, if ticks have no more to do than to count them.
-
-        Returns those ticks.
-        """
+    @property
+    def steady(self) -> bool:
+        """Nothing happens but requests that come and end."""
         queue = self.queue
-        replicas = queue.ready
-        if (
-            not replicas == queue.held == self._target == self._there
+        return not (
+            not queue.ready == queue.held == self._target == self._there
             or self.moved
             or self._stops
             or self._acts_s < math.inf
             or self._rest.next_s < math.inf
             or "raised" in self._follower.values
-        ):
-            return NO_TICKS
+        )
+
+    def ride(self, now_s: float, before_s: float, tick_s: float, stands: Stands) -> Floats:
+        """All that happens up to the last tick before `before_s`, or to the first at which what was decided does not
+        stand for the requests that are queued or in flight, where ticks have no more to do than to count them: only
+        while it is `steady`.
+
+        Returns those ticks.
+        """
+        queue = self.queue
+        replicas = queue.ready
         if replicas == 0 or self._at_once < math.inf:
             # Above that Serve's policy may raise what was decided.
             most = math.floor(replicas * self._at_once) if replicas else 0

@@ -213,7 +213,7 @@ class Group:
         Up to none at which a forecaster might learn: what comes may ask for that.
         """
         (name, model), *_ = self.models.items()
-        stands = self._loop.stands_for(name)
+        stands = self._loop.stands_for(name) if model.steady else None
         if stands is None:
             return False
         if self.sink.keeps:
