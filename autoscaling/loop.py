@@ -143,10 +143,7 @@ class Loop:
 
         It comes for ever, and what is decided then is no news.
         """
-        looks_s = math.inf
-        for ends_s in self._ends_s.values():
-            looks_s = min(looks_s, ends_s)
-        return looks_s
+        return min(self._ends_s.values(), default=math.inf)
 
     def stands_for(self, model: str) -> Stands | None:
         """For which requests in progress a tick would do nothing for a model, until what it decided ends, as long as

@@ -65,8 +65,8 @@ def test_generations_outlive_their_model_their_gateway_and_their_version(
     """One whose model leaves the fleet comes to its end, and so does one of whose model another version comes.
 
     Other arguments mean another engine: the old one finishes, the new one answers. What else is in the fleet stays as
-    it is, a parked engine too. One test, since the last change builds a template; the other version, by the name of its
-    loader, has none.
+    it is, a parked engine too. One test, since the fleet's own version builds a template again; the other is left to
+    plain starts, by the name of its loader.
     """
     assert relight.embed("parks").status == 200
     relight.dark("parks", state="parked")

@@ -15,7 +15,7 @@ from autoscaling.core import induction, survival, warmth
 from autoscaling.core.survival import Curve, build
 from autoscaling.core.types import Forecast, NextArrival, Rung, RungProfile
 from autoscaling.forecast import demand, demand_model, gap_record, gaps, hazard
-from autoscaling.forecast.arrivals import FittedPoisson, Later, next_arrival
+from autoscaling.forecast.arrivals import HORIZON_S, FittedPoisson, Later, next_arrival
 from autoscaling.forecast.base import NotApplicable
 from autoscaling.forecast.demand_model import FittedDemand, Smoothed
 from autoscaling.forecast.history import Recent, history_of
@@ -234,10 +234,20 @@ def test_as_much_is_expected(
         )
 
 
-def test_what_is_looked_at_later_is_what_was_said() -> None:
-    fitted = FittedPoisson("poisson", 2.0, 100.0)
+class Bent(FittedPoisson):
+    """With times of its own, up to the horizon and beyond."""
+
+    def extra_times(self, now_s: float, recent: Recent) -> Any:
+        return np.asarray([3.3, HORIZON_S - 1e-5, 2 * HORIZON_S])
+
+
+@pytest.mark.parametrize("kind", [FittedPoisson, Bent])
+def test_what_is_looked_at_later_is_what_was_said(kind: type[FittedPoisson]) -> None:
+    """Its end is known before that."""
+    fitted = kind("poisson", 2.0, 100.0)
     recent = Recent(NOW_S - 20.0, (), (), NOW_S)
     said, later = next_arrival(fitted, NOW_S, recent), Later(fitted, NOW_S, recent)
+    assert later.end_s == said.end_s
     assert (later.made_s, later.times_s, later.survival) == (said.made_s, said.times_s, said.survival)
 
 
