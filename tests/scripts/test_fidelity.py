@@ -247,12 +247,14 @@ def test_bars_are_shares_of_what_was_seen() -> None:
     assert (same["off"], same["met"]) == (0.0, True)
 
 
-def test_the_fleet_has_a_model_for_each_policy_with_one_keep_alive() -> None:
-    parsed = parse_fleet(fidelity.fleet(["keep-alive", "predictive"], 20.0, "sqlite:///x.db"))
+def test_the_fleet_has_a_model_for_each_run_with_one_keep_alive() -> None:
+    runs = {"keep-alive-1": "keep-alive", "keep-alive-2": "keep-alive", "predictive-1": "predictive"}
+    parsed = parse_fleet(fidelity.fleet(runs, 20.0, "sqlite:///x.db"))
     specs = {model.id: scaling_spec(model) for model in parsed.models}
     assert {name: (spec.policy, spec.keep_alive_s) for name, spec in specs.items()} == {
         fidelity_live.CALIBRATION: ("keep-alive", 20.0),
-        "keep-alive": ("keep-alive", 20.0),
-        "predictive": ("predictive", 20.0),
+        "keep-alive-1": ("keep-alive", 20.0),
+        "keep-alive-2": ("keep-alive", 20.0),
+        "predictive-1": ("predictive", 20.0),
     }
     assert all(spec.max_replicas == 1 and spec.min_replicas == 0 for spec in specs.values())

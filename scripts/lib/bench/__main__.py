@@ -36,7 +36,7 @@ VERBS = {
     "controller": ("bench.controller", 1, "what deciding for a thousand models costs"),
     "profile": ("bench.engine_profile", 2, "the engine's rates by batch size, as the simulator reads them"),
     "simulator": ("bench.simulator", 1, "the simulator: its speed and memory, on real traces"),
-    "fidelity": ("bench.fidelity", 1, "is the simulator right: the same traffic live and simulated"),
+    "fidelity": ("bench.fidelity", 3, "is the simulator right: the same traffic live and simulated"),
     "policies": ("bench.policies", 1, "is our policy the best: all of them on real traces, with the bars"),
     "jobs": ("bench.jobs", 1, "jobs at fixed times of the day, simulated: how long they wait"),
     "memory": ("bench.memory", 5, "what each process holds, dark, lit and parked"),

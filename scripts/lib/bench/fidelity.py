@@ -5,6 +5,9 @@ and after the minutes that are compared: the engine's rates by batch size (`scri
 that is asked a few times while it is dark, what starts, answers, decisions and stops take. Of the compared minutes it
 gets the arrival times only. Policy and spec are those of the fleet.
 
+A dozen starts wander from one ten minutes to the next by more than the bars, on a machine with so few cores: so there
+are several runs, each with traffic of its own, by a model of its own. What is compared are all of them together.
+
 Both sides count alike. Cold starts: from zero, with somebody waiting. Waiting: from a request's coming to its being
 given to an engine. GPU-seconds: replicas that start, run or stop, live as Serve tells several times a second; a model
 without GPUs counts as one GPU. What is drawn is drawn anew for each of the simulator's seeds; medians are compared.
@@ -39,8 +42,10 @@ from deployments.scaling import scaling_spec
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--policies", default="keep-alive", help="one after another (default: keep-alive)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of traffic for each (default: 10)")
+    parser.add_argument(
+        "--policies", default="keep-alive", help="one after another, --runs of each (default: keep-alive)"
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of traffic for each run (default: 10)")
     parser.add_argument("--keep-alive-s", type=float, default=20.0, help="of all policies (default: 20)")
     parser.add_argument("--mean-gap-s", type=float, default=25.0, help="between bursts (default: 25)")
     parser.add_argument(
@@ -49,24 +54,34 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--burst-requests", type=int, default=6, help="on average (default: 6)")
     parser.add_argument("--burst-gap-s", type=float, default=0.25, help="in a burst, mean (default: 0.25)")
     parser.add_argument("--output-tokens", type=int, default=32, help="of each answer (default: 32)")
-    parser.add_argument("--cycles", type=int, default=8, help="of calibration, for each policy (default: 8)")
-    parser.add_argument("--seed", type=int, default=0, help="of the traffic (default: 0)")
+    parser.add_argument(
+        "--cycles",
+        type=int,
+        default=8,
+        help="of calibration, half of them before each run (default: 8)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the first run's traffic, the next ones' follow (default: 0)",
+    )
     parser.add_argument(
         "--sim-seeds", type=int, default=25, help="replays, of which the median (default: 25)"
     )
     parser.add_argument("--profile", type=Path, help="the engine's rates; default: measured first")
 
 
-def fleet(policies: Sequence[str], keep_alive_s: float, store: str) -> dict[str, Any]:
-    """A model for each policy, and one to calibrate with, all with the default model's engine. Replicas start through
-    Serve, as they must on GPUs.
+def fleet(policies: Mapping[str, str], keep_alive_s: float, store: str) -> dict[str, Any]:
+    """`policies`: by model, one for each run. One more is there to calibrate with; all have the default model's engine.
+    Replicas start through Serve, as they must on GPUs.
 
     The one to calibrate with is lit for as long as the others: after a short life Serve begins the next start later.
     """
     base = clusters.fleet(early_wake="off")
     (entry,) = base["models"]
     scaling = {CALIBRATION: {"policy": "keep-alive", "keep_alive_s": keep_alive_s}}
-    scaling |= {policy: {"policy": policy, "keep_alive_s": keep_alive_s} for policy in policies}
+    scaling |= {model: {"policy": policy, "keep_alive_s": keep_alive_s} for model, policy in policies.items()}
     base["models"] = [
         {**entry, "id": name, "aliases": [], "scaling": {"max_replicas": 1, **of}}
         for name, of in scaling.items()
@@ -76,8 +91,10 @@ def fleet(policies: Sequence[str], keep_alive_s: float, store: str) -> dict[str,
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    policies = _policies(options)
-    times = _arrivals(options)
+    policies = {f"{policy}-{run + 1}": policy for policy in _policies(options) for run in range(options.runs)}
+    traffic = {
+        model: _arrivals(options, options.seed + run % options.runs) for run, model in enumerate(policies)
+    }
     folder = clusters.HOME / "fidelity"
     folder.mkdir(parents=True, exist_ok=True)
     engine = _engine(options.profile, folder)
@@ -85,15 +102,15 @@ def measure(options: Namespace) -> dict[str, Any]:
     parsed = parse_fleet(content)
     with clusters.cluster("fidelity", content) as running:
         clusters.wait_for_templates(running.checkout.run_dir)
-        lives, input_tokens = asyncio.run(drive(options, running, policies, times))
+        lives, input_tokens = asyncio.run(drive(options, running, traffic))
     rows, replays = [], []
-    for policy, live in lives.items():
+    for model, live in lives.items():
         work_s = engine.engine.work_s(input_tokens, options.output_tokens, 0.0)
         profile = calibration.calibrated(engine, live.cycles, parsed.controller.tick_s, work_s)
-        found = _replays(options, parsed, policy, profile, live, times, input_tokens)
+        found = _replays(options, parsed, model, profile, live, traffic[model], input_tokens)
         replays.append(found)
-        row = _row(policy, seen(live), [each.figures for each in found])
-        rows.append(row | {"profile": profile_of(profile)} | _raw(live))
+        row = _row(model, seen(live), [each.figures for each in found])
+        rows.append(row | {"profile": profile_of(profile), "arrivals_s": traffic[model]} | _raw(live))
     path = folder / "profile.json"
     path.write_text(json.dumps(rows[-1]["profile"], indent=2) + "\n", encoding="utf-8")
     whole = _row(
@@ -102,7 +119,6 @@ def measure(options: Namespace) -> dict[str, Any]:
     return {
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"},
         "file": str(path),
-        "arrivals_s": times,
         "input_tokens": input_tokens,
         "rows": rows,
         "total": whole,
@@ -116,13 +132,13 @@ def _policies(options: Namespace) -> list[str]:
             raise BenchError(f"--policies: {name!r} is none of {', '.join(sorted(POLICIES))}")
     if options.cycles < 2 or options.burst_requests < 2:
         raise BenchError("--cycles, --burst-requests: both must be at least 2")
-    for name in ("minutes", "mean_gap_s", "burst_gap_s", "sim_seeds", "output_tokens"):
+    for name in ("runs", "minutes", "mean_gap_s", "burst_gap_s", "sim_seeds", "output_tokens"):
         if getattr(options, name) <= 0:
             raise BenchError(f"--{name.replace('_', '-')}: {getattr(options, name)} is not above 0")
     return policies
 
 
-def _arrivals(options: Namespace) -> list[float]:
+def _arrivals(options: Namespace, seed: int) -> list[float]:
     if not 0 <= options.margin_s < options.keep_alive_s:
         raise BenchError(f"--margin-s: {options.margin_s:g} is not from 0 to below --keep-alive-s")
     pattern = Pattern(
@@ -133,7 +149,7 @@ def _arrivals(options: Namespace) -> list[float]:
         burst_requests=options.burst_requests,
         burst_gap_s=options.burst_gap_s,
     )
-    times = arrivals(pattern, options.seed)
+    times = arrivals(pattern, seed)
     if not times:
         raise BenchError(f"--minutes: {options.minutes:g} is too short for a request and its keep-alive")
     return times
@@ -152,15 +168,15 @@ def _engine(path: Path | None, folder: Path) -> Profile:
 def _replays(  # noqa: PLR0917 - called once, above
     options: Namespace,
     parsed: Fleet,
-    policy: str,
+    name: str,
     profile: Profile,
     live: Live,
     times: Sequence[float],
     input_tokens: int,
 ) -> list[ModelReport]:
-    spec = next(scaling_spec(model) for model in parsed.models if model.id == policy)
+    spec = next(scaling_spec(model) for model in parsed.models if model.id == name)
     rows = [
-        Row(live.begin_s + at_s, policy, input_tokens=input_tokens, output_tokens=options.output_tokens)
+        Row(live.begin_s + at_s, name, input_tokens=input_tokens, output_tokens=options.output_tokens)
         for at_s in times
     ]
     return [
@@ -175,9 +191,9 @@ def _replays(  # noqa: PLR0917 - called once, above
     ]
 
 
-def _row(policy: str, live: dict[str, Any], figures: Sequence[Any]) -> dict[str, Any]:
+def _row(name: str, live: dict[str, Any], figures: Sequence[Any]) -> dict[str, Any]:
     sim = middle(figures)
-    return {"policy": policy, "live": live, "simulated": sim, "compared": compared(live, sim)}
+    return {"run": name, "live": live, "simulated": sim, "compared": compared(live, sim)}
 
 
 def _raw(live: Live) -> dict[str, Any]:
@@ -203,15 +219,15 @@ def text(result: Mapping[str, Any]) -> str:
         for name, of in row["compared"].items():
             off = "-" if of["off"] is None else f"{100 * of['off']:+.1f} %"
             met = "met" if of["met"] else "MISSED"
-            lines.append([row["policy"], name, live[name], sim[name], off, f"{100 * of['bar']:.0f} %", met])
-    told = table(["policy", "figure", "live", "simulated", "off", "bar", ""], lines)
+            lines.append([row["run"], name, live[name], sim[name], off, f"{100 * of['bar']:.0f} %", met])
+    told = table(["run", "figure", "live", "simulated", "off", "bar", ""], lines)
     for row in result["rows"]:
         live, sim, profile = row["live"], row["simulated"], row["profile"]
         low, high = sim["cold_starts_range"]
         (starts,) = profile["starts"].values()
         alone, batch = ([c for c in row["cycles"] if (c["batch"] > 1) is many] for many in (False, True))
         told += (
-            f"\n\n{row['policy']}: {live['requests']} requests, {live['failed']} failed, {live['cold_requests']} cold"
+            f"\n\n{row['run']}: {live['requests']} requests, {live['failed']} failed, {live['cold_requests']} cold"
             f" (simulated {sim['cold_requests']:g}; cold starts {low} to {high} over the seeds). An answer took"
             f" {row['answer_s']:.2f} s (median). Calibrated on either side, in seconds: start after"
             f" {profile['wake_s']:.2f}, which takes {min(starts):.2f} to {max(starts):.2f}; a decision acts after"

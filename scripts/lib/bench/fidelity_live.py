@@ -1,4 +1,4 @@
-"""The live side of `fidelity`: a running cluster is calibrated, then asked at given times, one policy after another."""
+"""The live side of `fidelity`: a running cluster is calibrated, then asked at given times, one model after another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import random
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bench import calibration, engine_profile
@@ -30,7 +30,7 @@ SAME_START_S = 0.5
 
 @dataclasses.dataclass
 class Live:
-    """What one policy did, and what was measured just before and after."""
+    """What one model did, and what was measured just before and after."""
 
     cycles: list[Cycle]
     begin_s: float
@@ -70,37 +70,38 @@ class Asker:
 
 
 async def drive(
-    options: Namespace, running: Running, policies: Sequence[str], times: Sequence[float]
+    options: Namespace, running: Running, traffic: Mapping[str, Sequence[float]]
 ) -> tuple[dict[str, Live], int]:
-    """(policy -> what it did, input tokens of a request). Each policy's model has the policy's name."""
+    """(model -> what it did, input tokens of a request), one model after another, each asked at its own times."""
     asker = Asker(running, options.output_tokens, options.seed)
     found: dict[str, Live] = {}
+    half = (options.cycles + 1) // 2
     async with Watch(running) as watch:
-        input_tokens = await _lit_once(asker, watch, [CALIBRATION, *policies])
+        input_tokens = await _lit_once(asker, watch, [CALIBRATION, *traffic])
 
-        async def calibrate(numbers: range) -> list[Cycle]:
+        async def calibrate(number: int) -> list[Cycle]:
             return await calibration.cycles(
                 watch,
                 CALIBRATION,
                 lambda: asker.ask(CALIBRATION),
                 options.keep_alive_s,
-                numbers,
+                range(number * half, (number + 1) * half),
                 options.burst_requests,
             )
 
-        for policy in policies:
-            # On either side: a machine whose speed changes is met halfway.
-            if found:
-                await _lit_once(asker, watch, [CALIBRATION])
-            before = await calibrate(range((options.cycles + 1) // 2))
-            await watch.dark(policy)
-            found[policy] = live = Live(before, time.time() + 1)
-            await _send(asker, policy, times, live, options.minutes * 60)
-            await watch.dark(policy)
+        # On either side: a machine whose speed changes is met halfway.
+        before = await calibrate(0)
+        for number, (model, times) in enumerate(traffic.items(), 1):
+            await watch.dark(model)
+            found[model] = live = Live(before, time.time() + 1)
+            await _send(asker, model, times, live, options.minutes * 60)
+            await watch.dark(model)
             await _lit_once(asker, watch, [CALIBRATION])
-            live.cycles += await calibrate(range(len(before), options.cycles))
-            live.samples = watch.samples[policy]
+            after = await calibrate(number)
+            live.cycles = before + after
+            live.samples = watch.samples[model]
             live.gpu_s = held_s(live.samples, live.begin_s, live.begin_s + options.minutes * 60)
+            before = after
     return found, input_tokens
 
 
@@ -166,7 +167,7 @@ def seen(live: Live) -> dict[str, Any]:
 
 
 def seen_together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of several policies: counts and GPU-seconds summed, waiting over all requests."""
+    """Of several models: counts and GPU-seconds summed, waiting over all requests."""
     waits = [wait_s for row in rows for wait_s in row["wait_s"]]
     summed = ("requests", "failed", "cold_requests", "cold_starts", "gpu_s")
     return {name: sum(row[name] for row in rows) for name in summed} | {
