@@ -1,4 +1,4 @@
-"""What each process holds: dark, lit, after some requests, parked; and Ray Serve alone for comparison.
+"""What each process holds: dark, lit, after some requests, parked, with many models; and Ray Serve alone beside it.
 
 Proportional set sizes (/proc/PID/smaps_rollup): what processes share, such as a template and its engines, is counted
 once between them, so that the sums are what the machine really gives.
@@ -30,6 +30,13 @@ OURS = (
     "engine core",  # a plain start's engine has its core in a process of its own
 )
 
+PARTS = {
+    "bare": "Ray Serve alone",
+    "relight": "Relight, parking nothing",
+    "parking": "Relight, parking",
+    "plain": "Relight, without prebuilt templates",
+    "many": "Relight, without prebuilt templates, with many models",
+}
 Sample = dict[str, int]
 
 
@@ -40,58 +47,85 @@ def arguments(parser: ArgumentParser) -> None:
         default=5.0,
         help="seconds of quiet before each reading, in which the idle processor time is taken (default: 5)",
     )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--models", type=int, default=24, help="how many models many are (default: 24)")
 
 
 def measure(options: Namespace) -> dict[str, Any]:
     """Every state, `--runs` readings each."""
-    samples: dict[str, list[Sample]] = {}
-    busy: dict[str, list[dict[str, float]]] = {}
+    parts = options.parts.split(",")
+    if unknown := set(parts) - set(PARTS):
+        raise clusters.BenchError(f"--parts: no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    readings = _Readings(options.settle)
+    for part, title in PARTS.items():
+        if part in parts:
+            say(title)
+            _read_part(part, options, readings)
+    samples, busy = readings.samples, readings.busy
+    return {"states": {state: _summary(found, busy[state]) for state, found in samples.items()}}
 
-    def read(state: str, running: Running) -> None:
+
+class _Readings:
+    """By state."""
+
+    def __init__(self, settle_s: float) -> None:
+        self.samples: dict[str, list[Sample]] = {}
+        self.busy: dict[str, list[dict[str, float]]] = {}
+        self._settle_s = settle_s
+
+    def read(self, state: str, running: Running) -> None:
+        """One more of that state, after so much quiet."""
         before = usage.cpu_by_kind(running.processes())
-        time.sleep(options.settle)
+        time.sleep(self._settle_s)
         used = usage.cpu_between(before, usage.cpu_by_kind(running.processes()))
-        busy.setdefault(state, []).append({kind: s / options.settle for kind, s in used.items()})
+        self.busy.setdefault(state, []).append({kind: s / self._settle_s for kind, s in used.items()})
         sample = usage.pss_by_kind(running.processes())
-        samples.setdefault(state, []).append(sample)
+        self.samples.setdefault(state, []).append(sample)
         say(f"{state}: {sum(sample.values()) / 2**20:.0f} MiB")
 
-    def light(running: Running) -> None:
-        asyncio.run(one(running.target, chat(MODEL, PROMPT, 8), 300))
-        clusters.wait_for("a replica", lambda: running.status()["models"][0]["replicas"] == 1, 60)
 
-    say("Ray Serve alone")
-    with clusters.cluster("bare", {}, app="bench.null:trivial") as running:
-        for _ in range(options.runs):
-            read("bare Serve", running)
-    say("Relight, parking nothing")
-    keep_alive_s = 10 + options.settle
-    with clusters.cluster("relight", clusters.fleet(keep_alive_s=keep_alive_s)) as running:
+def _read_part(part: str, options: Namespace, readings: _Readings) -> None:
+    if part == "bare":
+        with clusters.cluster("bare", {}, app="bench.null:trivial") as running:
+            for _ in range(options.runs):
+                readings.read("bare Serve", running)
+        return
+    with clusters.cluster("relight", _fleet(part, options)) as running:
         clusters.wait_for_templates(running.checkout.run_dir)
         for _ in range(options.runs):
+            if part == "parking":
+                _light(running)
+                clusters.wait_until_dark(running, parked=True)
+                readings.read("parked", running)
+                continue
             clusters.wait_until_dark(running)
-            read("dark", running)
-            light(running)
-            read("lit, fresh", running)
-            asyncio.run(closed_loop(running.target, [chat(MODEL, PROMPT, 8)] * REQUESTS, 4))
-            read(f"lit, after {REQUESTS} requests", running)
-    say("Relight, parking")
-    parking = clusters.fleet(keep_alive_s=1, park_memory_bytes=4 * 2**30)
-    with clusters.cluster("relight", parking) as running:
-        clusters.wait_for_templates(running.checkout.run_dir)
-        for _ in range(options.runs):
-            light(running)
-            clusters.wait_until_dark(running, parked=True)
-            read("parked", running)
-    say("Relight, without prebuilt templates")
-    with clusters.cluster("relight", clusters.fleet(keep_alive_s=keep_alive_s, prebuilt="off")) as running:
-        clusters.wait_for_templates(running.checkout.run_dir)
-        for _ in range(options.runs):
-            clusters.wait_until_dark(running)
-            read("dark, prebuilt off", running)
-            light(running)
-            read("lit, prebuilt off", running)
-    return {"states": {state: _summary(found, busy[state]) for state, found in samples.items()}}
+            if part == "many":
+                readings.read(f"{options.models} dark, prebuilt off", running)
+                continue
+            plain = ", prebuilt off" if part == "plain" else ""
+            readings.read(f"dark{plain}", running)
+            _light(running)
+            readings.read("lit, prebuilt off" if plain else "lit, fresh", running)
+            if not plain:
+                asyncio.run(closed_loop(running.target, [chat(MODEL, PROMPT, 8)] * REQUESTS, 4))
+                readings.read(f"lit, after {REQUESTS} requests", running)
+
+
+def _fleet(part: str, options: Namespace) -> dict[str, Any]:
+    if part == "parking":
+        return clusters.fleet(keep_alive_s=1, park_memory_bytes=4 * 2**30)
+    prebuilt = "auto" if part == "relight" else "off"
+    made = clusters.fleet(keep_alive_s=10 + options.settle, prebuilt=prebuilt)
+    if part == "many":
+        (entry,) = made["models"]
+        more = [{**entry, "id": f"{MODEL}-{i}", "aliases": []} for i in range(1, options.models)]
+        made["models"] = [entry, *more]
+    return made
+
+
+def _light(running: Running) -> None:
+    asyncio.run(one(running.target, chat(MODEL, PROMPT, 8), 300))
+    clusters.wait_for("a replica", lambda: running.status()["models"][0]["replicas"] == 1, 60)
 
 
 def _summary(samples: list[Sample], busy: list[dict[str, float]]) -> dict[str, Any]:
@@ -122,8 +156,9 @@ def text(result: dict[str, Any]) -> str:
     lines.append(["Ray and Serve", *(mib(s["sum_bytes"] - s["ours_bytes"]) for s in states.values())])
     lines.append(["Relight's own", *(mib(s["ours_bytes"]) for s in states.values())])
     lines.append(["sum", *(mib(s["sum_bytes"]) for s in states.values())])
-    bare = states["bare Serve"]["sum_bytes"]
-    lines.append(["times bare Serve", *(round(s["sum_bytes"] / bare, 2) for s in states.values())])
+    if "bare Serve" in states:
+        bare = states["bare Serve"]["sum_bytes"]
+        lines.append(["times bare Serve", *(round(s["sum_bytes"] / bare, 2) for s in states.values())])
     cores = [
         f"  {name}: {state['cores']:.1%} ("
         + ", ".join(f"{kind} {share:.1%}" for kind, share in state["cores_by_process"].items())
