@@ -128,3 +128,11 @@ def test_no_call_is_logged(relight: Relight) -> None:
     assert any("Finished initializing replica" in line for line in lines)
     called = [line for line in lines if " -- CALL " in line and "default_gateway" not in line]
     assert not called, called[:5]
+
+
+def test_serves_handles_are_what_they_are_taken_for(relight: Relight) -> None:
+    """Else a start that goes through Serve would begin later, and the gateway's log says so."""
+    folder = relight.checkout.run_dir / "ray" / "session_latest" / "logs" / "serve"
+    logs = [log.read_text(errors="replace") for log in folder.glob("replica_default_gateway_*.log")]
+    assert any("the gateway listens on" in log for log in logs)
+    assert not any("with the next sample only" in log for log in logs)
