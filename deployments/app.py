@@ -213,7 +213,7 @@ class GatewayDeployment:
 
     def _build(self) -> Any:
         from deployments.gateway.app import build_gateway
-        from deployments.gateway.handles import tell_in_time
+        from deployments.gateway.handles import push_metrics_in_time
         from deployments.gateway.leases import ServeEngines
         from deployments.gateway.observe import SystemClock
         from deployments.gateway.traffic import TrafficCounter
@@ -239,7 +239,7 @@ class GatewayDeployment:
         clock = SystemClock()
         traffic = TrafficCounter(self._specs, clock)
         for handle in self._handles.values():
-            tell_in_time(handle, LOOK_BACK_S)
+            push_metrics_in_time(handle, LOOK_BACK_S)
         engines = ServeEngines(
             self._specs,
             self._handles,

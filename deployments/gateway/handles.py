@@ -9,21 +9,23 @@ from typing import Any
 
 log = logging.getLogger("ray.serve")
 
-HEARD_EVERY_S = 5.0
+HEARTBEAT_S = 5.0
 """How often a handle that nobody asks says so. Serve forgets one of which it has not heard for 10 s."""
 
 
-def tell_in_time(handle: Any, look_back_s: float, now_s: Callable[[], float] = time.monotonic) -> None:
+def push_metrics_in_time(
+    handle: Any, look_back_s: float, now_s: Callable[[], float] = time.monotonic
+) -> None:
     """Have a handle tell at once of who waits, and seldom that nobody does.
 
     A handle pushes a report as soon as somebody waits for a deployment without replicas, so that a start begins then.
     But Ray 2.60 reports what a timer sampled before (`RouterMetricsManager._get_metrics_report`), in which nobody waits
     yet: a start began at the next sample that was followed by a push, up to two periods later. Which of both timers
-    comes first is another matter in each handle. Here each push begins with a sample.
+    comes first is another matter in each handle. Here a sample comes before each push.
 
     And each handle pushes every period, whether or not anything has changed, which a fleet of dark models does for
     nothing. Here one that nobody has asked for twice as long as Serve looks back, so that its report holds zeros only,
-    pushes every `HEARD_EVERY_S` until somebody does.
+    pushes every `HEARTBEAT_S` until somebody does.
 
     `look_back_s` is the deployment's `look_back_period_s`. Where Ray has none of this any more, the handle is left as
     it is, and the log says so.
@@ -45,12 +47,12 @@ def tell_in_time(handle: Any, look_back_s: float, now_s: Callable[[], float] = t
 
     def push_in_time() -> None:
         nonlocal asked_s, told_s
-        sample()
         time_s = now_s()
         if asked():
             asked_s = time_s
-        if time_s < asked_s + 2 * look_back_s or time_s >= told_s + HEARD_EVERY_S:
+        if time_s < asked_s + 2 * look_back_s or time_s >= told_s + HEARTBEAT_S:
             told_s = time_s
+            sample()
             push()
 
     manager.push_autoscaling_metrics_to_controller = push_in_time
@@ -59,4 +61,4 @@ def tell_in_time(handle: Any, look_back_s: float, now_s: Callable[[], float] = t
         timer.task_func = push_in_time
 
 
-__all__ = ["HEARD_EVERY_S", "tell_in_time"]
+__all__ = ["HEARTBEAT_S", "push_metrics_in_time"]

@@ -15,20 +15,10 @@ from ray.serve._private.config import DeploymentConfig
 from ray.serve.config import AutoscalingConfig
 from ray.util import metrics
 
-from deployments.gateway.handles import HEARD_EVERY_S, tell_in_time
+from deployments.gateway.handles import HEARTBEAT_S, push_metrics_in_time
 
 LOOK_BACK_S = 1.0
 REPLICA = ReplicaID("r1", DeploymentID("m", "app"))
-
-
-class FakeClock:
-    """Stands still unless it is moved."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Handle:
@@ -84,7 +74,7 @@ def _manager(told: Told) -> router.RouterMetricsManager:
 async def test_who_waits_first_is_told_of_at_once() -> None:
     told = Told()
     manager = _manager(told)
-    tell_in_time(Handle(manager), LOOK_BACK_S)
+    push_metrics_in_time(Handle(manager), LOOK_BACK_S)
     # As the timer does, before anybody waits.
     manager._add_autoscaling_metrics_point()
     with manager.wrap_queued_request(is_retry=False, num_curr_replicas=0):
@@ -93,9 +83,9 @@ async def test_who_waits_first_is_told_of_at_once() -> None:
 
 
 async def test_that_nobody_asks_is_told_seldom_and_only_once_the_report_says_so() -> None:
-    told, clock = Told(), FakeClock()
+    told, times_s = Told(), [100.0]
     manager = _manager(told)
-    tell_in_time(Handle(manager), LOOK_BACK_S, clock)
+    push_metrics_in_time(Handle(manager), LOOK_BACK_S, lambda: times_s[-1])
 
     def pushed(ticks: int) -> list[int]:
         """At which of so many fifths of a second, which is how often the timer pushes."""
@@ -104,12 +94,12 @@ async def test_that_nobody_asks_is_told_seldom_and_only_once_the_report_says_so(
             before = len(told.payloads)
             manager.push_autoscaling_metrics_to_controller()
             found += [tick] * (len(told.payloads) - before)
-            clock.now_s += 0.2
+            times_s.append(times_s[-1] + 0.2)
         return found
 
     assert pushed(10) == [*range(10)]
     # Serve forgets a handle of which it has not heard for 10 s.
-    assert HEARD_EVERY_S < 10
+    assert HEARTBEAT_S < 10
     seldom = pushed(100)
     assert len(seldom) == 4
     assert {later - one for one, later in pairwise(seldom)} == {25}
@@ -130,7 +120,7 @@ async def test_a_timer_that_was_there_before_pushes_no_oftener() -> None:
     manager.metrics_pusher.register_or_update_task(
         manager.PUSH_METRICS_TO_CONTROLLER_TASK_NAME, manager.push_autoscaling_metrics_to_controller, 3600.0
     )
-    tell_in_time(Handle(manager), LOOK_BACK_S)
+    push_metrics_in_time(Handle(manager), LOOK_BACK_S)
     (timer,) = manager.metrics_pusher._tasks.values()
     assert timer.task_func == manager.push_autoscaling_metrics_to_controller
     await manager.shutdown()
@@ -138,5 +128,5 @@ async def test_a_timer_that_was_there_before_pushes_no_oftener() -> None:
 
 def test_a_handle_without_that_is_left_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ray.serve"):
-        tell_in_time(Handle(object()), LOOK_BACK_S)
+        push_metrics_in_time(Handle(object()), LOOK_BACK_S)
     assert "with the next sample only" in caplog.text

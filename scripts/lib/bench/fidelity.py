@@ -6,7 +6,7 @@ that is asked a few times while it is dark, what starts, answers, decisions and 
 gets the arrival times only. Policy and spec are those of the fleet.
 
 A dozen starts wander from one ten minutes to the next by more than the bars, on a machine with so few cores: so there
-are several runs, each with traffic of its own, by a model of its own. What is compared are all of them together.
+are several runs, each with traffic of its own, by a model of its own. What is compared is all of them together.
 
 Both sides count alike. Cold starts: from zero, with somebody waiting. Waiting: from a request's coming to its being
 given to an engine. GPU-seconds: replicas that start, run or stop, live as Serve tells several times a second; a model
@@ -58,7 +58,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--cycles",
         type=int,
         default=8,
-        help="of calibration, half of them before each run (default: 8)",
+        help="of calibration, half before and half after a run (default: 8)",
     )
     parser.add_argument(
         "--seed",
@@ -91,10 +91,13 @@ def fleet(policies: Mapping[str, str], keep_alive_s: float, store: str) -> dict[
 
 
 def measure(options: Namespace) -> dict[str, Any]:
-    policies = {f"{policy}-{run + 1}": policy for policy in _policies(options) for run in range(options.runs)}
-    traffic = {
-        model: _arrivals(options, options.seed + run % options.runs) for run, model in enumerate(policies)
-    }
+    policies: dict[str, str] = {}
+    traffic: dict[str, list[float]] = {}
+    for policy in _policies(options):
+        for run in range(options.runs):
+            model = f"{policy}-{run + 1}"
+            policies[model] = policy
+            traffic[model] = _arrivals(options, options.seed + run)
     folder = clusters.HOME / "fidelity"
     folder.mkdir(parents=True, exist_ok=True)
     engine = _engine(options.profile, folder)
@@ -130,8 +133,10 @@ def _policies(options: Namespace) -> list[str]:
     for name in policies:
         if name not in POLICIES:
             raise BenchError(f"--policies: {name!r} is none of {', '.join(sorted(POLICIES))}")
-    if options.cycles < 2 or options.burst_requests < 2:
-        raise BenchError("--cycles, --burst-requests: both must be at least 2")
+    if options.burst_requests < 2:
+        raise BenchError(f"--burst-requests: {options.burst_requests} is not at least 2")
+    if options.cycles < 4 or options.cycles % 2:
+        raise BenchError(f"--cycles: {options.cycles} is not even and at least 4")
     for name in ("runs", "minutes", "mean_gap_s", "burst_gap_s", "sim_seeds", "output_tokens"):
         if getattr(options, name) <= 0:
             raise BenchError(f"--{name.replace('_', '-')}: {getattr(options, name)} is not above 0")

@@ -75,7 +75,7 @@ async def drive(
     """(model -> what it did, input tokens of a request), one model after another, each asked at its own times."""
     asker = Asker(running, options.output_tokens, options.seed)
     found: dict[str, Live] = {}
-    half = (options.cycles + 1) // 2
+    half = options.cycles // 2
     async with Watch(running) as watch:
         input_tokens = await _lit_once(asker, watch, [CALIBRATION, *traffic])
 

@@ -7,9 +7,11 @@ once between them, so that the sums are what the machine really gives.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bench import clusters, usage
@@ -30,13 +32,6 @@ OURS = (
     "engine core",  # a plain start's engine has its core in a process of its own
 )
 
-PARTS = {
-    "bare": "Ray Serve alone",
-    "relight": "Relight, parking nothing",
-    "parking": "Relight, parking",
-    "plain": "Relight, without prebuilt templates",
-    "many": "Relight, without prebuilt templates, with many models",
-}
 Sample = dict[str, int]
 
 
@@ -56,11 +51,12 @@ def measure(options: Namespace) -> dict[str, Any]:
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
         raise clusters.BenchError(f"--parts: no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if options.models < 1:
+        raise clusters.BenchError(f"--models: {options.models} is not at least 1")
     readings = _Readings(options.settle)
-    for part, title in PARTS.items():
-        if part in parts:
-            say(title)
-            _read_part(part, options, readings)
+    for name, part in PARTS.items():
+        if name in parts:
+            part(options, readings)
     samples, busy = readings.samples, readings.busy
     return {"states": {state: _summary(found, busy[state]) for state, found in samples.items()}}
 
@@ -84,43 +80,69 @@ class _Readings:
         say(f"{state}: {sum(sample.values()) / 2**20:.0f} MiB")
 
 
-def _read_part(part: str, options: Namespace, readings: _Readings) -> None:
-    if part == "bare":
-        with clusters.cluster("bare", {}, app="bench.null:trivial") as running:
-            for _ in range(options.runs):
-                readings.read("bare Serve", running)
-        return
-    with clusters.cluster("relight", _fleet(part, options)) as running:
-        clusters.wait_for_templates(running.checkout.run_dir)
+def _bare(options: Namespace, readings: _Readings) -> None:
+    say("Ray Serve alone")
+    with clusters.cluster("bare", {}, app="bench.null:trivial") as running:
         for _ in range(options.runs):
-            if part == "parking":
-                _light(running)
-                clusters.wait_until_dark(running, parked=True)
-                readings.read("parked", running)
-                continue
+            readings.read("bare Serve", running)
+
+
+def _prebuilt(options: Namespace, readings: _Readings) -> None:
+    say("Relight, parking nothing")
+    with _relight(clusters.fleet(keep_alive_s=10 + options.settle)) as running:
+        for _ in range(options.runs):
             clusters.wait_until_dark(running)
-            if part == "many":
-                readings.read(f"{options.models} dark, prebuilt off", running)
-                continue
-            plain = ", prebuilt off" if part == "plain" else ""
-            readings.read(f"dark{plain}", running)
+            readings.read("dark", running)
             _light(running)
-            readings.read("lit, prebuilt off" if plain else "lit, fresh", running)
-            if not plain:
-                asyncio.run(closed_loop(running.target, [chat(MODEL, PROMPT, 8)] * REQUESTS, 4))
-                readings.read(f"lit, after {REQUESTS} requests", running)
+            readings.read("lit, fresh", running)
+            asyncio.run(closed_loop(running.target, [chat(MODEL, PROMPT, 8)] * REQUESTS, 4))
+            readings.read(f"lit, after {REQUESTS} requests", running)
 
 
-def _fleet(part: str, options: Namespace) -> dict[str, Any]:
-    if part == "parking":
-        return clusters.fleet(keep_alive_s=1, park_memory_bytes=4 * 2**30)
-    prebuilt = "auto" if part == "relight" else "off"
-    made = clusters.fleet(keep_alive_s=10 + options.settle, prebuilt=prebuilt)
-    if part == "many":
-        (entry,) = made["models"]
-        more = [{**entry, "id": f"{MODEL}-{i}", "aliases": []} for i in range(1, options.models)]
-        made["models"] = [entry, *more]
-    return made
+def _parking(options: Namespace, readings: _Readings) -> None:
+    say("Relight, parking")
+    with _relight(clusters.fleet(keep_alive_s=1, park_memory_bytes=4 * 2**30)) as running:
+        for _ in range(options.runs):
+            _light(running)
+            clusters.wait_until_dark(running, parked=True)
+            readings.read("parked", running)
+
+
+def _plain(options: Namespace, readings: _Readings) -> None:
+    say("Relight, without prebuilt templates")
+    with _relight(clusters.fleet(keep_alive_s=10 + options.settle, prebuilt="off")) as running:
+        for _ in range(options.runs):
+            clusters.wait_until_dark(running)
+            readings.read("dark, prebuilt off", running)
+            _light(running)
+            readings.read("lit, prebuilt off", running)
+
+
+def _many(options: Namespace, readings: _Readings) -> None:
+    say("Relight, without prebuilt templates, with many models")
+    fleet = clusters.fleet(prebuilt="off")
+    (entry,) = fleet["models"]
+    fleet["models"] += [{**entry, "id": f"{MODEL}-{i}", "aliases": []} for i in range(1, options.models)]
+    with _relight(fleet) as running:
+        for _ in range(options.runs):
+            clusters.wait_until_dark(running)
+            readings.read(f"{options.models} dark, prebuilt off", running)
+
+
+PARTS: Mapping[str, Callable[[Namespace, _Readings], None]] = {
+    "bare": _bare,
+    "prebuilt": _prebuilt,
+    "parking": _parking,
+    "plain": _plain,
+    "many": _many,
+}
+
+
+@contextlib.contextmanager
+def _relight(fleet: dict[str, Any]) -> Iterator[Running]:
+    with clusters.cluster("relight", fleet) as running:
+        clusters.wait_for_templates(running.checkout.run_dir)
+        yield running
 
 
 def _light(running: Running) -> None:
