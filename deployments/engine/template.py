@@ -141,6 +141,7 @@ def preload() -> str:
         for name in PRELOAD_CPU:
             _import(name)
         _register_kernels(current_platform)
+        _rank_uncompiled()
     elif current_platform.is_cuda():
         _choose_sampler()
     return str(current_platform.device_type)
@@ -224,6 +225,20 @@ def _register_kernels(platform: Any) -> None:
         return
     register()
     type(platform).register_triton_kernel_overrides = classmethod(lambda _: None)
+
+
+def _rank_uncompiled() -> None:
+    """The rank of a token among all as plain PyTorch, where vLLM compiles two operations into one on first use.
+
+    On a CPU they take microseconds, the compiler seconds, in which the engine answers nobody; and as engines are forked
+    anew at each wake, each would compile again. A version that keeps this elsewhere does as it does.
+    """
+    name = "batched_count_greater_than"
+    for module in ("vllm.v1.sample.ops.logprobs", "vllm.v1.sample.sampler"):
+        compiled = getattr(sys.modules.get(module), name, None)
+        plain = getattr(compiled, "_torchdynamo_orig_callable", None)
+        if plain is not None:
+            setattr(sys.modules[module], name, plain)
 
 
 def _import(name: str) -> None:

@@ -125,6 +125,27 @@ def test_versions_that_keep_these_elsewhere(monkeypatch: pytest.MonkeyPatch) -> 
     template._unseeded_span_ids()
 
 
+def test_what_a_request_for_logprobs_needs_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wake would pay the compiler anew; vLLM's sampler has a name of its own for it."""
+    torch = pytest.importorskip("torch")
+
+    def rank(x: object) -> object:
+        return x
+
+    compiled = torch.compile(rank)
+    name = "batched_count_greater_than"
+    holders = [
+        module(monkeypatch, of, **{name: compiled})
+        for of in ("vllm.v1.sample.ops.logprobs", "vllm.v1.sample.sampler")
+    ]
+    for _ in range(2):  # plain already, it stays
+        template._rank_uncompiled()
+        assert [getattr(holder, name) for holder in holders] == [rank, rank]
+    delattr(holders[1], name)
+    template._rank_uncompiled()
+    assert not hasattr(holders[1], name)
+
+
 @pytest.mark.parametrize(
     ("can", "said", "is_set"), [(False, None, "0"), (False, "1", "1"), (True, None, None)]
 )
