@@ -130,7 +130,7 @@ def read_body(route: Route, content_type: bytes, content_encoding: bytes, body: 
         )
     media_type = content_type.split(b";", 1)[0].strip().lower()
     if media_type == b"application/json":
-        return _read_json(body)
+        return _read_json(route, body)
     if media_type == b"multipart/form-data" and route.multipart:
         return _read_form(content_type, body)
     raise UnsupportedMediaType(
@@ -140,7 +140,7 @@ def read_body(route: Route, content_type: bytes, content_encoding: bytes, body: 
     )
 
 
-def _read_json(body: bytes) -> Asked:
+def _read_json(route: Route, body: bytes) -> Asked:
     try:
         document = json.loads(body)
     except RecursionError:
@@ -149,6 +149,12 @@ def _read_json(body: bytes) -> Asked:
         raise InvalidRequest(f"The body is not valid JSON: {_short(str(error))}") from None
     if not isinstance(document, dict):
         raise InvalidRequest("The body must be a JSON object.")
+    if route.style is Style.RESPONSES and document.get("background") is True:
+        # Nobody would wait for it, so that its engine ends with the answer unwritten.
+        raise InvalidRequest(
+            "`background` is not served: an engine lasts as long as somebody waits for it. Stream the response instead.",
+            param="background",
+        )
     # Only a true `true` lets the gateway answer with events early; what else means true is the engine's
     # affair.
     return Asked(_model_name(document.get("model")), document.get("stream") is True)
@@ -373,13 +379,14 @@ def error_document(fields: Mapping[str, Any], style: Style = Style.CHAT) -> dict
 
 
 def reshaped_error(status: int, body: bytes, model: str, path: str, style: Style) -> bytes | None:
-    """OpenAI's document for an error that an engine answered; None if that has its shape already, or is no JSON."""
+    """The route's document for an error that an engine answered; None if that has its shape already, or is no JSON."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         return None
     if isinstance(document, dict) and isinstance(document.get("error"), dict):
-        return None
+        if style is not Style.MESSAGES or document.get("type") == "error":
+            return None
     return json.dumps(error_document(engine_error_fields(status, body, model, path), style)).encode()
 
 

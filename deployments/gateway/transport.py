@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import weakref
 from collections.abc import AsyncIterator
 
@@ -11,6 +12,8 @@ from yarl import URL
 
 from deployments.errors import EngineInterrupted, EngineUnreachable
 from deployments.gateway.engines import Headers
+
+log = logging.getLogger("ray.serve")
 
 # vLLM's server closes a connection that was idle for 5 s; reusing one that it is about to close costs a
 # retry.
@@ -35,7 +38,9 @@ class UnixEngineResponse:
             while chunk := await read():
                 yield chunk
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineInterrupted(f"The engine's answer broke off: {error}") from error
+            # How it broke off is in this client's own words, which say nothing to those who asked.
+            log.info("an engine's answer broke off: %s", error)
+            raise EngineInterrupted("The engine's answer broke off.") from error
 
     async def close(self) -> None:
         """Close the connection, unless the whole body was read and it is back in the pool."""

@@ -325,3 +325,22 @@ async def test_a_fault_of_the_gateway_is_a_500_with_its_traceback_in_the_log(
     assert "unforeseen" not in answer.text
     assert "LookupError: unforeseen" in caplog.text
     await lab.quiet()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"error": {"message": "1 validation error", "type": "Bad Request", "param": None, "code": 400}},
+        {"type": "error", "error": {"type": "BadRequestError", "message": "1 validation error"}},
+    ],
+)
+async def test_an_engines_error_has_the_shape_of_its_route(lab: Lab, said: dict[str, Any]) -> None:
+    """Anthropic's clients look for the outer `type`, OpenAI's for the error alone."""
+    lab.model.light()
+    lab.engine.script.answer = (400, b"application/json", json.dumps(said).encode())
+    for path, outer in (("/v1/messages", {"type", "error"}), (CHAT, set(said))):
+        answer = await lab.client.post(path, json={"model": "tiny"})
+        assert answer.status_code == 400
+        document = answer.json()
+        assert set(document) == outer and document.get("type", "error") == "error"
+        assert document["error"]["message"] == "1 validation error"

@@ -82,6 +82,21 @@ async def test_stored_responses_are_found_by_query_or_header(lab: Lab) -> None:
     ]
 
 
+async def test_background_responses_are_refused(lab: Lab) -> None:
+    """Their engine would end with the answer unwritten, since nobody waits for it."""
+    asked = {"model": "tiny", "input": "hi"}
+    refused = await lab.client.post("/v1/responses", json={**asked, "background": True})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "background"
+    lab.model.light()
+    for path, body in (
+        ("/v1/responses", {**asked, "background": False}),
+        ("/v1/embeddings", {**asked, "background": True}),
+    ):
+        assert (await lab.client.post(path, json=body)).status_code == 200
+    assert [seen.target for seen in lab.engine.seen] == ["/v1/responses", "/v1/embeddings"]
+
+
 async def test_the_only_model_needs_no_name_for_stored_responses() -> None:
     """A fleet of one model knows whose response it is."""
     async with make_lab(models=("tiny",)) as lab:
