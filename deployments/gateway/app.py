@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from http import HTTPStatus
 from importlib import metadata
 from typing import Any
 
@@ -146,7 +147,9 @@ class _Site:
             body,
             request.headers.get("authorization"),
         )
-        return JSONResponse(document, status)
+        # What a 401 must say (RFC 9110, 15.5.2).
+        headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else None
+        return JSONResponse(document, status, headers)
 
     async def metrics(self, request: Request) -> Response:
         page = exposition.merge(self._telemetry.prometheus(), await self._engines.engine_metrics())

@@ -422,6 +422,7 @@ class FakeEngines:
     models: dict[str, FakeModel]
     metrics: list[tuple[str, str]] = field(default_factory=list)
     controlled: list[tuple[Any, ...]] = field(default_factory=list)
+    control_status: int = 418
 
     async def acquire(self, model: str) -> FakeLease:
         """Wait until the model is lit."""
@@ -442,9 +443,9 @@ class FakeEngines:
     async def control(
         self, method: str, path: str, query: Mapping[str, str], body: bytes, authorization: str | None
     ) -> tuple[int, dict[str, Any]]:
-        """Keeps what was asked, and answers 418."""
+        """Keeps what was asked, and answers `control_status`."""
         self.controlled.append((method, path, dict(query), body, authorization))
-        return 418, {"answer": len(self.controlled)}
+        return self.control_status, {"answer": len(self.controlled)}
 
     async def engine_metrics(self) -> Sequence[tuple[str, str]]:
         """As the test said."""

@@ -505,3 +505,12 @@ async def test_the_control_api_is_the_controllers() -> None:
         assert (await lab.client.post("/relight/v1/x", content=b"x" * (4 << 20 | 1))).status_code == 413
         assert len(lab.engines.controlled) == 1
         assert (await lab.client.get("/relight/v1/status")).json()["models"][0]["id"] == "tiny"
+
+
+async def test_who_has_no_token_is_told_which_kind_is_asked_for() -> None:
+    """As HTTP wants of a 401, and of no other answer."""
+    async with make_lab() as lab:
+        answers = []
+        for lab.engines.control_status in (401, 200):
+            answers.append(await lab.client.get("/relight/v1/policies"))
+        assert [a.headers.get("www-authenticate") for a in answers] == ["Bearer", None]
