@@ -152,7 +152,7 @@ def _read_json(route: Route, body: bytes) -> Asked:
     if route.style is Style.RESPONSES and document.get("background") is True:
         # Nobody would wait for it, so that its engine ends with the answer unwritten.
         raise InvalidRequest(
-            "`background` is not served: an engine lasts as long as somebody waits for it. Stream the response instead.",
+            "`background` is not served: an engine lasts while somebody waits for it. Stream the response instead.",
             param="background",
         )
     # Only a true `true` lets the gateway answer with events early; what else means true is the engine's
@@ -384,9 +384,9 @@ def reshaped_error(status: int, body: bytes, model: str, path: str, style: Style
         document = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    if isinstance(document, dict) and isinstance(document.get("error"), dict):
-        if style is not Style.MESSAGES or document.get("type") == "error":
-            return None
+    shaped = isinstance(document, dict) and isinstance(document.get("error"), dict)
+    if shaped and (style is not Style.MESSAGES or document.get("type") == "error"):
+        return None
     return json.dumps(error_document(engine_error_fields(status, body, model, path), style)).encode()
 
 
