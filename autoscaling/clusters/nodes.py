@@ -154,11 +154,12 @@ def _fits_nowhere(
 
 
 def _cheapest(shapes: Sequence[Shape]) -> Shape:
-    def cost(shape: Shape) -> tuple[float, int, int]:
-        usd = shape.usd_per_hour
-        return (float("inf") if usd is None else usd, shape.gpus, shape.cpus)
+    return min(shapes, key=lambda shape: (_usd(shape), shape.gpus, shape.cpus))
 
-    return min(shapes, key=cost)
+
+def _usd(shape: Shape) -> float:
+    """What is sorted by. A price that nobody gave may be any, so that it comes after all that are known."""
+    return math.inf if shape.usd_per_hour is None else shape.usd_per_hour
 
 
 def _nodes(model: Model, wanted: dict[str, list[Model]], machines: Machines) -> int:
@@ -172,7 +173,7 @@ def _nodes(model: Model, wanted: dict[str, list[Model]], machines: Machines) -> 
 
 def _types(wanted: dict[str, list[Model]], machines: Machines, node_start_s: float) -> list[NodeType]:
     def cost(shape: Shape) -> tuple[float, float]:
-        return (shape.usd_per_hour or 0.0, shape.gpus * (shape.gpu_memory_gib or 0.0))
+        return (_usd(shape), shape.gpus * (shape.gpu_memory_gib or 0.0))
 
     shapes = sorted((machines.shapes[name] for name in wanted), key=cost)
     kinds = [_kind(shape) for shape in shapes]

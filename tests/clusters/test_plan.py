@@ -98,6 +98,19 @@ def test_a_price_that_nobody_gave_is_unknown_and_not_nothing() -> None:
     assert "give --prices" in text.output
 
 
+def test_a_machine_without_a_price_is_asked_for_last() -> None:
+    """It may cost anything: what is known goes first, where a model says no order of its own."""
+    prices = {"kuberay": {"shapes": {"l4": {"usd_per_hour": 0.98, "spot_usd_per_hour": 0.49}}}}
+    machines = load_machines("kuberay", prices, "f")
+    order = ["l4-spot", "l4-ondemand", "a100-spot", "a100-ondemand"]
+    for resources in ({"gpus": 1}, {"gpus": 1, "accelerator_types": ["L4", "A100"]}):
+        fleet = _fleet({"resources": resources})
+        choice = choose(fleet, "kuberay", machines, ["L4", "A100"])
+        assert [t.name for t in choice.for_model(fleet.models[0])] == order
+        by_priority = sorted(choice.types, key=lambda t: -t.priority)
+        assert [t.name for t in by_priority] == order
+
+
 def test_the_cheapest_machine_that_fits_is_taken() -> None:
     machines = load_machines("aws")
     for cpus, gpus, machine in ((2, 1, "g6.xlarge"), (6, 1, "g6.2xlarge"), (2, 2, "g6.12xlarge")):
