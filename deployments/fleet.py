@@ -125,17 +125,61 @@ class _Config(BaseModel):
     )
 
 
+LEAST_AMOUNT = 0.0001
+"""The unit in which Ray counts a resource."""
+
+_RESOURCES_OWNED: Mapping[str, str] = {
+    "CPU": "give the number as resources.cpus",
+    "GPU": "give the number as resources.gpus",
+    "memory": "Ray counts memory itself, so that a resource of your own needs another name",
+    "object_store_memory": "Ray counts memory itself, so that a resource of your own needs another name",
+}
+"""Names that Ray refuses among custom resources, and what to do in their place."""
+
+
+def _check_amount(value: float) -> float:
+    if 0 < value < LEAST_AMOUNT:
+        text = f"{show(value)} is less than Ray can count: give 0, or at least {LEAST_AMOUNT:g}"
+        raise _Problems(((), text))
+    return value
+
+
+Amount = Annotated[
+    float,
+    Field(ge=0),
+    AfterValidator(_check_amount),
+    WithJsonSchema({"type": "number", "anyOf": [{"const": 0}, {"minimum": LEAST_AMOUNT}]}),
+]
+"""How much of a resource, as Ray counts it."""
+
+
 class Resources(_Config):
     """What one replica, and thus one engine, holds."""
 
     gpus: int = Field(default=0, ge=0)
     """Whole GPUs; 0 runs the model on CPUs."""
-    cpus: float = Field(default=1, ge=0)
+    cpus: Amount = 1
     """CPU cores, as Ray counts them."""
     accelerator_types: list[Annotated[str, Field(min_length=1)]] = []
     """Ray's accelerator types (L4, A100, H100, ...) in order of preference; empty takes any."""
-    custom: dict[str, Annotated[float, Field(ge=0)]] = {}
+    custom: dict[str, Amount] = Field(
+        default={}, json_schema_extra={"propertyNames": {"minLength": 1, "not": {"enum": [*_RESOURCES_OWNED]}}}
+    )
     """Custom Ray resources."""
+
+    @field_validator("custom")
+    @classmethod
+    def _names_are_free(cls, custom: dict[str, float]) -> dict[str, float]:
+        problems: list[tuple[_Loc, str]] = [
+            ((name,), f"Ray takes no custom resource of this name: {reason}")
+            for name, reason in _RESOURCES_OWNED.items()
+            if name in custom
+        ]
+        if "" in custom:
+            problems.append((("",), "'' is no name of a resource: give it one that your nodes offer"))
+        if problems:
+            raise _Problems(*problems)
+        return custom
 
     @model_validator(mode="after")
     def _accelerators_need_gpus(self) -> Self:

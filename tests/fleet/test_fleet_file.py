@@ -84,7 +84,12 @@ def test_schema_accepts_the_shipped_fleet_and_refuses_unknown_keys() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     shipped = yaml.safe_load((ROOT / "fleet.yaml").read_text())
     jsonschema.validate(shipped, schema)
-    for wrong in ({"modelz": []}, {"models": [{"id": "m", "source": "o/n", "engine": {"port": 1}}]}):
+    for wrong in (
+        {"modelz": []},
+        {"models": [{"id": "m", "source": "o/n", "engine": {"port": 1}}]},
+        {"models": [{"id": "m", "source": "o/n", "resources": {"custom": {"GPU": 1}}}]},
+        {"models": [{"id": "m", "source": "o/n", "resources": {"cpus": 1e-5}}]},
+    ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
 
@@ -209,6 +214,18 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             {"resources": {"accelerator_types": ["L4"]}},
             "models[0].resources.accelerator_types: ['L4'] asks for",
         ),
+        (
+            {"resources": {"custom": {"GPU": 1}}},
+            "models[0].resources.custom.GPU: Ray takes no custom resource of this name: give the number as "
+            "resources.gpus",
+        ),
+        ({"resources": {"custom": {"CPU": 0}}}, "custom.CPU: Ray takes no custom resource of this name: give"),
+        ({"resources": {"custom": {"memory": 5}}}, "models[0].resources.custom.memory: Ray takes no custom"),
+        ({"resources": {"custom": {"object_store_memory": 5}}}, "custom.object_store_memory: Ray takes no"),
+        ({"resources": {"custom": {"": 1}}}, "models[0].resources.custom['']: '' is no name of a resource"),
+        ({"resources": {"custom": {"a": 1e-5}}}, "models[0].resources.custom.a: 1e-05 is less than Ray can"),
+        ({"resources": {"cpus": 0.00009}}, "cpus: 9e-05 is less than Ray can count: give 0, or at least 0.0001"),
+        ({"resources": {"cpus": -1}}, "models[0].resources.cpus: -1 is not at least 0"),
         ({"env": {"A": 1}}, "models[0].env.A: 1 is not a string (put quotes around it)"),
         ({"env": {"A=B": "1"}}, "models[0].env['A=B']: 'A=B' is not a name of an environment variable"),
         ({"id": "a b"}, "models[0].id: 'a b' does not match"),
