@@ -60,6 +60,8 @@ ENGINE_KEYS_OWNED: Mapping[str, str] = {
 """vLLM arguments that a fleet may not set, and why."""
 
 _Loc = tuple[str | int, ...]
+_Problem = tuple[_Loc, str]
+"""The place, and what is wrong there."""
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 
@@ -71,7 +73,7 @@ _ENGINE_KEY = re.compile(r"[A-Za-z][A-Za-z0-9_-]*(\.[A-Za-z0-9_.-]+)?")
 class _Problems(ValueError):
     """What a validator found wrong: (place below the validated value, text) for each problem."""
 
-    def __init__(self, *problems: tuple[_Loc, str]) -> None:
+    def __init__(self, *problems: _Problem) -> None:
         super().__init__("; ".join(text for _, text in problems))
         self.problems = problems
 
@@ -124,6 +126,30 @@ class _Config(BaseModel):
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @model_validator(mode="after")
+    def _agrees(self, info: ValidationInfo) -> Self:
+        # A part that raises keeps the whole from being made, and from being looked at: who wants all contradictions
+        # at once lets the whole alone say them.
+        if isinstance(self, (info.context or {}).get("said_by", _Config)) and (found := [*self._all_wrong()]):
+            raise _Problems(*found)
+        return self
+
+    def _all_wrong(self) -> Iterator[_Problem]:
+        """What contradicts itself in it and in its parts."""
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            parts: list[tuple[_Loc, object]] = [((name,), value)]
+            if isinstance(value, list):
+                parts = [((name, index), part) for index, part in enumerate(value)]
+            for place, part in parts:
+                if isinstance(part, _Config):
+                    yield from (((*place, *below), text) for below, text in part._all_wrong())
+        yield from self._wrong()
+
+    def _wrong(self) -> Iterator[_Problem]:
+        """What contradicts itself, though each value is right by itself."""
+        yield from ()
+
 
 LEAST_AMOUNT = 0.0001
 """The unit in which Ray counts a resource."""
@@ -170,7 +196,7 @@ class Resources(_Config):
     @field_validator("custom")
     @classmethod
     def _names_are_free(cls, custom: dict[str, float]) -> dict[str, float]:
-        problems: list[tuple[_Loc, str]] = [
+        problems: list[_Problem] = [
             ((name,), f"Ray takes no custom resource of this name: {reason}")
             for name, reason in _RESOURCES_OWNED.items()
             if name in custom
@@ -181,12 +207,10 @@ class Resources(_Config):
             raise _Problems(*problems)
         return custom
 
-    @model_validator(mode="after")
-    def _accelerators_need_gpus(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
         if self.accelerator_types and not self.gpus:
             text = f"{self.accelerator_types} asks for an accelerator, but gpus is 0: set gpus to at least 1"
-            raise _Problems((("accelerator_types",), text))
-        return self
+            yield ("accelerator_types",), text
 
 
 PolicyName = Literal[
@@ -236,22 +260,19 @@ class Schedule(_Config):
             raise _Problems(((), f"{timezone!r} is not a time zone; {hint}")) from None
         return timezone
 
-    @model_validator(mode="after")
-    def _serving_takes_a_replica(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
         if self.rung == "serving" and not self.replicas:
-            raise _Problems((("replicas",), "0 is not at least 1, which the rung serving takes"))
-        return self
+            yield ("replicas",), "0 is not at least 1, which the rung serving takes"
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _check_policy(policy: str, params: Mapping[str, float]) -> None:
-    from autoscaling.core.policies import wrong_choice
+def _wrong_params(policy: str, params: Mapping[str, float]) -> Iterator[_Problem]:
+    from autoscaling.core.policies import wrong_choices
 
-    if wrong := wrong_choice(policy, params):
-        place = tuple(wrong.field.split("."))
-        raise _Problems((place, f"{wrong.value!r} is not right; expected {wrong.expected}"))
+    for wrong in wrong_choices(policy, params):
+        yield tuple(wrong.field.split(".")), f"{wrong.value!r} is not right; expected {wrong.expected}"
 
 
 class Scaling(_Config):
@@ -282,31 +303,26 @@ class Scaling(_Config):
     park: bool = True
     """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
 
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> Self:
-        problems: list[tuple[_Loc, str]] = []
+    def _wrong(self) -> Iterator[_Problem]:
         if self.min_replicas > self.max_replicas:
             text = f"{self.min_replicas} is not at most max_replicas ({self.max_replicas})"
-            problems.append((("min_replicas",), text))
+            yield ("min_replicas",), text
         if self.target_ongoing_requests > self.max_ongoing_requests:
             target, bound = self.target_ongoing_requests, self.max_ongoing_requests
             text = f"{target:g} is not at most max_ongoing_requests ({bound})"
-            problems.append((("target_ongoing_requests",), text))
+            yield ("target_ongoing_requests",), text
         fixed = self.params.get("replicas", 0) if self.policy == "fixed" else 0
         if fixed > self.max_replicas:
             text = f"{fixed:g} is not at most max_replicas ({self.max_replicas})"
-            problems.append((("params", "replicas"), text))
+            yield ("params", "replicas"), text
         for index, schedule in enumerate(self.schedules):
             if schedule.replicas > self.max_replicas:
                 text = f"{schedule.replicas} is not at most max_replicas ({self.max_replicas})"
-                problems.append((("schedules", index, "replicas"), text))
+                yield ("schedules", index, "replicas"), text
             if schedule.rung == "parked" and not self.park:
                 text = "'parked' is never reached while park is false: set park to true, or another rung"
-                problems.append((("schedules", index, "rung"), text))
-        if problems:
-            raise _Problems(*problems)
-        _check_policy(self.policy, self.params)
-        return self
+                yield ("schedules", index, "rung"), text
+        yield from _wrong_params(self.policy, self.params)
 
 
 class Limits(_Config):
@@ -362,7 +378,7 @@ class Model(_Config):
     @field_validator("engine")
     @classmethod
     def _engine_keys(cls, engine: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        problems: list[tuple[_Loc, str]] = []
+        problems: list[_Problem] = []
         seen: dict[str, str] = {}
         for key in engine:
             flag = _flag(key)
@@ -381,7 +397,7 @@ class Model(_Config):
     @field_validator("env")
     @classmethod
     def _env_names(cls, env: dict[str, str]) -> dict[str, str]:
-        problems: list[tuple[_Loc, str]] = []
+        problems: list[_Problem] = []
         for key, value in env.items():
             if key == "VLLM_API_KEY":
                 problems.append(((key,), f"a fleet may not set this: {ENGINE_KEYS_OWNED['api-key']}"))
@@ -393,8 +409,7 @@ class Model(_Config):
             raise _Problems(*problems)
         return env
 
-    @model_validator(mode="after")
-    def _parallelism_fits(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
         by_flag = {_flag(key): value for key, value in self.engine.items()}
         kinds = ("tensor", "pipeline", "data")
         given = [by_flag.get(f"{kind}-parallel-size", 1) for kind in kinds]
@@ -405,8 +420,7 @@ class Model(_Config):
                 f"{self.resources.gpus} is not at least {wanted}, which the engine's "
                 f"{' times '.join(factors)} asks for"
             )
-            raise _Problems((("resources", "gpus"), text))
-        return self
+            yield ("resources", "gpus"), text
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -459,7 +473,7 @@ class GatewayConfig(_Config):
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, origins: list[str]) -> list[str]:
-        problems: list[tuple[_Loc, str]] = []
+        problems: list[_Problem] = []
         for i, origin in enumerate(origins):
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 # A browser compares letter by letter: one with a path, a slash or a capital is never met.
@@ -478,12 +492,9 @@ class GatewayConfig(_Config):
             raise _Problems(((), f"{listen!r} has a port that is not one of 1 to 65535"))
         return listen
 
-    @model_validator(mode="after")
-    def _bounds_agree(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
         if self.max_replicas < self.replicas:
-            text = f"{self.max_replicas} is not at least replicas ({self.replicas})"
-            raise _Problems((("max_replicas",), text))
-        return self
+            yield ("max_replicas",), f"{self.max_replicas} is not at least replicas ({self.replicas})"
 
 
 class EngineHostConfig(_Config):
@@ -523,10 +534,8 @@ class ShadowConfig(_Config):
     wait_cost: float | None = Field(default=None, ge=0)
     """null takes each model's own."""
 
-    @model_validator(mode="after")
-    def _params_are_the_policys(self) -> Self:
-        _check_policy(self.policy, self.params)
-        return self
+    def _wrong(self) -> Iterator[_Problem]:
+        return _wrong_params(self.policy, self.params)
 
 
 class ControllerConfig(_Config):
@@ -565,14 +574,12 @@ class ControllerConfig(_Config):
                 raise _Problems(((), error.message.removeprefix("store: "))) from None
         return store
 
-    @model_validator(mode="after")
-    def _plans_outlive_their_period(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
         longest_s = max(self.tick_s, self.plan_every_s)
         if self.plan_expires_s < 2 * longest_s:
             bound = f"{2 * longest_s:g}, twice the longer of tick_s and plan_every_s"
             text = f"{self.plan_expires_s:g} is not at least {bound}"
-            raise _Problems((("plan_expires_s",), text))
-        return self
+            yield ("plan_expires_s",), text
 
 
 def deployment_name(model_id: str) -> str:
@@ -589,64 +596,53 @@ class Fleet(_Config):
     telemetry: TelemetryConfig = TelemetryConfig()
     controller: ControllerConfig = ControllerConfig()
 
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
+    def _wrong(self) -> Iterator[_Problem]:
+        yield from self._names_that_clash()
+        yield from self._over_the_budget()
+        yield from self._rungs_without_memory()
+
+    def _names_that_clash(self) -> Iterator[_Problem]:
         owner: dict[str, str] = {}
-        problems: list[tuple[_Loc, str]] = []
         for index, model in enumerate(self.models):
             places: list[_Loc] = [("id",), *(("aliases", i) for i in range(len(model.aliases)))]
             for place, name in zip(places, model.names, strict=True):
                 here: _Loc = ("models", index, *place)
                 if name in owner:
-                    problems.append((here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"))
+                    yield here, f"{name!r} is taken by {owner[name]}: ids and aliases are unique"
                 owner.setdefault(name, path_of(here))
         deployed: dict[str, str] = {}
         for index, model in enumerate(self.models):
             other = deployed.setdefault(deployment_name(model.id), model.id)
             if other != model.id:
                 text = f"{model.id!r} is too like {other!r}: to Serve both are {deployment_name(model.id)!r}"
-                problems.append((("models", index, "id"), text))
-        if problems:
-            raise _Problems(*problems)
-        return self
+                yield ("models", index, "id"), text
 
-    @model_validator(mode="after")
-    def _models_fit_the_budget(self) -> Self:
+    def _over_the_budget(self) -> Iterator[_Problem]:
         budget = self.controller.gpu_budget
         if budget is None:
-            return self
-        problems: list[tuple[_Loc, str]] = [
-            (
+            return
+        too_large = [index for index, model in enumerate(self.models) if model.resources.gpus > budget]
+        for index in too_large:
+            gpus = self.models[index].resources.gpus
+            yield (
                 ("models", index, "resources", "gpus"),
-                f"{model.resources.gpus} is not at most controller.gpu_budget ({budget:g})",
+                f"{gpus} is not at most controller.gpu_budget ({budget:g})",
             )
-            for index, model in enumerate(self.models)
-            if model.resources.gpus > budget
-        ]
         least = sum(model.resources.gpus * model.scaling.min_replicas for model in self.models)
-        if least > budget and not problems:
+        if least > budget and not too_large:
             text = f"{budget:g} is not at least {least}, the GPUs of all min_replicas"
-            problems.append((("controller", "gpu_budget"), text))
-        if problems:
-            raise _Problems(*problems)
-        return self
+            yield ("controller", "gpu_budget"), text
 
-    @model_validator(mode="after")
-    def _what_is_parked_has_memory(self) -> Self:
+    def _rungs_without_memory(self) -> Iterator[_Problem]:
         if self.engine_host.park_memory_bytes:
-            return self
+            return
         text = (
             "'parked' is never reached while engine_host.park_memory_bytes is 0: set it, or another rung here"
         )
-        problems: list[tuple[_Loc, str]] = [
-            (("models", index, "scaling", "schedules", at, "rung"), text)
-            for index, model in enumerate(self.models)
-            for at, schedule in enumerate(model.scaling.schedules)
-            if schedule.rung == "parked"
-        ]
-        if problems:
-            raise _Problems(*problems)
-        return self
+        for index, model in enumerate(self.models):
+            for at, schedule in enumerate(model.scaling.schedules):
+                if schedule.rung == "parked":
+                    yield ("models", index, "scaling", "schedules", at, "rung"), text
 
     def resolve(self, name: str) -> Model | None:
         """The model whose id or alias is `name`; None if there is none."""
@@ -679,11 +675,18 @@ def parse_fleet(obj: object, where: str = "fleet", *, base: Path | None = None) 
     if not isinstance(obj, Mapping):
         what = "is empty" if obj is None else f"{show(obj)} is not a mapping"
         raise ConfigError(f"{where}: {what}; a fleet begins with `models:`")
-    try:
-        return Fleet.model_validate(obj, context={"base": base or Path.cwd()})
-    except ValidationError as error:
-        lines = [f"{where}: {path_of(loc)}: {text}" for loc, text in _explain(error)]
-        raise ConfigError("\n".join(dict.fromkeys(lines))) from None
+    lines: list[str] = []
+    # Where a value is wrong by itself, what it is part of is never made: then the fleet's parts say what they
+    # contradict, and of a part that is not made its own parts.
+    for said_by in (Fleet, (Model, GatewayConfig, ControllerConfig), _Config):
+        try:
+            fleet = Fleet.model_validate(obj, context={"base": base or Path.cwd(), "said_by": said_by})
+        except ValidationError as error:
+            lines += [f"{where}: {path_of(loc)}: {text}" for loc, text in _explain(error)]
+        else:
+            if not lines:
+                return fleet
+    raise ConfigError("\n".join(dict.fromkeys(lines)))
 
 
 def fleet_json_schema() -> dict[str, Any]:
@@ -749,7 +752,7 @@ _BOUND = {
 }
 
 
-def _explain(error: ValidationError) -> Iterator[tuple[_Loc, str]]:
+def _explain(error: ValidationError) -> Iterator[_Problem]:
     for problem in error.errors(include_url=False):
         loc: _Loc = tuple(problem["loc"])
         if loc[2:3] == ("engine",):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from autoscaling.commands.failures import UNREACHABLE, WRONG, CommandError
 
 if TYPE_CHECKING:
     from autoscaling.core.types import Spec
+    from autoscaling.live.invalid import InvalidValue
 
 
 def register(policy_app: typer.Typer) -> None:
@@ -91,13 +93,34 @@ def _model(name: str, body: dict[str, Any], address: str | None) -> dict[str, An
 
 
 def _checked(spec: Spec, body: dict[str, Any], where: str) -> Spec:
-    from autoscaling.live import catalog
     from autoscaling.live.api.policies import checked
-    from autoscaling.live.invalid import InvalidValue
     from autoscaling.live.values import PolicyValue, parse
 
-    try:
-        catalog.check(spec.policy, spec.params)
-        return checked(spec, parse(PolicyValue, body)) if body else spec
-    except InvalidValue as error:
-        raise CommandError(f"{where}{error}", WRONG) from None
+    if not body:
+        return spec
+    if problems := [f"{where}{problem}" for problem in _problems(spec, body)]:
+        raise CommandError("\n".join(problems), WRONG)
+    return checked(spec, parse(PolicyValue, body))
+
+
+def _problems(spec: Spec, body: dict[str, Any]) -> Iterator[InvalidValue]:
+    """What is wrong with each value, and what those that are right contradict."""
+    from autoscaling.core.policies import POLICIES, wrong_choices
+    from autoscaling.live.api.policies import checked
+    from autoscaling.live.invalid import InvalidValue
+    from autoscaling.live.values import PolicyValue, parse, wrong_fields
+
+    right = dict(body)
+    for problem in wrong_fields(PolicyValue, body):
+        yield problem
+        right.pop(problem.field.partition(".")[0], None)
+    policy = right.get("policy", spec.policy)
+    wrong = list(wrong_choices(policy, right.get("params", {})))
+    yield from (InvalidValue(*choice) for choice in wrong)
+    if wrong:
+        right.pop("params", None)
+    if right and policy in POLICIES:
+        try:
+            checked(spec, parse(PolicyValue, right))
+        except InvalidValue as error:
+            yield error

@@ -164,6 +164,15 @@ def parse(kind: type[V], value: object) -> V:
         raise _invalid(kind, error.errors(include_url=False)[0]) from None
 
 
+def wrong_fields(kind: type[BaseModel], value: object) -> list[InvalidValue]:
+    """Everything that is wrong with a field by itself. What the fields contradict is not looked at."""
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        return [_invalid(kind, details) for details in error.errors(include_url=False) if details["loc"]]
+    return []
+
+
 def rung_of(name: str) -> Rung:
     return Rung[name.upper()]
 

@@ -238,6 +238,10 @@ def test_validate_checks_a_fleet_file_without_a_cluster(
     assert said.count("fixed, replicas 1") == 2
     said = cluster.fails(2, "policy", "validate", str(file), "--min-replicas", "2", **away)
     assert "large: min_replicas: 2 is not right" in said
+    wrong = ["--param", "stable=3", "--param", "headroom=3", "--min-replicas", "5", "--wait-cost", "-1"]
+    said = cluster.fails(2, "policy", "validate", str(file), *wrong, **away)
+    places = [line.split(": ")[2] for line in said.splitlines() if line]
+    assert places == ["wait_cost", "params.stable", "params.headroom", "min_replicas"]
     file.write_text(FLEET.replace("stable_window_s: 30", "stable_windows: 30"))
     assert "stable_windows" in cluster.fails(2, "policy", "validate", str(file), **away)
     assert "no such file" in cluster.fails(2, "policy", "validate", str(tmp_path / "none.yaml"), **away)

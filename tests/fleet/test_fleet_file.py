@@ -348,6 +348,59 @@ def test_every_problem_is_reported() -> None:
     ]
 
 
+CONTRADICTIONS: dict[str, Any] = {
+    "models": [
+        {
+            "id": "a",
+            "source": "o/n",
+            "engine": {"tensor_parallel_size": 4},
+            "resources": {"gpus": 1},
+            "scaling": {"policy": "keep-alive", "params": {"idle_s": -1, "foo": 2}, "min_replicas": 3},
+        },
+        {
+            "id": "a",
+            "source": "o/n",
+            "resources": {"gpus": 3},
+            "scaling": {"schedules": [{"cron": "0 9 * * *", "duration_s": 60, "rung": "parked"}]},
+        },
+    ],
+    "gateway": {"replicas": 3, "max_replicas": 2},
+    "controller": {"gpu_budget": 2, "plan_expires_s": 1, "shadow": {"policy": "fixed", "params": {"x": 1}}},
+}
+WITHIN_A_PART = [
+    "models[0].scaling.min_replicas",
+    "models[0].scaling.params.idle_s",
+    "models[0].scaling.params.foo",
+    "models[0].resources.gpus",
+    "gateway.max_replicas",
+    "controller.shadow.params.x",
+    "controller.plan_expires_s",
+]
+
+
+def test_every_contradiction_is_reported() -> None:
+    """Also what a part contradicts that is wrong in another way, each once."""
+    assert [line.split(": ")[1] for line in refusal(CONTRADICTIONS).splitlines()] == [
+        *WITHIN_A_PART,
+        "models[1].id",
+        "models[1].resources.gpus",
+        "models[1].scaling.schedules[0].rung",
+    ]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_wrong_value_does_not_hide_the_contradictions_elsewhere(index: int) -> None:
+    """What the wrong value is part of can't be compared with anything; all the rest can."""
+    models = [dict(model) for model in CONTRADICTIONS["models"]]
+    models[index]["limits"] = {"max_queued": 0}
+    lines = refusal({**CONTRADICTIONS, "models": models}).splitlines()
+    places = [line.split(": ")[1] for line in lines]
+    # The second model, which contradicts only others, is compared with none of them.
+    compared = [place for place in WITHIN_A_PART if index == 1 or place != "models[0].resources.gpus"]
+    assert places[0] == f"models[{index}].limits.max_queued"
+    assert sorted(places[1:]) == sorted(compared)
+
+
 def test_names_are_unique() -> None:
     """An id or alias may stand for one model only, and each clash is named with the place of the other."""
     models = [

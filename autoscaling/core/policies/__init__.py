@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -45,19 +45,24 @@ class Wrong(NamedTuple):
 
 def wrong_choice(policy: str, params: Mapping[str, object]) -> Wrong | None:
     """The first thing that is wrong with a policy and its parameters; None if nothing is."""
+    return next(wrong_choices(policy, params), None)
+
+
+def wrong_choices(policy: str, params: Mapping[str, object]) -> Iterator[Wrong]:
+    """Everything that is wrong with a policy and its parameters."""
     if policy not in POLICIES:
-        return Wrong("policy", policy, _one_of(policy, POLICIES))
+        yield Wrong("policy", policy, _one_of(policy, POLICIES))
+        return
     known = {param.name: param for param in POLICIES[policy].params}
     for name, value in params.items():
         param = known.get(name)
         if param is None:
-            return Wrong(f"params.{name}", value, f"a parameter of {policy}: {_one_of(name, known)}")
+            yield Wrong(f"params.{name}", value, f"a parameter of {policy}: {_one_of(name, known)}")
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or not param.low <= value <= param.high:  # type: ignore[operator]
-            return Wrong(
-                f"params.{name}", value, f"a number from {param.low:g} to {param.high:g} ({param.unit})"
-            )
-    return None
+            expected = f"a number from {param.low:g} to {param.high:g} ({param.unit})"
+            yield Wrong(f"params.{name}", value, expected)
 
 
 def _one_of(wanted: str, known: Mapping[str, object]) -> str:
@@ -67,4 +72,4 @@ def _one_of(wanted: str, known: Mapping[str, object]) -> str:
     return f"one of {', '.join(sorted(known))}" if known else "none (it has none)"
 
 
-__all__ = ["DEFAULT", "POLICIES", "Context", "Param", "Policy", "Proposal", "Wrong", "wrong_choice"]
+__all__ = ["DEFAULT", "POLICIES", "Context", "Param", "Policy", "Proposal", "Wrong", "wrong_choice", "wrong_choices"]
