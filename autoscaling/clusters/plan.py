@@ -23,26 +23,34 @@ class ModelPlan:
     max_replicas: int
     max_nodes: int
     """On the first of them, alone."""
+    min_nodes: int
+    """On the first of them, for what is never dark (min_replicas)."""
+    lit_nodes: tuple[int, ...]
+    """On each of them, for one replica, or for all that are never dark."""
 
     @property
     def first(self) -> NodeType:
         return self.choices[0]
 
     @property
-    def one_usd_per_hour(self) -> float | None:
-        """One replica, alone on its node."""
-        return self.first.usd_per_hour
+    def dark_usd_per_hour(self) -> float | None:
+        """What is never dark."""
+        return _times(self.min_nodes, self.first.usd_per_hour)
+
+    @property
+    def lit_usd_per_hour(self) -> float | None:
+        """One replica, or all that are never dark, alone on their nodes."""
+        return _times(self.lit_nodes[0], self.first.usd_per_hour)
 
     @property
     def all_usd_per_hour(self) -> float | None:
         """All its replicas."""
-        usd = self.first.usd_per_hour
-        return None if usd is None else usd * self.max_nodes
+        return _times(self.max_nodes, self.first.usd_per_hour)
 
     @property
     def fallback_usd_per_hour(self) -> float | None:
-        """One replica on the dearest node that it may get."""
-        prices = [t.usd_per_hour for t in self.choices]
+        """As lit, on the dearest nodes that it may get."""
+        prices = [_times(n, t.usd_per_hour) for n, t in zip(self.lit_nodes, self.choices, strict=True)]
         known = [p for p in prices if p is not None]
         return max(known) if len(known) == len(prices) else None
 
@@ -54,18 +62,16 @@ class Plan:
     choice: Choice
     models: tuple[ModelPlan, ...]
     head_usd_per_hour: float | None
-    min_nodes_usd_per_hour: float | None
-    """Models that are never dark (min_replicas)."""
 
     @property
     def dark_usd_per_hour(self) -> float | None:
         """With as little lit as the fleet allows."""
-        return _sum([self.head_usd_per_hour, self.min_nodes_usd_per_hour])
+        return _sum([self.head_usd_per_hour, *(m.dark_usd_per_hour for m in self.models)])
 
     @property
     def lit_usd_per_hour(self) -> float | None:
-        """With one replica of each model, each alone on its node."""
-        return _sum([self.head_usd_per_hour, *(m.one_usd_per_hour for m in self.models)])
+        """With one replica of each model, or what of it is never dark, each model alone on its nodes."""
+        return _sum([self.head_usd_per_hour, *(m.lit_usd_per_hour for m in self.models)])
 
     @property
     def most_usd_per_hour(self) -> float | None:
@@ -110,8 +116,8 @@ class Plan:
                     "max_replicas": m.max_replicas,
                     "max_nodes": m.max_nodes,
                     "usd_per_hour": {
-                        "dark": 0.0,
-                        "lit": m.one_usd_per_hour,
+                        "dark": m.dark_usd_per_hour,
+                        "lit": m.lit_usd_per_hour,
                         "most": m.all_usd_per_hour,
                         "lit_at_worst": m.fallback_usd_per_hour,
                     },
@@ -124,22 +130,29 @@ class Plan:
 def plan(fleet: Fleet, choice: Choice) -> Plan:
     """Prices of `choice` for the fleet; None for what nobody has priced."""
     models = tuple(_model(model, choice) for model in fleet.models) if choice.types else ()
-    always = [
-        None
-        if (usd := m.first.usd_per_hour) is None
-        else usd * math.ceil(model.scaling.min_replicas / m.replicas_per_node)
-        for model, m in zip(fleet.models, models, strict=False)
-        if model.scaling.min_replicas
-    ]
     head = None if choice.head is None else choice.machines.usd_per_hour(choice.head, "on-demand")
-    return Plan(choice, models, head, _sum(always))
+    return Plan(choice, models, head)
 
 
 def _model(model: Model, choice: Choice) -> ModelPlan:
     types = choice.for_model(model)
-    each = per_node(model, types[0].resources)
+    each = [per_node(model, t.resources) for t in types]
     most = max(model.scaling.max_replicas, *(s.replicas for s in model.scaling.schedules), 0)
-    return ModelPlan(model.id, types, each, most, math.ceil(most / each))
+    least = model.scaling.min_replicas
+    return ModelPlan(
+        model=model.id,
+        choices=types,
+        replicas_per_node=each[0],
+        max_replicas=most,
+        max_nodes=math.ceil(most / each[0]),
+        min_nodes=math.ceil(least / each[0]),
+        lit_nodes=tuple(math.ceil(max(1, least) / held) for held in each),
+    )
+
+
+def _times(nodes: int, usd: float | None) -> float | None:
+    """No nodes cost nothing, also where nobody said what one costs."""
+    return 0.0 if not nodes else None if usd is None else nodes * usd
 
 
 def _sum(amounts: list[float | None]) -> float | None:

@@ -215,7 +215,8 @@ def _print_plan(result: Plan) -> None:
     )
     head = result.choice.head.name if result.choice.head else "-"
     output.say(f"\ndark: {_usd(result.dark_usd_per_hour)} $/h (the head, {head}, and what is never dark)")
-    output.say(f"lit, one replica of each model on a node of its own: {_usd(result.lit_usd_per_hour)} $/h")
+    lit = "lit, one replica of each model, or what of it is never dark, on nodes of its own"
+    output.say(f"{lit}: {_usd(result.lit_usd_per_hour)} $/h")
     output.say(f"lit, all replicas: {_usd(result.most_usd_per_hour)} $/h")
     if machines.source:
         spot = f"; spot taken as {machines.spot_share:.0%} of it" if machines.spot_share else ""

@@ -87,6 +87,28 @@ def test_what_is_never_dark_is_in_the_dark_price() -> None:
     assert head is not None
     # Eight on a machine, so that nine take two.
     assert result.dark_usd_per_hour == pytest.approx(head + 200)
+    # And what is never dark is lit as well, so that lit is never the cheaper of the two.
+    assert result.lit_usd_per_hour == pytest.approx(head + 200)
+    on_demand = machines.shapes["p4d.24xlarge"].usd_per_hour
+    assert on_demand is not None
+    said = result.to_json()["models"][0]["usd_per_hour"]
+    assert said == {"dark": 200, "lit": 200, "most": 200, "lit_at_worst": max(200, 2 * on_demand)}
+
+
+def test_totals_are_those_of_the_models_and_the_head(prices: Path, tmp_path: Path) -> None:
+    fleet = tmp_path / "fleet.yaml"
+    fleet.write_text(
+        "models:\n"
+        "- {id: a, source: o/n, resources: {gpus: 1, accelerator_types: [L4]},"
+        " scaling: {min_replicas: 3, max_replicas: 4}}\n"
+        "- {id: b, source: o/n, resources: {gpus: 1, accelerator_types: [A10G]}, scaling: {max_replicas: 2}}\n"
+    )
+    found = _plan("--provider", "aws", "--fleet", fleet, "--prices", prices)
+    each = [model["usd_per_hour"] for model in found["models"]]
+    assert [(usd["dark"], usd["lit"], usd["most"]) for usd in each] == [(0.75, 0.75, 1), (0, 0.75, 1.5)]
+    head = found["head"]["usd_per_hour"]
+    for state, total in found["usd_per_hour"].items():
+        assert total == head + sum(usd[state] for usd in each)
 
 
 def test_a_price_that_nobody_gave_is_unknown_and_not_nothing() -> None:
