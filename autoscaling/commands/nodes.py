@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,12 +41,45 @@ NodeStart = Annotated[
     typer.Option(
         help="Seconds that a GPU node was measured to take to start, its image included.",
         min=1,
+        max=86400,
         callback=options.finite,
     ),
 ]
 Region = Annotated[str | None, typer.Option(help="The region (default: that of the prices).")]
 
 NODE_START_S = 300.0
+
+_PART = r"[a-z0-9]+((\.|_{1,2}|-+)[a-z0-9]+)*"
+_HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
+_RIGHT = {
+    "--name": (
+        r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?",
+        "1 to 40 of a-z, 0-9 and -, beginning with a letter and not ending with -",
+    ),
+    "--region": (r"[a-z0-9]+(-[a-z0-9]+)*", "a region, like us-east-1, us-central1 or eastus"),
+    "--image": (
+        rf"([A-Za-z0-9.-]+(:[0-9]+)?/)?{_PART}(/{_PART})*",
+        "a repository of images without a tag, like ghcr.io/me/relight",
+    ),
+    "--project": (
+        r"([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]",
+        "the id of a project: 6 to 30 of a-z, 0-9 and -, beginning with a letter and not ending with -",
+    ),
+    "--security-group": (r"sg-[0-9a-f]{8,17}", "the id of a security group, like sg-0123456789abcdef0"),
+    "--redis": (rf"{_HOST}:[0-9]{{1,5}}", "HOST:PORT"),
+    "--gcs": (rf"{_HOST}:[0-9]{{1,5}}", "HOST:PORT"),
+}
+"""What can be said with an option of `render`: a pattern, and the same for people."""
+_OF = {
+    "--region": ("aws", "gcp", "azure"),
+    "--image": ("aws", "gcp", "azure", "kuberay"),
+    "--project": ("gcp",),
+    "--security-group": ("aws",),
+    "--redis": ("kuberay",),
+    "--gcs": ("fake",),
+    "--node-start": ("aws", "gcp", "azure", "kuberay", "fake"),
+}
+"""The providers whose files hold it. What is not here is for all."""
 
 
 def register(app: typer.Typer) -> None:
@@ -99,16 +133,18 @@ def render(
     ]
     command = ["relight", "cluster", "render", "--provider", provider, "--fleet", str(fleet)]
     for option, value, default in said:
-        command += [option, str(value)] if value != default else []
+        if value != default:
+            _check(option, str(value), provider)
+            command += [option, str(value)]
     given = {k: v for k, v in {"image": image, "project": project}.items() if v is not None}
     wanted = Wanted(
         command=shlex.join(command),
         fleet_file=str(fleet),
-        name=_name(name),
+        name=name,
         region=region,
         security_group=security_group,
-        redis=_host_port("--redis", redis),
-        gcs=_host_port("--gcs", gcs),
+        redis=redis,
+        gcs=gcs,
         node_start_s=node_start,
         **given,
     )
@@ -285,20 +321,15 @@ def _write(out: Path, files: dict[str, str], *, force: bool) -> None:
         output.say(f"wrote {path}")
 
 
-def _name(name: str) -> str:
-    import re
-
-    if re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
-        return name
-    text = "1 to 40 of a-z, 0-9 and -, beginning with a letter and not ending with -"
-    raise CommandError(f"--name: {name!r} is not {text}", WRONG)
-
-
-def _host_port(option: str, value: str) -> str:
-    host, _, port = value.rpartition(":")
-    if host and port.isdigit() and 0 < int(port) < 65536:
-        return value
-    raise CommandError(f"{option}: {value!r} is not HOST:PORT", WRONG)
+def _check(option: str, value: str, provider: str) -> None:
+    """Whether the option can be said so, and does anything for this provider."""
+    pattern, right = _RIGHT.get(option, (".*", ""))
+    fits = re.fullmatch(pattern, value, re.DOTALL) is not None
+    if not fits or (right == "HOST:PORT" and not 0 < int(value.rpartition(":")[2]) < 65536):
+        raise CommandError(f"{option}: {value!r} is not {right}", WRONG)
+    if option in _OF and provider not in _OF[option]:
+        of = ", ".join(_OF[option])
+        raise CommandError(f"{option}: the files of {provider} hold no such thing; it is for {of}", WRONG)
 
 
 def _usd(amount: float | None) -> str:

@@ -256,11 +256,76 @@ def test_render_does_not_write_over_what_one_has_changed(tmp_path: Path) -> None
     assert (tmp_path / "aws.yaml").read_text() != "mine"
 
 
-@pytest.mark.parametrize("option", [["--name", "Big_1"], ["--redis", "redis"], ["--gcs", "1:2:x"]])
-def test_wrong_names(option: list[str]) -> None:
-    arguments = ["cluster", "render", "--provider", "aws", "--fleet", str(CONFIGS / "fleet.yaml")]
-    result = CliRunner().invoke(app, [*arguments, *option])
-    assert result.exit_code == 2 and result.output.startswith(f"{option[0]}: ")
+def _render(provider: str, *option: str) -> Any:
+    arguments = ["cluster", "render", "--provider", provider, "--fleet", str(CONFIGS / "fleet.yaml")]
+    return CliRunner().invoke(app, [*arguments, *option])
+
+
+@pytest.mark.parametrize(
+    ("provider", "option", "value"),
+    [
+        ("aws", "--name", "Big_1"),
+        ("aws", "--image", "ghcr.io/me/relight:cuda"),
+        ("aws", "--image", "ghcr.io/me/relight@sha256:00"),
+        ("kuberay", "--image", ""),
+        ("kuberay", "--image", "ghcr.io/me/'relight'"),
+        ("aws", "--region", "us east 1"),
+        ("azure", "--region", ""),
+        ("aws", "--security-group", 'sg-0123"'),
+        ("gcp", "--project", "my project"),
+        ("kuberay", "--redis", "redis"),
+        ("kuberay", "--redis", "a b:6379"),
+        ("kuberay", "--redis", "redis:0"),
+        ("fake", "--gcs", "1:2:x"),
+        ("fake", "--gcs", "127.0.0.1:²"),
+    ],
+)
+def test_wrong_names(provider: str, option: str, value: str) -> None:
+    result = _render(provider, option, value)
+    assert result.exit_code == 2 and result.output.startswith(f"{option}: {value!r} is not ")
+
+
+@pytest.mark.parametrize(
+    ("provider", "option", "value"),
+    [
+        ("kuberay", "--region", "us-east-1"),
+        ("azure", "--security-group", "sg-0123456789abcdef0"),
+        ("aws", "--project", "my-project"),
+        ("aws", "--redis", "other:6379"),
+        ("kuberay", "--gcs", "10.0.0.1:6379"),
+        ("local", "--image", "ghcr.io/me/relight"),
+        ("local", "--node-start", "60"),
+    ],
+)
+def test_an_option_that_does_nothing_for_the_provider_is_refused(
+    provider: str, option: str, value: str
+) -> None:
+    result = _render(provider, option, value)
+    assert result.exit_code == 2
+    assert result.output.startswith(f"{option}: the files of {provider} hold no such thing; it is for ")
+
+
+@pytest.mark.parametrize(
+    ("provider", "option", "value"),
+    [
+        ("aws", "--image", "localhost:5000/me/re-light_2"),
+        ("aws", "--image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/relight"),
+        ("aws", "--region", "eu-central-1"),
+        ("aws", "--security-group", "sg-0123456789abcdef0"),
+        ("gcp", "--project", "example.com:my-project"),
+        ("kuberay", "--redis", "redis.relight.svc.cluster.local:6379"),
+        ("fake", "--gcs", "[::1]:6379"),
+    ],
+)
+def test_what_is_said_stands_in_the_files(provider: str, option: str, value: str) -> None:
+    result = _render(provider, option, value)
+    assert result.exit_code == 0, result.output
+    assert value in "".join(line for line in result.stdout.splitlines() if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "86401", "0"])
+def test_a_node_takes_a_day_at_most(seconds: str) -> None:
+    assert _render("aws", "--node-start", seconds).exit_code == 2
 
 
 def test_shapes_are_those_that_ec2_describes() -> None:
