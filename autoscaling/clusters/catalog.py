@@ -17,7 +17,9 @@ Market = Literal["on-demand", "spot"]
 
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Shape(_Entry):
@@ -36,7 +38,7 @@ class Shape(_Entry):
     usd_per_hour: Annotated[float, Field(ge=0)] | None = None
     """On demand, in the catalogue's region; None where nobody said."""
     spot_usd_per_hour: Annotated[float, Field(ge=0)] | None = None
-    markets: tuple[Market, ...] = ("on-demand", "spot")
+    markets: Annotated[tuple[Market, ...], Field(strict=False)] = ("on-demand", "spot")
     """How it can be had."""
 
     @model_validator(mode="after")

@@ -219,6 +219,11 @@ def test_wrong_options(arguments: list[str], code: int, message: str) -> None:
             {"aws": {"shapes": {"g6.xlarge": {"usd_per_hour": -1}}}},
             "f: aws.shapes.g6.xlarge.usd_per_hour: -1: ",
         ),
+        *(
+            ({"aws": {"shapes": {"g6.xlarge": {"usd_per_hour": usd}}}}, f"g6.xlarge.usd_per_hour: {usd!r}: ")
+            for usd in (float("inf"), float("nan"), "1e400", "1", True)
+        ),
+        ({"aws": {"shapes": {"g6.xlarge": {"markets": ["spots"]}}}}, "f: aws.shapes.g6.xlarge.markets.0: "),
         ({"aws": {"shapes": {"new": {"cpus": 1}}}}, "f: aws.shapes.new.memory_gib: "),
         ({"aws": {"shapes": {"g6.xlarge": {"usd": 1}}}}, "f: aws.shapes.g6.xlarge.usd: 1: Extra inputs"),
         ({"aws": {"head": "none"}}, "head 'none' is not one of the shapes"),
