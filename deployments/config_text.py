@@ -63,5 +63,8 @@ def yaml_errors(where: str) -> Iterator[None]:
         raise ConfigError(f"{where}: {at}{reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        # What a scalar's own reader raises: of a date that no calendar has, or of a number with thousands of digits.
+        raise ConfigError(f"{where}: a value can't be read: {error}") from None
     except RecursionError:
         raise ConfigError(f"{where}: nested too deeply") from None

@@ -837,8 +837,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+_LONGEST_INT = 250
+"""Digits of a whole number, with which it is in the range of floats still, also in base 16."""
+
+
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > _LONGEST_INT:
+        reason = f"the number {text[:20]}… has more than {_LONGEST_INT} digits"
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
     # int() with base 0 refuses leading zeros, which YAML 1.2 reads as decimal.
     return int(text, 0) if text[:2] in ("0x", "0o") else int(text)
 

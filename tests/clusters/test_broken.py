@@ -451,6 +451,8 @@ def test_the_foundation_stays_closed() -> None:
     [
         ("", "f: is empty"),
         ("a: 1\nb: [", "f: line "),
+        (f"provider: {'9' * 5000}", "f: a value can't be read: "),
+        ("provider: 2024-13-45", "f: a value can't be read: month must be in 1..12"),
         (
             "provider: {type: aws}\nprovider: {}",
             "f: line 2, column 1: the key 'provider' stands twice in one mapping",

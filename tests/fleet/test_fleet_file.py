@@ -428,6 +428,11 @@ def test_names_are_unique() -> None:
             "fleet.yaml: line 1, column 9: could not determine a constructor",
         ),
         ("models: [{id: m, source: o/n, env: {1: a}}]", "fleet.yaml: models[0].env"),
+        (
+            f"models:\n  - id: a\n    scaling: {{priority: {'9' * 5000}}}",
+            "fleet.yaml: line 3, column 25: the number 99999999999999999999… has more than 250 digits",
+        ),
+        (f"models: [0x{'f' * 5000}]", "fleet.yaml: line 1, column 10: the number 0xffffffffffffffffff… has"),
     ],
 )
 def test_refused_yaml(tmp_path: Path, text: str, message: str) -> None:
