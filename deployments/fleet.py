@@ -34,6 +34,7 @@ from pydantic import (
     model_validator,
 )
 
+from autoscaling.core.types import MAX_REPLICAS
 from deployments.config_text import UniqueKeys, path_of, show, yaml_errors
 from deployments.errors import ConfigError
 
@@ -231,7 +232,7 @@ class Schedule(_Config):
     """How long it lasts; it may pass midnight."""
     timezone: str = "UTC"
     """An IANA time zone ("Europe/Berlin"), in which `cron` is read."""
-    replicas: int = Field(default=1, ge=0)
+    replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
     """Replicas that there are at least; counts for the rung `serving` alone."""
     rung: RungName = "serving"
 
@@ -288,9 +289,9 @@ class Scaling(_Config):
     """A model with a higher one keeps its replicas when the GPU budget is short."""
     schedules: list[Schedule] = []
 
-    min_replicas: int = Field(default=0, ge=0)
+    min_replicas: int = Field(default=0, ge=0, le=MAX_REPLICAS)
     """Replicas that are always lit; 0 lets the model go dark."""
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     target_ongoing_requests: float = Field(default=16, ge=0.01)
     """Requests in progress for each replica that scaling aims at."""
     max_ongoing_requests: int = Field(default=256, ge=1)

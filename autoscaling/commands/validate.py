@@ -73,7 +73,7 @@ def _file(path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _model(name: str, body: dict[str, Any], address: str | None) -> dict[str, Any]:
-    from autoscaling.core.types import Spec
+    from autoscaling.core.types import MAX_REPLICAS, Spec
 
     try:
         client = Client(address)
@@ -88,7 +88,7 @@ def _model(name: str, body: dict[str, Any], address: str | None) -> dict[str, An
             raise
         if not body:
             raise
-        _checked(Spec(name, max_replicas=10_000), body, "")
+        _checked(Spec(name, max_replicas=MAX_REPLICAS), body, "")
         return {"models": {}, "checked": f"Checked by itself, not against {name}'s bounds. {error.message}"}
 
 

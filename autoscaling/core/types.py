@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
 
+MAX_REPLICAS = 10_000
+"""The most that may be asked for of one model."""
+
 
 class Rung(IntEnum):
     """How warm a model is. A higher rung answers sooner and costs more to hold."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
-from autoscaling.core.types import Rung
+from autoscaling.core.types import MAX_REPLICAS, Rung
 from autoscaling.live import catalog, cron
 from autoscaling.live.cron import Cron
 from autoscaling.live.invalid import InvalidValue
@@ -19,7 +19,6 @@ from autoscaling.live.records import OverrideKind
 Mode = Literal["active", "shadow", "off"]
 RungName = Literal["weights", "template", "parked", "serving"]
 SHADOW_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-MAX_REPLICAS = 10_000
 MAX_PREWARM_S = 31 * 86400.0
 LATEST_S = 253370764800
 """The year 9999, after which no calendar can show a time; one in milliseconds lies far beyond it."""

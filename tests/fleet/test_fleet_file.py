@@ -187,6 +187,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             "fleet.yaml: models[0].scaling.max_replicas: -1 is not at least 1",
         ),
         (
+            {"scaling": {"max_replicas": 20000}},
+            "models[0].scaling.max_replicas: 20000 is not at most 10000",
+        ),
+        (
             {"scaling": {"min_replicas": 3}},
             "models[0].scaling.min_replicas: 3 is not at most max_replicas (1)",
         ),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from autoscaling.core.policies.base import Context, Param, Proposal, rest
-from autoscaling.core.types import Observation, Reason, Spec
+from autoscaling.core.types import MAX_REPLICAS, Observation, Reason, Spec
 
-REPLICAS = Param("replicas", 1, 0, 10000, "replicas", "How many, whatever comes.")
+REPLICAS = Param("replicas", 1, 0, MAX_REPLICAS, "replicas", "How many, whatever comes.")
 
 
 class Fixed:
