@@ -312,9 +312,8 @@ class Scaling(_Config):
             target, bound = self.target_ongoing_requests, self.max_ongoing_requests
             text = f"{target:g} is not at most max_ongoing_requests ({bound})"
             yield ("target_ongoing_requests",), text
-        fixed = self.params.get("replicas", 0) if self.policy == "fixed" else 0
-        if fixed > self.max_replicas:
-            text = f"{fixed:g} is not at most max_replicas ({self.max_replicas})"
+        if self._fixed > self.max_replicas:
+            text = f"{self._fixed:g} is not at most max_replicas ({self.max_replicas})"
             yield ("params", "replicas"), text
         for index, schedule in enumerate(self.schedules):
             if schedule.replicas > self.max_replicas:
@@ -324,6 +323,17 @@ class Scaling(_Config):
                 text = "'parked' is never reached while park is false: set park to true, or another rung"
                 yield ("schedules", index, "rung"), text
         yield from _wrong_params(self.policy, self.params)
+
+    @property
+    def _fixed(self) -> float:
+        from autoscaling.core.policies.fixed import REPLICAS
+
+        return self.params.get(REPLICAS.name, REPLICAS.default or 0) if self.policy == "fixed" else 0
+
+    @property
+    def always_lit(self) -> int:
+        """Replicas that there are at any time, as far as the budget has room."""
+        return max(self.min_replicas, round(self._fixed))
 
 
 class Limits(_Config):
@@ -629,10 +639,23 @@ class Fleet(_Config):
                 ("models", index, "resources", "gpus"),
                 f"{gpus} is not at most controller.gpu_budget ({budget:g})",
             )
-        least = sum(model.resources.gpus * model.scaling.min_replicas for model in self.models)
-        if least > budget and not too_large:
-            text = f"{budget:g} is not at least {least}, the GPUs of all min_replicas"
+        always = [model.resources.gpus * model.scaling.always_lit for model in self.models]
+        if too_large:
+            return
+        if (least := sum(always)) > budget:
+            text = f"{budget:g} is not at least {least}, the GPUs of all min_replicas and of fixed replicas"
             yield ("controller", "gpu_budget"), text
+            return
+        for index, model in enumerate(self.models):
+            left = budget - least + always[index]
+            for at, schedule in enumerate(model.scaling.schedules):
+                wanted = model.resources.gpus * schedule.replicas
+                if schedule.rung == "serving" and wanted > left:
+                    text = (
+                        f"{schedule.replicas} takes {wanted} GPUs, and controller.gpu_budget ({budget:g}) leaves "
+                        f"{left:g} beside what other models always hold"
+                    )
+                    yield ("models", index, "scaling", "schedules", at, "replicas"), text
 
     def _rungs_without_memory(self) -> Iterator[_Problem]:
         if self.engine_host.park_memory_bytes:

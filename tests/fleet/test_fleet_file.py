@@ -720,6 +720,9 @@ def test_ids_that_serve_can_not_tell_apart_are_refused() -> None:
     assert "models[1].id: 'org--a' is too like 'org/a'" in refused.value.message
 
 
+NINE = {"cron": "0 9 * * *", "duration_s": 60}
+
+
 @pytest.mark.parametrize(
     ("models", "text"),
     [
@@ -728,10 +731,26 @@ def test_ids_that_serve_can_not_tell_apart_are_refused() -> None:
             [{"gpus": 1, "min_replicas": 1}, {"gpus": 2, "min_replicas": 1}],
             "controller.gpu_budget: 2 is not at least 3, the GPUs of all min_replicas",
         ),
+        (
+            [{"gpus": 1, "policy": "fixed", "params": {"replicas": 3}}],
+            "controller.gpu_budget: 2 is not at least 3, the GPUs of all min_replicas and of fixed replicas",
+        ),
+        (
+            [{"gpus": 2, "policy": "fixed"}, {"gpus": 1, "min_replicas": 1}],
+            "controller.gpu_budget: 2 is not at least 3, the GPUs of all min_replicas and of fixed replicas",
+        ),
+        (
+            [{"gpus": 1, "schedules": [NINE | {"replicas": 2}, NINE | {"replicas": 3}]}],
+            "models[0].scaling.schedules[1].replicas: 3 takes 3 GPUs, and controller.gpu_budget (2) leaves 2",
+        ),
+        (
+            [{"gpus": 1, "min_replicas": 1}, {"gpus": 1, "min_replicas": 1, "schedules": [NINE | {"replicas": 2}]}],
+            "models[1].scaling.schedules[0].replicas: 2 takes 2 GPUs, and controller.gpu_budget (2) leaves 1",
+        ),
     ],
 )
 def test_a_budget_in_which_models_can_never_be_lit_is_refused(
-    models: list[dict[str, int]], text: str
+    models: list[dict[str, Any]], text: str
 ) -> None:
     """Their requests would wait until the deadline, all of them."""
     made = [
@@ -739,13 +758,12 @@ def test_a_budget_in_which_models_can_never_be_lit_is_refused(
             "id": f"m{index}",
             "source": "org/name",
             "resources": {"gpus": model["gpus"]},
-            "scaling": {"min_replicas": model.get("min_replicas", 0)},
+            "scaling": {"max_replicas": 3, **{k: v for k, v in model.items() if k != "gpus"}},
         }
         for index, model in enumerate(models)
     ]
-    with pytest.raises(ConfigError) as refused:
-        parse_fleet({"models": made, "controller": {"gpu_budget": 2}})
-    assert text in refused.value.message
+    refused = refusal({"models": made, "controller": {"gpu_budget": 2}})
+    assert refused.startswith(f"fleet.yaml: {text}") and len(refused.splitlines()) == 1
     assert parse_fleet({"models": made, "controller": {"gpu_budget": 5}}).controller.gpu_budget == 5
 
 
