@@ -423,8 +423,7 @@ class Model(_Config):
     def _wrong(self) -> Iterator[_Problem]:
         by_flag = {_flag(key): value for key, value in self.engine.items()}
         kinds = ("tensor", "pipeline", "data")
-        given = [by_flag.get(f"{kind}-parallel-size", 1) for kind in kinds]
-        sizes = [size if type(size) is int else 1 for size in given]
+        sizes = [_whole(by_flag.get(f"{kind}-parallel-size"), 1) for kind in kinds]
         if 0 < self.resources.gpus < (wanted := math.prod(sizes)):
             factors = (f"{kind}_parallel_size ({size})" for kind, size in zip(kinds, sizes, strict=True))
             text = (
@@ -748,6 +747,13 @@ def _arguments(flag: str, value: JsonValue) -> list[str]:
     text = _scalar(value)
     # argparse takes a separate word that begins with a dash for another option.
     return [f"--{flag}={text}"] if text.startswith("-") else [f"--{flag}", text]
+
+
+def _whole(value: JsonValue, default: int) -> int:
+    """As vLLM's parser reads a whole number, which may stand in quotes; `default` for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        return int(value)
+    return value if type(value) is int else default
 
 
 def _scalar(value: JsonValue) -> str:

@@ -276,6 +276,10 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             "models[0].resources.gpus: 2 is not at least 4",
         ),
         (
+            {"engine": {"tensor_parallel_size": "2"}, "resources": {"gpus": 1}},
+            "models[0].resources.gpus: 1 is not at least 2, which the engine's tensor_parallel_size (2)",
+        ),
+        (
             {"engine": {"pipeline_parallel_size": 2, "data_parallel_size": 2}, "resources": {"gpus": 2}},
             "models[0].resources.gpus: 2 is not at least 4",
         ),
