@@ -190,7 +190,8 @@ class Resources(_Config):
     accelerator_types: list[Annotated[str, Field(min_length=1)]] = []
     """Ray's accelerator types (L4, A100, H100, ...) in order of preference; empty takes any."""
     custom: dict[str, Amount] = Field(
-        default={}, json_schema_extra={"propertyNames": {"minLength": 1, "not": {"enum": [*_RESOURCES_OWNED]}}}
+        default={},
+        json_schema_extra={"propertyNames": {"minLength": 1, "not": {"enum": [*_RESOURCES_OWNED]}}},
     )
     """Custom Ray resources."""
 

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from autoscaling.clusters.plan import Plan
     from deployments.fleet import Fleet
 
+
+MOST_NODE_START_S = 86400.0
+
+
+def _a_day_at_most(param: typer.CallbackParam, value: float | None) -> float | None:
+    options.finite(param, value)
+    if value is not None and value > MOST_NODE_START_S:
+        raise CommandError(f"{param.opts[0]}: {value:g} is not at most {MOST_NODE_START_S:g}, a day", WRONG)
+    return value
+
+
 cluster_app = typer.Typer(
     help="Clusters whose GPU nodes come and go: their files, what fits, what they cost.", no_args_is_help=True
 )
@@ -41,8 +52,7 @@ NodeStart = Annotated[
     typer.Option(
         help="Seconds that a GPU node was measured to take to start, its image included.",
         min=1,
-        max=86400,
-        callback=options.finite,
+        callback=_a_day_at_most,
     ),
 ]
 Region = Annotated[str | None, typer.Option(help="The region (default: that of the prices).")]

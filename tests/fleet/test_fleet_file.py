@@ -223,12 +223,18 @@ def test_relative_source_is_taken_from_the_fleet_file(tmp_path: Path) -> None:
             "models[0].resources.custom.GPU: Ray takes no custom resource of this name: give the number as "
             "resources.gpus",
         ),
-        ({"resources": {"custom": {"CPU": 0}}}, "custom.CPU: Ray takes no custom resource of this name: give"),
+        (
+            {"resources": {"custom": {"CPU": 0}}},
+            "custom.CPU: Ray takes no custom resource of this name: give",
+        ),
         ({"resources": {"custom": {"memory": 5}}}, "models[0].resources.custom.memory: Ray takes no custom"),
         ({"resources": {"custom": {"object_store_memory": 5}}}, "custom.object_store_memory: Ray takes no"),
         ({"resources": {"custom": {"": 1}}}, "models[0].resources.custom['']: '' is no name of a resource"),
         ({"resources": {"custom": {"a": 1e-5}}}, "models[0].resources.custom.a: 1e-05 is less than Ray can"),
-        ({"resources": {"cpus": 0.00009}}, "cpus: 9e-05 is less than Ray can count: give 0, or at least 0.0001"),
+        (
+            {"resources": {"cpus": 0.00009}},
+            "cpus: 9e-05 is less than Ray can count: give 0, or at least 0.0001",
+        ),
         ({"resources": {"cpus": -1}}, "models[0].resources.cpus: -1 is not at least 0"),
         ({"env": {"A": 1}}, "models[0].env.A: 1 is not a string (put quotes around it)"),
         ({"env": {"A=B": "1"}}, "models[0].env['A=B']: 'A=B' is not a name of an environment variable"),
@@ -748,7 +754,10 @@ NINE = {"cron": "0 9 * * *", "duration_s": 60}
             "models[0].scaling.schedules[1].replicas: 3 takes 3 GPUs, and controller.gpu_budget (2) leaves 2",
         ),
         (
-            [{"gpus": 1, "min_replicas": 1}, {"gpus": 1, "min_replicas": 1, "schedules": [NINE | {"replicas": 2}]}],
+            [
+                {"gpus": 1, "min_replicas": 1},
+                {"gpus": 1, "min_replicas": 1, "schedules": [NINE | {"replicas": 2}]},
+            ],
             "models[1].scaling.schedules[0].replicas: 2 takes 2 GPUs, and controller.gpu_budget (2) leaves 1",
         ),
     ],

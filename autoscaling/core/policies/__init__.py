@@ -72,4 +72,14 @@ def _one_of(wanted: str, known: Mapping[str, object]) -> str:
     return f"one of {', '.join(sorted(known))}" if known else "none (it has none)"
 
 
-__all__ = ["DEFAULT", "POLICIES", "Context", "Param", "Policy", "Proposal", "Wrong", "wrong_choice", "wrong_choices"]
+__all__ = [
+    "DEFAULT",
+    "POLICIES",
+    "Context",
+    "Param",
+    "Policy",
+    "Proposal",
+    "Wrong",
+    "wrong_choice",
+    "wrong_choices",
+]
