@@ -287,14 +287,15 @@ class Scaling(_Config):
     wait_cost: float = Field(default=10, ge=0)
     """GPU-seconds worth paying to spare one request one second of waiting."""
     priority: int = 0
-    """A model with a higher one keeps its replicas when the GPU budget is short."""
+    """A model with a higher one keeps its replicas when the GPU budget is short. Requests that wait come before
+    whatever idles, a minimum too."""
     schedules: list[Schedule] = []
 
     min_replicas: int = Field(default=0, ge=0, le=MAX_REPLICAS)
     """Replicas that are always lit; 0 lets the model go dark."""
     max_replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     target_ongoing_requests: float = Field(default=16, ge=0.01)
-    """Requests in progress for each replica that scaling aims at."""
+    """Requests in progress for each replica that scaling aims at; if left out, no more than a replica takes."""
     max_ongoing_requests: int = Field(default=256, ge=1)
     """Requests that one replica takes at once; more wait in the gateway."""
     inter_token_slo_s: float | None = Field(default=0.2, gt=0)
@@ -304,6 +305,16 @@ class Scaling(_Config):
     """How long an idle model stays lit: always under `keep-alive` and `reactive`, else where there is no plan."""
     park: bool = True
     """Keep the engine in host memory without its GPU when it goes dark, if the node has room."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _target_is_taken(cls, given: object) -> object:
+        target = cls.model_fields["target_ongoing_requests"]
+        if isinstance(given, Mapping) and "target_ongoing_requests" not in given:
+            most = given.get("max_ongoing_requests")
+            if type(most) is int and 1 <= most < target.default:
+                return {**given, "target_ongoing_requests": most}
+        return given
 
     def _wrong(self) -> Iterator[_Problem]:
         if self.min_replicas > self.max_replicas:

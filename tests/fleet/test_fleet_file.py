@@ -61,6 +61,14 @@ def test_defaults() -> None:
     assert (fleet.telemetry.enabled, fleet.telemetry.prometheus) == (None, True)
 
 
+def test_a_target_that_is_left_out_is_never_more_than_a_replica_takes() -> None:
+    found = [
+        fleet_of(scaling=scaling).models[0].scaling.target_ongoing_requests
+        for scaling in ({"max_ongoing_requests": 1}, {"max_ongoing_requests": 20}, {"max_replicas": 2})
+    ]
+    assert found == [1, 16, 16]
+
+
 def test_shipped_fleet_is_valid() -> None:
     """The fleet at the top level loads, and its names resolve."""
     fleet = load_fleet(ROOT / "fleet.yaml")
