@@ -239,7 +239,7 @@ class RungKeeper:
     def _ask_host(self, model: str, node: Node, wanted: Rung, ask: _Ask) -> None:
         setup = self._metrics.models[model]
         gpus = int(setup.resources.get("GPU", 0)) if wanted is Rung.PARKED else 0
-        wait_s = float(setup.engine.get("start_deadline_s", 600.0)) if gpus else 0.0
+        wait_s = setup.start_deadline_s if gpus else 0.0
         message = {
             "spec": dict(setup.engine),
             "rung": wanted.name.lower(),

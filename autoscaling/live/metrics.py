@@ -16,7 +16,7 @@ from autoscaling.core.types import Observation, Rung, Spec
 from autoscaling.live.capacity import CapacityBook
 from autoscaling.live.node_launches import FailedLaunches
 from autoscaling.live.nodes import Node, fits
-from autoscaling.live.records import TrafficRow
+from autoscaling.live.records import ColdStartRow, TrafficRow
 from autoscaling.live.rungs import RungBook, memory_cost_per_s, rung_of_start
 from autoscaling.live.setup import ModelSetup
 from autoscaling.ports import Clock
@@ -194,6 +194,10 @@ class LiveMetrics:
         """An engine host's answer to being asked to warm."""
         with self._lock:
             self._warmed[model, node_id] = Warmed(rung, reason)
+
+    def take_start(self, row: ColdStartRow) -> None:
+        """A start that was measured, of a model that there is."""
+        self.rungs.add(row, self.models[row.model].start_deadline_s)
 
     # What is known
 

@@ -265,7 +265,8 @@ class Planner:
             if key not in self._known_starts:
                 if row.ready_s >= self._born_s:
                     self._known_starts[key] = self._clock.monotonic_s()
-                self._metrics.rungs.add(row)
+                if row.model in self._base:
+                    self._metrics.take_start(row)
         spent = day, math.fsum(gpu_s for row in usage for gpu_s in row.gpu_s.values())
         return _Kept(spent, [row for row in prewarms if row.ended_s is None and row.model in self._base])
 
@@ -395,7 +396,7 @@ class Planner:
     def _add_start(self, row: ColdStartRow) -> None:
         self._known_starts[row.engine_id, row.ready_s] = self._clock.monotonic_s()
         self._unclaimed.pop((row.engine_id, row.ready_s), None)
-        self._metrics.rungs.add(row)
+        self._metrics.take_start(row)
         self.store.add_cold_start(row)
 
     def _find_prewarmed(self) -> None:

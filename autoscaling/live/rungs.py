@@ -70,6 +70,19 @@ def lead_s(row: ColdStartRow) -> float:
     return max(delay_s(row), ends["replica"] - begun_s + row.total_s)
 
 
+def can_be(row: ColdStartRow, deadline_s: float) -> bool:
+    """Whether a start can have taken what it says, where an engine has `deadline_s` to start, and who waits as long.
+
+    A clock that was set, or a machine that slept, between its begin and its end makes it anything.
+    """
+    took_s = delay_s(row), lead_s(row)
+    if not (all(math.isfinite(each) for each in took_s) and took_s[0] >= 0):
+        return False
+    # What has no deadline: weights are fetched for as long as that takes.
+    fetched_s = sum(float(p["duration_s"]) for p in row.phases if p["name"] == "download")
+    return max(took_s) - max(0.0, fetched_s) <= 2 * deadline_s
+
+
 def scarcity(available_share: float | None) -> float:
     """How much of its price memory costs: 0 where there is plenty (or nobody knows), 1 where there is none left."""
     if available_share is None or not math.isfinite(available_share):
@@ -96,11 +109,11 @@ class RungBook:
         # Asked for every model at every tick; a new start or another price is rare.
         self._answers: dict[str, tuple[Mapping[Rung, float], tuple[RungProfile, ...]]] = {}
 
-    def add(self, row: ColdStartRow) -> None:
-        """A start, or more of one that is known."""
-        start = _Start((row.engine_id, row.ready_s), delay_s(row), lead_s(row), row.prewarmed)
-        if not (math.isfinite(start.delay_s) and start.delay_s >= 0 and math.isfinite(start.lead_s)):
+    def add(self, row: ColdStartRow, deadline_s: float = math.inf) -> None:
+        """A start, or more of one that is known. One that can't be counts for nothing (see `can_be`)."""
+        if not can_be(row, deadline_s):
             return
+        start = _Start((row.engine_id, row.ready_s), delay_s(row), lead_s(row), row.prewarmed)
         with self._lock:
             starts = self._starts.setdefault((row.model, row.rung), deque(maxlen=KEPT_STARTS))
             known = next((n for n, s in enumerate(starts) if s.key == start.key), None)

@@ -25,12 +25,17 @@ class ModelSetup:
     """What a replica takes, by Ray's names (CPU, GPU, custom ones)."""
     accelerator_types: tuple[str, ...] = ()
     engine: Mapping[str, Any] = field(default_factory=dict)
-    """The engine's spec as engine hosts read it; not looked into here."""
+    """The engine's spec as engine hosts read it."""
     own_template: bool = True
     """Whether a template with the model's engine already built is possible."""
     can_park: bool = False
     """Whether an engine of it can wait without its GPU."""
     inter_token_slo_s: float | None = None
+
+    @property
+    def start_deadline_s(self) -> float:
+        """How long its engine may take to start."""
+        return float(self.engine.get("start_deadline_s", 600.0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -371,6 +371,21 @@ def test_measured_starts_and_capacity_outlive_the_controller(world: World) -> No
         assert (profiles[Rung.TEMPLATE].delay_s, profiles[Rung.TEMPLATE].starts) == (7.0, 1)
 
 
+def test_a_start_in_which_the_machine_slept_is_not_learned_from(world: World) -> None:
+    """It is on record, and neither this controller nor the next expects another to take so long."""
+    slept_s = 8 * 3600.0 + 4.0
+    told = {"model": "m", "engine_id": "m-1", "kind": "prebuilt", "phases": [], "prewarmed": False}
+    times = {"begun_s": world.clock.now_s(), "ready_s": world.clock.now_s() + slept_s, "total_s": slept_s}
+    world.clock.jump(slept_s)
+    world.reports["g"]["starts"] = [told | times]
+    for _ in range(2):
+        with world.planner() as controller:
+            world.tick(controller)
+            assert {p.starts for p in controller.observations()["m"].rungs} == {0}
+            assert [row.total_s for row in controller.store.cold_starts("m", 0)] == [slept_s]
+        world.reports["g"]["starts"] = []
+
+
 def test_a_model_that_starts_often_pushes_out_no_other_models_starts(tmp_path: Path) -> None:
     """A successor knows of the rare one what was measured, however much came between."""
     world = World(tmp_path, setup("often"), setup("rare"))

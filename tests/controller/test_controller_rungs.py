@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from autoscaling.core.types import Rung
@@ -110,6 +112,33 @@ def test_a_start_that_can_t_be_counts_for_nothing(total_s: float) -> None:
     book = RungBook()
     book.add(start(total_s))
     assert {p.starts for p in book.profiles("m", COSTS)} == {0}
+
+
+@pytest.mark.parametrize(
+    "slept",
+    [
+        {"total_s": 8 * 3600.0 + 4.0},
+        {"total_s": 1201.0},
+        {"total_s": 4.0, "phases": (phase("first_token", 104.0, 3600.0),)},
+        {"total_s": 4.0, "phases": (phase("schedule", 100.0, 3600.0), phase("replica", 3700.0, 1.0))},
+    ],
+)
+def test_a_start_in_which_the_machine_slept_counts_for_nothing(slept: dict[str, Any]) -> None:
+    """Nor one in which the clock was set: no engine has so long to start, and nobody waits so long for one."""
+    book = RungBook()
+    book.add(start(**slept), 600.0)
+    assert {p.starts for p in book.profiles("m", COSTS)} == {0}
+    book.add(start(4.0), 600.0)
+    profile = {p.rung: p for p in book.profiles("m", COSTS)}[Rung.TEMPLATE]
+    assert (profile.delay_s, profile.delay_high_s, profile.starts) == (4.0, 8.0, 1)
+
+
+def test_weights_are_fetched_for_as_long_as_it_takes() -> None:
+    """A start's deadline begins when they are there."""
+    book = RungBook()
+    book.add(start(7300.0, Rung.NODE, phases=(phase("download", 100.0, 7200.0),)), 600.0)
+    profile = {p.rung: p for p in book.profiles("m", COSTS)}[Rung.NODE]
+    assert (profile.delay_s, profile.starts) == (7300.0, 1)
 
 
 @pytest.mark.parametrize(
