@@ -15,7 +15,6 @@ from autoscaling.live.records import TrafficRow
 STATE_KEY = "gateways"
 """Under which the store keeps how far every gateway's batches are in, beside the models' states."""
 KEPT_SOURCES = 256
-COMMITS_WITHIN_S = 2.0
 WAIT_S = 60.0
 """For how long nothing is taken while the store was not reached yet. What is in it of a gateway's batches is not known
 then, and gateways keep them for a while."""
@@ -31,8 +30,9 @@ class TrafficStore(Protocol):
     def states(self) -> Mapping[str, State]: ...
     def add_traffic(self, rows: Sequence[TrafficRow]) -> None: ...
     def put_states(self, states: Mapping[str, State]) -> None: ...
-    def together(self) -> AbstractContextManager[None]: ...
-    def health(self) -> Mapping[str, Any]: ...
+    def together(self) -> AbstractContextManager[int]: ...
+    @property
+    def committed(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -41,7 +41,8 @@ class _Source:
 
     taken: int = 0
     durable: int = 0
-    waiting: list[tuple[int, float]] = field(default_factory=list)  # (batch, when it was taken)
+    waiting: list[tuple[int, int, float]] = field(default_factory=list)
+    """(batch, the store's transaction that it goes into, when it was taken) of those that are not acknowledged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,16 @@ class Taken:
 class Intake:
     """Takes batches. Thread-safe."""
 
-    def __init__(self, store: TrafficStore, now_s: Callable[[], float]) -> None:
+    def __init__(self, store: TrafficStore, monotonic_s: Callable[[], float]) -> None:
         self._store = store
-        self._now_s = now_s
+        self._monotonic_s = monotonic_s
         self._lock = threading.Lock()
         self._sources: OrderedDict[str, _Source] | None = None
-        self._begun_s = now_s()
+        self._begun_s = monotonic_s()
 
     def take(self, source: str, batches: Sequence[tuple[int, Sequence[Sequence[Any]]]]) -> Taken:
         """What is new in a report's batches, and up to where the gateway may forget."""
-        now_s = self._now_s()
+        now_s = self._monotonic_s()
         with self._lock:
             sources = self._sources = self._sources if self._sources is not None else self._known(now_s)
             if sources is None:
@@ -74,20 +75,21 @@ class Intake:
             sources.move_to_end(source)
             while len(sources) > KEPT_SOURCES:
                 sources.popitem(last=False)
+            new: list[int] = []
             rows: list[TrafficRow] = []
             for sequence, batch in batches:
                 if sequence > known.taken:
                     known.taken = sequence
-                    known.waiting.append((sequence, now_s))
+                    new.append(sequence)
                     rows += [TrafficRow(str(row[0]), int(row[1]), *row[2:]) for row in batch]
-            if rows:
+            if new:
                 marks = {name: float(each.taken) for name, each in sources.items()}
                 # In one transaction: a kill between the two would lose a batch, or count it twice.
-                with self._store.together():
+                with self._store.together() as transaction:
                     self._store.put_states({STATE_KEY: State(values=marks)})
                     self._store.add_traffic(rows)
-            if known.waiting:
-                self._settle(known, now_s)
+                known.waiting += [(sequence, transaction, now_s) for sequence in new]
+            self._settle(known, now_s)
             return Taken(rows, known.durable)
 
     def _known(self, now_s: float) -> OrderedDict[str, _Source] | None:
@@ -101,14 +103,10 @@ class Intake:
         )
 
     def _settle(self, known: _Source, now_s: float) -> None:
-        health = self._store.health()
-        committed_s, pending = health["last_commit_s"], health["pending"]
+        committed = self._store.committed
         while known.waiting:
-            sequence, taken_s = known.waiting[0]
-            # With records still waiting, those of a batch are in if a commit ended so late that it began after it.
-            margin_s = 0.0 if pending == 0 else COMMITS_WITHIN_S
-            durable = committed_s is not None and committed_s >= taken_s + margin_s
-            if not durable and now_s - taken_s < ACKNOWLEDGE_ANYWAY_S:
+            sequence, transaction, taken_s = known.waiting[0]
+            if transaction > committed and now_s - taken_s < ACKNOWLEDGE_ANYWAY_S:
                 return
             known.durable = sequence
             known.waiting.pop(0)

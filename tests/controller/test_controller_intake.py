@@ -9,6 +9,7 @@ import pytest
 
 from autoscaling.live.intake import ACKNOWLEDGE_ANYWAY_S, Intake
 from autoscaling.live.store import Store
+from autoscaling.live.store.writer import Writer
 from tests.controller.lab import HandClock
 
 Batches = list[tuple[int, list[list[Any]]]]
@@ -25,7 +26,7 @@ class Place:
     def begin(self) -> None:
         """A controller starts; the one before it may have been killed."""
         self.store = Store.open(self.url, clock=self.clock)
-        self.intake = Intake(self.store, self.clock.now_s)
+        self.intake = Intake(self.store, self.clock.monotonic_s)
 
     def row(self, arrivals: int) -> list[Any]:
         return ["m", int(self.clock.now_s()), arrivals, 0, 0, 0.0, 0.0]
@@ -88,3 +89,49 @@ def test_while_the_store_can_t_write_it_holds_what_came(place: Place) -> None:
     place.clock.go(ACKNOWLEDGE_ANYWAY_S)
     assert place.intake.take("g", [batch]).sequence == 1
     assert place.arrivals() == 3
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_clock_that_is_set_changes_no_acknowledgement(
+    place: Place, jump_s: float, *, committed: bool
+) -> None:
+    """Set back, what is committed is acknowledged all the same; set ahead, what is not still isn't."""
+    batch = (1, [place.row(3)])
+    assert place.intake.take("g", [batch]).sequence == 0
+    if committed:
+        assert place.store.flush()
+    place.clock.jump(jump_s)
+    for _ in range(3):
+        place.clock.go(1)
+        assert place.intake.take("g", [batch]).sequence == committed
+    for number in range(2, 5):
+        place.intake.take("g", [(number, [place.row(1)])])
+        assert place.store.flush()
+        place.clock.go(1)
+        assert place.intake.take("g", []).sequence == number
+
+
+def test_what_comes_while_a_transaction_is_written_waits_for_the_next(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not in that one, however late that one ends."""
+    first, second = (1, [place.row(3)]), (2, [place.row(5)])
+    place.intake.take("g", [first])
+    write = Writer._write
+
+    def slow(writer: Writer, *args: Any, **kwargs: Any) -> None:
+        write(writer, *args, **kwargs)
+        assert place.intake.take("g", [second]).sequence == 0
+        place.clock.go(5)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Writer, "_write", slow)
+        assert place.store.flush()
+    assert place.intake.take("g", []).sequence == 1
+    place.begin()
+    assert place.arrivals() == 3
+    place.intake.take("g", [second])
+    assert place.store.flush()
+    assert place.intake.take("g", []).sequence == 2
+    assert place.arrivals() == 8

@@ -41,6 +41,8 @@ class Memory:
     inflight: Batch | None = None
     """Taken to be written, and not known to be in."""
     last_seq: int = 0
+    """Of what was taken last to be written; what comes now will be the next."""
+    written_seq: int = 0
     states: dict[str, State] = field(default_factory=dict)
     plan: str | None = None
     overrides: dict[str, Override] = field(default_factory=dict)
@@ -64,6 +66,8 @@ class Memory:
 
     def written(self) -> None:
         with self.lock:
+            if self.inflight is not None:
+                self.written_seq = self.inflight.seq
             self.inflight = None
 
     def waiting(self) -> Iterator[Batch]:

@@ -119,13 +119,18 @@ class Store:
         return self._writer.attached
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self) -> Iterator[int]:
         """What one thread adds and puts within the block is committed in one transaction: a kill leaves all or none.
 
-        Other threads wait meanwhile, so do nothing else in it.
+        Its number is what the block is given; see `committed`. Other threads wait meanwhile, so do nothing else in it.
         """
         with self._memory.lock:
-            yield
+            yield self._memory.last_seq + 1
+
+    @property
+    def committed(self) -> int:
+        """The number of the last transaction that is in; all before it are."""
+        return self._memory.written_seq
 
     def health(self) -> dict[str, Any]:
         """How the store is.
