@@ -215,14 +215,10 @@ class StoredSource:
 
     @property
     def name(self) -> str:
-        """The URL, without its password."""
-        from sqlalchemy.engine import make_url
-        from sqlalchemy.exc import ArgumentError
+        """The URL, without what is secret in it."""
+        from autoscaling.live.store.database import shown_text
 
-        try:
-            return make_url(self.url).render_as_string(hide_password=True)
-        except ArgumentError:
-            return self.url
+        return shown_text(self.url)
 
     @contextmanager
     def _opened(self) -> Iterator[Store]:

@@ -475,7 +475,8 @@ def test_a_store_that_can_t_be_used_is_said_and_done_without(tmp_path: Path) -> 
         health = planner.health()
         assert not health["ok"]
         assert "mysql" in health["store"]["error"]
-        folder = Path(health["store"]["url"].removeprefix("sqlite:///")).parent
+        folder = planner._temporary
+        assert folder is not None
         assert folder.is_dir()
     assert not folder.exists()
 

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -56,6 +57,13 @@ def reopened(path: Path, clock: FakeClock) -> Store:
         ("sqlite:////tmp", "names a directory"),
         ("postgresql+psycopg://user:secret@host", "names no database"),
         ("", "not a database URL"),
+        ("postgresql://user:secret@host:port/db", "'postgresql://.*' is not a database URL"),
+        ("postgresql://user:secret", "'postgresql://.*' is not a database URL"),
+        ("host=db user=u password=secret", "not a database URL"),
+        ("user:secret@host/db", "not a database URL"),
+        ("postgresql://user:p@secret@host", "names no database"),
+        ("postgresql+psycopg://user@host?password=secret", "names no database"),
+        ("mysql://host/db?password=secret", "mysql"),
     ],
 )
 def test_a_url_that_is_none_is_an_error_that_says_what_would_be_right(
@@ -64,14 +72,24 @@ def test_a_url_that_is_none_is_an_error_that_says_what_would_be_right(
     with pytest.raises(ConfigError, match=words) as caught:
         Store.open(url, clock=clock)
     assert "sqlite:///" in caught.value.message
-    assert "secret" not in caught.value.message
+    # Nor is it among its causes, which logs show.
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "secret" not in shown
 
 
-def test_health_shows_no_password(clock: FakeClock) -> None:
-    store = Store.open("postgresql://user:secret@127.0.0.1:9/db", clock=clock)
+@pytest.mark.parametrize("url", ["user:secret@127.0.0.1:9/db", "127.0.0.1:9/db?user=u&password=secret"])
+def test_a_password_is_nowhere_shown(
+    url: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither in health, which the status shows without a token, nor in what a reader is told or the log."""
+    store = Store.open(f"postgresql://{url}", clock=clock)
     assert not store.health()["ok"]
-    assert "secret" not in str(store.health())
+    assert store.health()["kind"] == "postgresql"
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9/db can't be reached") as caught:
+        store.usage("2024-01-01", "2024-01-02")
     store.close()
+    for said in (str(store.health()), caught.value.message, caplog.text):
+        assert "secret" not in said
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])

@@ -50,6 +50,8 @@ CHECKED_BYTES = 256 << 20
 _PICKING = (
     "sqlite:///path/of/a.db (four slashes for an absolute path) or postgresql+psycopg://user@host/database"
 )
+_BEGIN = re.compile(r"[^:@?=]*(://)?")
+"""What of a text can be no password."""
 _SUFFIXES = ("-wal", "-shm", "")
 _DAMAGED = frozenset({11, 26})  # SQLITE_CORRUPT, SQLITE_NOTADB: sqlite3 names them only from Python 3.11 on
 
@@ -63,7 +65,7 @@ class Database:
 
     def __init__(self, url: str, clock: Clock) -> None:
         self.url, self.path = parse_url(url)
-        self.shown_url = self.url.render_as_string(hide_password=True)
+        self.shown_url = shown(self.url)
         self._clock = clock
         self._engine = self._make_engine()
         self._inode: int | None = None
@@ -200,35 +202,54 @@ class Database:
 _VERSION = select(meta.c.value).where(meta.c.key == "schema_version")
 
 
-def parse_url(text: str) -> tuple[URL, Path | None]:
-    """The URL of a database that a store can use, and its file if it is SQLite. Raises ConfigError."""
+def shown(url: URL) -> str:
+    """What people may see of it. Its password may be in its query too, and with an @ in it, in what comes after."""
+    if url.get_backend_name() != "sqlite" and "@" in f"{url.host}{url.database}":
+        return f"{url.drivername}://***"
+    return url.set(query={}).render_as_string(hide_password=True)
+
+
+def shown_text(text: str) -> str:
+    """The same of a text, whether or not it is a URL. Of one that is none, anything may be the password."""
     try:
         url = make_url(text)
-    except (ArgumentError, ValueError) as error:
-        raise ConfigError(f"store: {text!r} is not a database URL. Expected {_PICKING}.") from error
+    except (ArgumentError, ValueError):
+        begin = _BEGIN.match(text)
+        assert begin is not None
+        return text if begin[0] == text else f"{begin[0]}***"
+    # As it was written where that may be seen, and not as it is quoted.
+    return text if shown(url) == url.render_as_string(hide_password=False) else shown(url)
+
+
+def parse_url(text: str) -> tuple[URL, Path | None]:
+    """The URL of a database that a store can use, and its file if it is SQLite. Raises ConfigError."""
+    said = shown_text(text)
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # Without its cause, which cites the text.
+        raise ConfigError(f"store: {said!r} is not a database URL. Expected {_PICKING}.") from None
     if url.drivername in {"postgresql", "postgres"}:
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername in {"sqlite", "sqlite+pysqlite"}:
         if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
             raise ConfigError(
-                f"store: {text!r} names no file, and a store must last. Expected sqlite:///path/of/a.db."
+                f"store: {said!r} names no file, and a store must last. Expected sqlite:///path/of/a.db."
             )
         try:
             path = Path(url.database).expanduser()
         except RuntimeError as error:
-            raise ConfigError(f"store: {text!r} begins with a home folder that is not known here.") from error
+            raise ConfigError(f"store: {said!r} begins with a home folder that is not known here.") from error
         if _is_folder(path):
             raise ConfigError(
-                f"store: {text!r} names a directory. Expected a file, as in {text.rstrip('/')}/relight.db."
+                f"store: {said!r} names a directory. Expected a file, as in {said.rstrip('/')}/relight.db."
             )
         return url.set(drivername="sqlite", database=str(path)), path
     if url.drivername == "postgresql+psycopg":
         if not url.database:
-            raise ConfigError(f"store: {url.render_as_string()!r} names no database. Expected {_PICKING}.")
+            raise ConfigError(f"store: {shown(url)!r} names no database. Expected {_PICKING}.")
         return url, None
-    raise ConfigError(
-        f"store: {url.drivername!r} in {url.render_as_string()!r} is not supported. Expected {_PICKING}."
-    )
+    raise ConfigError(f"store: {url.drivername!r} in {said!r} is not supported. Expected {_PICKING}.")
 
 
 def _is_folder(path: Path) -> bool:

@@ -138,7 +138,8 @@ class Store:
         Returns:
             ok: what is accepted gets written. error: why not. pending: records that wait; dropped: those that could not
             wait any longer, by kind in dropped_by. last_commit_s: Unix time. refused: records that were not accepted,
-            by reason. notices: what happened to the database that people must know. clock_jumps; url, without password.
+            by reason. notices: what happened to the database that people must know. clock_jumps. kind: sqlite or postgresql; where it
+            is is nobody's business who asks without a token.
         """
         writer, memory = self._writer, self._memory
         with memory.lock:
@@ -155,7 +156,7 @@ class Store:
             "notices": notices,
             "last_commit_s": writer.last_commit_s,
             "clock_jumps": writer.clock_jumps,
-            "url": writer.database.shown_url,
+            "kind": writer.database.url.get_backend_name(),
         }
 
     # -- traffic
