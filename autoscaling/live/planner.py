@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -236,10 +236,12 @@ class Planner:
 
     def _remembered(self, states: Mapping[str, State], plan: Plan | BrokenPlan | None) -> dict[str, State]:
         """What the models' policies remember, as far as it still says something: of the load of some time ago it would
-        have replicas lit that nobody needs."""
-        looked = isinstance(plan, Plan) and self._clock.now_s() - plan.made_s <= JUMP_S
+        have replicas lit that nobody needs. Nor did anybody look after a model that was out of the fleet meanwhile."""
+        looked: Container[str] = ()
+        if isinstance(plan, Plan) and self._clock.now_s() - plan.made_s <= JUMP_S:
+            looked = plan.entries
         return {
-            model: state if looked else lapsed(state)
+            model: state if model in looked else lapsed(state)
             for model, state in states.items()
             if model in self._base
         }

@@ -19,7 +19,7 @@ from autoscaling.forecast.service import POOL_S, ForecastService
 from autoscaling.live import intake, planner
 from autoscaling.live.planner import Planner
 from autoscaling.live.store import Store, database
-from tests.controller.lab import NOW_S, Forecasts, World, serve_view, setup
+from tests.controller.lab import NOW_S, Forecasts, World, report, serve_view, setup
 from tests.fakes.waiting import until
 
 
@@ -141,6 +141,36 @@ def test_after_days_one_request_lights_one_replica(tmp_path: Path, away_s: float
         for _ in range(5):
             world.tick(controller)
         assert controller._active.decisions["m"].replicas == lit
+
+
+def test_a_model_that_comes_back_into_the_fleet_after_days_begins_with_one_replica(tmp_path: Path) -> None:
+    """Its load of then says no more than if no controller had looked meanwhile, though one did, after the others."""
+    world = World(tmp_path)
+
+    def redeployed(*names: str) -> None:
+        world.models = tuple(
+            setup(name, policy="kpa", max_replicas=4, target_ongoing_requests=10.0) for name in names
+        )
+        world.running = {model.deployment: serve_view() for model in world.models}
+        world.reports = {"g": report(*names)}
+
+    redeployed("m", "other")
+    with world.planner() as controller:
+        world.running["model-m"] = serve_view(4)
+        world.seen(in_flight=25)
+        for _ in range(90):
+            world.tick(controller)
+        assert controller._active.decisions["m"].replicas == 4
+    redeployed("other")
+    with world.planner() as controller:
+        world.tick(controller)
+        world.tick(controller, 3 * 86400.0)
+    redeployed("m", "other")
+    with world.planner() as controller:
+        world.tick(controller)
+        world.seen(queued=1)
+        world.tick(controller)
+        assert controller._active.decisions["m"].replicas == 1
 
 
 # What the forecaster learned of the fleet

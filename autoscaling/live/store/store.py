@@ -138,8 +138,8 @@ class Store:
         Returns:
             ok: what is accepted gets written. error: why not. pending: records that wait; dropped: those that could not
             wait any longer, by kind in dropped_by. last_commit_s: Unix time. refused: records that were not accepted,
-            by reason. notices: what happened to the database that people must know. clock_jumps. kind: sqlite or postgresql; where it
-            is is nobody's business who asks without a token.
+            by reason. notices: what happened to the database that people must know. clock_jumps. kind: sqlite or
+            postgresql; not where it is, since the status shows this to everybody.
         """
         writer, memory = self._writer, self._memory
         with memory.lock:
