@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+EARLIEST_S = 1_672_531_200.0
+"""2023 begins; there was no Relight before. A clock that shows less was never set: a machine without a battery for it
+begins at 1970, or where its firmware says, until NTP has told it the time."""
+
 
 class SystemClock:
     """The machine's clocks, as `autoscaling.ports.Clock` wants them."""

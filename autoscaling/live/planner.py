@@ -26,6 +26,7 @@ from autoscaling.core.plan import BrokenPlan, Plan, from_json, to_json
 from autoscaling.core.types import Decision, Forecast, Observation, Reason, Rung, Spec, State
 from autoscaling.live import overrides
 from autoscaling.live.actuator import LiveActuator, Publisher, RungKeeper
+from autoscaling.live.clock import EARLIEST_S
 from autoscaling.live.decision_log import DecisionLog
 from autoscaling.live.intake import Intake
 from autoscaling.live.ledger import TokenLedger
@@ -172,6 +173,7 @@ class Planner:
         self._ledger = TokenLedger()
         self._born_s = clock.now_s()
         self._owes = True
+        self._watches = False
         self._known_starts: dict[tuple[str, float], float] = {}  # when told last, monotonic
         self._unclaimed: dict[tuple[str, float], float] = {}
         self._prewarms: dict[str, Prewarm] = {}
@@ -222,12 +224,18 @@ class Planner:
 
     def _restore(self, states: Mapping[str, State]) -> None:
         now_s = self._clock.now_s()
-        self.store.add_traffic([TrafficRow(model, int(now_s)) for model in self._base])
+        self._watch(now_s)
         for model in self._base:
             if (state := states.get(CAPACITY_PREFIX + model)) is not None:
                 self._metrics.capacity.restore(model, state)
             last_busy_s = _last_busy_s(states.get(model, State()))
             self._metrics.restore(model, _last_arrival_s(self.store, model, now_s), last_busy_s)
+
+    def _watch(self, now_s: float) -> None:
+        """Have the store know since when models are watched, as soon as the clock shows a time that can be."""
+        self._watches = now_s >= EARLIEST_S
+        if self._watches:
+            self.store.add_traffic([TrafficRow(model, int(now_s)) for model in self._base])
 
     def _last_plan(self) -> Plan | BrokenPlan | None:
         """That of the controller before this one."""
@@ -452,6 +460,8 @@ class Planner:
     def tick(self) -> None:
         """Look, decide, act, record. Never raises; what fails is in `health`."""
         began_s, now_s = self._clock.monotonic_s(), self._clock.now_s()
+        if not self._watches:
+            self._watch(now_s)
         if self._owes and self.store.attached:
             self._try("restore", self._catch_up)
         self._try("starts", self._find_prewarmed)

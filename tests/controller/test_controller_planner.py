@@ -20,7 +20,7 @@ from autoscaling.live.control import Control
 from autoscaling.live.planner import Planner
 from autoscaling.live.records import ColdStartRow, Override
 from autoscaling.live.rungs import KEPT_STARTS
-from tests.controller.lab import NOW_S, World, engine, report, serve_view, setup
+from tests.controller.lab import NOW_S, HandClock, World, engine, report, serve_view, setup
 
 
 @pytest.fixture
@@ -369,6 +369,18 @@ def test_measured_starts_and_capacity_outlive_the_controller(world: World) -> No
         world.tick(planner)
         profiles = {p.rung: p for p in planner.observations()["m"].rungs}
         assert (profiles[Rung.TEMPLATE].delay_s, profiles[Rung.TEMPLATE].starts) == (7.0, 1)
+
+
+def test_models_are_watched_once_the_clock_is_set(tmp_path: Path) -> None:
+    """A machine that begins at 1970 knows of no silence since then, and of the one since NTP told it the time."""
+    world = World(tmp_path)
+    world.clock = HandClock(30.0)
+    with world.planner() as controller:
+        world.tick(controller)
+        assert controller.store.watched_since_s("m") is None
+        world.clock.jump(NOW_S)
+        world.tick(controller)
+        assert controller.store.watched_since_s("m") == int(world.clock.now_s())
 
 
 def test_a_start_in_which_the_machine_slept_is_not_learned_from(world: World) -> None:

@@ -111,7 +111,14 @@ def test_a_level_reaches_back_as_far_as_it_is_kept(store: Store, open_store: Ope
         ]
 
 
-def test_what_is_too_old_is_deleted(store: Store, url: str, clock: FakeClock) -> None:
+@pytest.mark.parametrize("unset", [False, True])
+def test_what_is_too_old_is_deleted(store: Store, url: str, clock: FakeClock, *, unset: bool) -> None:
+    """Also after a machine began at 1970 once: that is not where pruning goes on."""
+    if unset:
+        clock.set_clock(30 - NOON)
+        clock.pass_time(60)
+        assert store.flush()
+        clock.set_clock(NOON - 90)
     for _ in range(40):
         clock.pass_time(DAY)
         store.add_traffic([second("m", clock.now_s() - 1)])
@@ -189,6 +196,34 @@ def test_a_clock_that_is_a_year_ahead_for_an_hour_costs_little_history(
     assert store.health()["clock_jumps"] == 2
     for at in (store, open_store()):
         assert totals(at, "m", clock.now_s())[2:] == before[2:] == [20, 20]
+
+
+@pytest.mark.parametrize("known", ["told by this Relight", "kept by one before"])
+def test_a_clock_that_was_never_set_makes_no_history(
+    store: Store, open_store: Open, url: str, clock: FakeClock, known: str
+) -> None:
+    """A machine that begins at 1970, until NTP has set its clock, is none that knows of years of silence."""
+    clock.set_clock(30 - NOON)
+    store.add_traffic([second("m", 30, 0), second("m", 30), second("idle", 30, 0)])
+    assert store.flush()
+    clock.set_clock(NOON - 30)
+    store.add_traffic([second("m", NOON - 5)])
+    assert store.flush()
+    if known == "kept by one before":
+        store.close()
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE relight_series SET since_s = 30"))
+            connection.execute(text("INSERT INTO relight_series VALUES ('idle', 0, 30)"))
+        engine.dispose()
+        store = open_store()
+    since_s = store.watched_since_s("m")
+    assert since_s is not None
+    assert NOON - 3600 <= since_s <= NOON - 5
+    assert store.watched_since_s("idle") is None
+    for buckets in store.traffic("m", NOON).levels:
+        assert buckets.start_s >= NOON - 3600
+    assert totals(store, "m", NOON) == [1, 1, 1, 1]
 
 
 def test_a_clock_that_is_set_back_hides_what_is_ahead_and_loses_nothing(

@@ -15,6 +15,7 @@ from itertools import islice
 
 from sqlalchemy import Connection, case, delete, func, insert, select, update
 
+from autoscaling.live.clock import EARLIEST_S
 from autoscaling.live.store.database import insert_into, least, upsert
 from autoscaling.live.store.mirror import KEPT_S, STEPS, Amounts, Entry, LevelArrays, level_arrays
 from autoscaling.live.store.schema import AMOUNTS, SILENT, journal, series, traffic, writers
@@ -141,6 +142,21 @@ def put_since(connection: Connection, since: Mapping[tuple[str, int], float]) ->
         for (model, step_s), since_s in sorted(since.items())
     ]
     upsert(connection, series, rows, {"since_s": earlier})
+
+
+def mend_since(connection: Connection) -> None:
+    """A model of which more is known than can be, since a clock that was never set told of it, is known since its first
+    request, or not at all."""
+    wrong = series.c.since_s < EARLIEST_S
+    for model in connection.scalars(select(series.c.model).where(wrong).distinct()).all():
+        begin_s = traffic.c.bucket * traffic.c.step_s
+        first_s = connection.scalar(
+            select(func.min(begin_s)).where(traffic.c.model == model, begin_s >= EARLIEST_S)
+        )
+        if first_s is None:
+            connection.execute(delete(series).where(series.c.model == model, wrong))
+        else:
+            connection.execute(update(series).where(series.c.model == model, wrong).values(since_s=first_s))
 
 
 def read_since(connection: Connection) -> list[tuple[str, int, float]]:

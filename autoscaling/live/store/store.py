@@ -19,6 +19,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy import Connection
 
 from autoscaling.core.types import Decision, Rung, State
+from autoscaling.live.clock import EARLIEST_S
 from autoscaling.live.records import ColdStartRow, Override, PrewarmRow, TrafficRow, UsageRow
 from autoscaling.live.store import bulk, journal, logs
 from autoscaling.live.store.buffer import Batch, add_usage
@@ -164,7 +165,8 @@ class Store:
     def add_traffic(self, rows: Sequence[TrafficRow]) -> None:
         """Adds what came in. A row without amounts says that the model is watched from then on.
 
-        Rows from the future and with amounts that can't be are refused and counted in `health`.
+        Rows from the future, from a clock that was never set, and with amounts that can't be are refused and counted in
+        `health`.
         """
         now_s = self._clock.now_s()
         with self._memory.lock:
@@ -543,6 +545,8 @@ class Store:
 def _refusal(row: TrafficRow, now_s: float) -> str | None:
     if not (isinstance(row.model, str) and row.model and "\0" not in row.model and row.model.isprintable()):
         return "traffic: no model's name"
+    if 0 <= row.second < EARLIEST_S:
+        return "traffic: from a clock that was never set"
     if not 0 <= row.second <= now_s + AHEAD_S:
         return "traffic: from the future" if row.second > 0 else "traffic: negative or not finite"
     amounts = (row.arrivals, row.input_tokens, row.output_tokens, row.busy_s, row.waited_s)

@@ -17,6 +17,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, StatementError
 
+from autoscaling.live.clock import EARLIEST_S
 from autoscaling.live.records import Override
 from autoscaling.live.store import bulk, journal, logs, schema
 from autoscaling.live.store.buffer import Batch
@@ -185,6 +186,7 @@ class Writer:
             for writer in connection.scalars(select(schema.writers.c.id)).all():
                 while journal.roll_up(connection, writer):
                     pass
+            journal.mend_since(connection)
         with self.database.read() as connection:
             since = journal.read_since(connection)
             seconds = list(journal.read_seconds(connection, now_s - KEPT_S[1]))
@@ -354,6 +356,10 @@ class Writer:
         """The present as pruning may see it."""
         now_s = self._clock.now_s()
         reached_s = float(logs.read_meta(connection, "pruned_s") or now_s)
+        if now_s < EARLIEST_S:
+            return now_s  # nothing is as old as that
+        if reached_s < EARLIEST_S:
+            reached_s = now_s
         passed_s = (
             logs.DAY_S if first else PRUNING_SPEED * (self._clock.monotonic_s() - (self._housekeeping_s or 0))
         )
