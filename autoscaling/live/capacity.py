@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autoscaling.core.types import Capacity, State
+from autoscaling.live.readings import LastReadings
 
 SHORTEST_S, LONGEST_S = 1.0, 60.0
 """Windows outside of this say too little, or too little of the present."""
@@ -58,22 +59,19 @@ class CapacityBook:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
-        self._engines: dict[str, Mapping[str, float]] = {}
+        self._readings: LastReadings[Mapping[str, float]] = LastReadings()
 
     def read(self, engine_id: str, model: str, counters: Mapping[str, float]) -> None:
         """One reading of an engine's counters (see deployments/gateway/scrape.py), with `at_s`, its Unix time."""
         with self._lock:
-            before = self._engines.get(engine_id)
-            if before is not None and counters["at_s"] <= before["at_s"]:
-                return  # another gateway told of it already
-            self._engines[engine_id] = counters
-            if before is not None:
+            is_news, before = self._readings.take(engine_id, counters["at_s"], counters)
+            if is_news and before is not None:
                 self._window(self._models.setdefault(model, _Model()), before, counters)
 
     def forget(self, living: set[str]) -> None:
         """Only these engines are left."""
         with self._lock:
-            self._engines = {e: c for e, c in self._engines.items() if e in living}
+            self._readings.forget(living)
 
     @staticmethod
     def _window(model: _Model, before: Mapping[str, float], now: Mapping[str, float]) -> None:

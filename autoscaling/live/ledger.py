@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
+from autoscaling.live.readings import LastReadings
 from autoscaling.live.records import TrafficRow
 
 WINDOW_S = 60.0
@@ -32,28 +33,23 @@ class TokenLedger:
 
     def __init__(self) -> None:
         self._balances: dict[str, _Balance] = {}
-        self._engines: dict[str, tuple[float, float, float]] = {}
+        self._readings: LastReadings[tuple[float, float]] = LastReadings()
         self._untold: dict[tuple[str, str], int] = {}
 
     def read(self, engine_id: str, model: str, counters: Mapping[str, float], *, since_birth: bool) -> None:
         """One reading of an engine. `since_birth`: all that a new one counted came while this ledger was kept."""
-        now = (
-            counters["at_s"],
-            counters.get("prompt_tokens", 0.0),
-            counters.get("generation_tokens", 0.0),
-        )
-        before = self._engines.get(engine_id)
-        if before is not None and now[0] <= before[0]:
-            return  # another gateway told of it already
-        self._engines[engine_id] = now
+        now = counters.get("prompt_tokens", 0.0), counters.get("generation_tokens", 0.0)
+        is_news, before = self._readings.take(engine_id, counters["at_s"], now)
+        if not is_news:
+            return
         if before is None:
-            before = (0.0, 0.0, 0.0) if since_birth else now
+            before = (0.0, 0.0) if since_birth else now
         balance = self._balances.setdefault(model, _Balance())
         balance.read = True
         # A counter that went back is another process under the same name.
-        if now[1] >= before[1] and now[2] >= before[2]:
-            balance.input_tokens += now[1] - before[1]
-            balance.output_tokens += now[2] - before[2]
+        if now[0] >= before[0] and now[1] >= before[1]:
+            balance.input_tokens += now[0] - before[0]
+            balance.output_tokens += now[1] - before[1]
 
     def told(self, row: TrafficRow) -> None:
         """An answer told these tokens."""
@@ -105,5 +101,5 @@ class TokenLedger:
 
     def forget(self, engines: Container[str], sources: Container[str]) -> None:
         """Only these engines, and these sources of `untold`, are left."""
-        self._engines = {engine: last for engine, last in self._engines.items() if engine in engines}
+        self._readings.forget(engines)
         self._untold = {key: count for key, count in self._untold.items() if key[0] in sources}

@@ -110,6 +110,38 @@ def test_a_window_of_changing_load_says_nothing() -> None:
     assert book.capacity("m", target=16, inter_token_slo_s=0.2) is None
 
 
+@pytest.mark.parametrize("back_s", [2.0, 3600.0])
+def test_a_gateways_clock_that_is_set_back_ends_no_learning(back_s: float) -> None:
+    """Its readings are no older ones that another gateway told of; no token is lost or counted twice."""
+    book, ledger = CapacityBook(), TokenLedger()
+    engine = Engine()
+    engine.counters["at_s"] = 10_000.0
+    book.read("e", "m", dict(engine.counters))
+    ledger.read("e", "m", counters(10_000.0, 0, 0), since_birth=True)
+    engine.counters["at_s"] -= back_s
+    engine.work(book, 4, 0.1, windows=10)
+    assert learned(book).tokens_per_s == pytest.approx(40.0)
+    for n in range(1, 11):
+        for _ in range(2):  # told again with the next report
+            ledger.read("e", "m", counters(10_000.0 - back_s + 5 * n, 10 * n, 100 * n), since_birth=True)
+    ledger.untold("g", "m", 1)
+    ledger.read("e", "m", counters(10_000.0 - back_s + 55, 110, 1100), since_birth=True)
+    assert settled(ledger, 6, idle=True) == [(110, 1100)]
+
+
+@pytest.mark.parametrize("behind_s", [0.5, 100.0])
+def test_gateways_whose_clocks_differ_tell_of_the_same_engine(behind_s: float) -> None:
+    """What the one behind read, before or after, is not learned from a second time."""
+    ledger = TokenLedger()
+    for n in range(20):
+        for _ in range(3):
+            ledger.read("e", "m", counters(1000 + 5 * n, 0, 100 * n), since_birth=True)
+            ledger.read("e", "m", counters(1002 + 5 * n - behind_s, 0, 100 * n + 40), since_birth=True)
+    ledger.untold("g", "m", 1)
+    ledger.read("e", "m", counters(1100, 0, 2000), since_birth=True)
+    assert settled(ledger, 6, idle=True) == [(0, 2000)]
+
+
 def test_a_restart_goes_on_from_what_was_learned() -> None:
     """Through the values that the store keeps."""
     book, after = CapacityBook(), CapacityBook()
