@@ -29,7 +29,7 @@ class Usage:
     """GPU-seconds by rung name."""
     requests: int = 0
     cold_requests: int = 0
-    """Those that came while no replica was ready."""
+    """Those that came while no replica was ready, as far as that is known."""
     waited_s: float = 0.0
     """Request-seconds in the queue."""
     cold_starts: int = 0
@@ -68,6 +68,8 @@ class Account:
     prewarm: Prewarm | None = None
     arrivals: int = 0
     """Requests that came since that observation, while the replicas were unknown, and are not booked yet."""
+    late: int = 0
+    """Those of them that were told late."""
     waited_s: float = 0.0
     """What was waited meanwhile, likewise."""
     asked_s: float | None = None
@@ -106,7 +108,7 @@ def book(
     if account.arrivals or account.waited_s:
         owed = _owed(account, observation)
         waited_s = None if observation.waited_s is None else owed.waited_s
-        observation = replace(observation, arrivals=owed.arrivals, waited_s=waited_s)
+        observation = replace(observation, arrivals=owed.arrivals, late=owed.late, waited_s=waited_s)
     asked_s = _asked_s(account, observation)
     # Of what was before the first observation nothing but its requests is known.
     usage = _usage(spec, account, observation) if used else ()
@@ -135,7 +137,12 @@ def _owed(account: Account, observation: Observation) -> Account:
     came, waited_s = _count(observation.arrivals), observation.waited_s or 0.0
     if not (came or waited_s):
         return account
-    return replace(account, arrivals=account.arrivals + came, waited_s=account.waited_s + waited_s)
+    return replace(
+        account,
+        arrivals=account.arrivals + came,
+        late=account.late + observation.late,
+        waited_s=account.waited_s + waited_s,
+    )
 
 
 def _asked_s(account: Account, observation: Observation) -> float | None:
@@ -174,7 +181,7 @@ def _usage(spec: Spec, account: Account, now: Observation) -> tuple[Usage, ...]:
     unforeseen = prewarm is None or prewarm.ended_s is not None
     counted = {
         "requests": requests,
-        "cold_requests": requests if was_dark else 0,
+        "cold_requests": max(0, requests - now.late) if was_dark else 0,
         "cold_starts": int(started and asked and unforeseen),
     }
     # What gateways counted goes before what was seen of their queues at two moments.

@@ -117,6 +117,8 @@ class Observation:
     capacity: Capacity | None = None
     waited_s: float | None = field(default=None, compare=False)
     """Request-seconds waited since the observation before; None where only `queued` tells. Decides nothing."""
+    late: int = field(default=0, compare=False)
+    """Arrivals that were told so late that nobody knows what they met: gateways were not heard. Decides nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from autoscaling.core.accounts import LONGEST_S
 from autoscaling.core.seen import charge
 from autoscaling.core.types import Observation, Rung, Spec
 from autoscaling.live.capacity import CapacityBook
@@ -71,6 +72,7 @@ class _Since:
     """What one model did, over the reports so far."""
 
     arrivals: int = 0  # since the last observation
+    late: int = 0  # those of them that came longer ago than anything is concluded from
     waited_s: float = 0.0  # likewise
     last_arrival_s: float | None = None
     last_busy_s: float | None = None
@@ -159,6 +161,7 @@ class LiveMetrics:
             for row in rows:
                 if (since := self._since.get(row.model)) is not None:
                     since.arrivals += row.arrivals
+                    since.late += row.arrivals if row.second < now_s - LONGEST_S else 0
                     since.waited_s += row.waited_s
                     if row.arrivals:
                         since.last_arrival_s = _later(since.last_arrival_s, _past(float(row.second), now_s))
@@ -249,6 +252,7 @@ class LiveMetrics:
         model = setup.id
         since = self._since[model]
         arrivals, since.arrivals = since.arrivals, 0
+        late, since.late = since.late, 0
         waited_s, since.waited_s = since.waited_s, 0.0
         # For good: what lies in the future was now when the clock was set back, and is longer ago at each look.
         since.last_arrival_s = _past(since.last_arrival_s, now_s)
@@ -278,6 +282,7 @@ class LiveMetrics:
                 inter_token_slo_s=setup.inter_token_slo_s,
             ),
             waited_s=waited_s,
+            late=late,
         )
 
     def _costs(self, setup: ModelSetup, eligible: Sequence[Node], cluster: _Seen) -> dict[Rung, float]:

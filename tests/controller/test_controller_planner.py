@@ -87,6 +87,18 @@ def test_what_was_waited_is_what_gateways_counted(world: World, planner: Planner
     assert (row.requests, row.cold_requests, row.cold_starts, row.waited_s) == (1, 1, 1, pytest.approx(0.08))
 
 
+def test_what_came_in_an_outage_is_not_booked_as_cold(world: World, planner: Planner) -> None:
+    """A gateway that nobody heard for an hour tells of requests that a replica may have answered, which is gone now."""
+    world.tick(planner)
+    now = int(world.clock.now_s())
+    rows = [["m", second, 2, 0, 0, 0.0, 0.0] for second in (now - 3600, now - 1800, now - 1)]
+    world.reports["g"]["batches"] = [(1, rows)]
+    for _ in range(3):
+        world.tick(planner)
+    (row,) = planner.store.usage("2000-01-01", "2100-01-01")
+    assert (row.requests, row.cold_requests) == (6, 2)
+
+
 def test_before_anything_is_seen_everything_is_held(world: World) -> None:
     """An empty view scales no loaded model down."""
     with world.planner() as planner:

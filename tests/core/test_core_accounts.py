@@ -138,6 +138,17 @@ def test_a_cold_start_is_counted_with_who_waited() -> None:
     assert ledger.prewarms == {}
 
 
+def test_a_request_that_was_told_late_met_nobody_knows_what() -> None:
+    """It counts, but not as one that came while the model was dark: that is how it is now."""
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(replace(seen(NOON + 1, arrivals=42), ready=None, late=40))
+    ledger.book(replace(seen(NOON + 2, arrivals=30), late=30))
+    assert (ledger.requests, ledger.cold_requests) == (72, 2)
+    ledger.book(seen(NOON + 3, arrivals=1))
+    assert (ledger.requests, ledger.cold_requests) == (73, 3)
+
+
 @pytest.mark.parametrize("ready", [0, 1])
 def test_every_request_is_in_the_accounts_once(ready: int) -> None:
     """Of the first observation, of those while Serve does not answer, and of a clock that goes back or stands."""
