@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 import zoneinfo
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, pairwise, takewhile
 
 from cronsim import CronSim
@@ -28,6 +28,7 @@ _MAX_STARTS = 2000
 """How many starts before a time are looked at: in a schedule that begins anew each minute, those of 33 hours."""
 _MAX_BEYOND = 32
 """How many starts beyond the bounds are looked at, where spans go on and on."""
+_HOURS_KEPT = 2
 _MAX_OFFSET_S = 26 * 3600.0
 """More than any zone is from UTC, and more than its clock ever jumps."""
 
@@ -70,7 +71,7 @@ def spans(cron: Cron, from_s: float, until_s: float) -> tuple[tuple[float, float
     each time begins before the last has ended, is cut outside of them, after some dozens of times.
     """
     first_hour, last_hour = int(from_s // _HOUR_S), int(-(-until_s // _HOUR_S))
-    found = _spans(cron, first_hour, last_hour)
+    found = _spans_of(cron)(first_hour, last_hour)
     return tuple((start, end) for start, end in found if end > from_s and start < until_s)
 
 
@@ -102,9 +103,13 @@ def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float],
     return tuple(found)
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=4096)
+def _spans_of(cron: Cron) -> Callable[[int, int], tuple[tuple[float, float], ...]]:
+    """By hours, of which the last are kept: the controller asks every few seconds, never for an hour that is over."""
+    return lru_cache(maxsize=_HOURS_KEPT)(partial(_spans, cron))
+
+
 def _spans(cron: Cron, first_hour: int, last_hour: int) -> tuple[tuple[float, float], ...]:
-    """Cached by the hour: the controller asks every second."""
     # Spans ascend but for those in an hour that a clock shows twice.
     low, high = _offsets(cron.timezone, last_hour * _HOUR_S)
     until_s, end_s, beyond = last_hour * _HOUR_S + high - low, -math.inf, 0

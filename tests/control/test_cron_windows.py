@@ -189,3 +189,15 @@ def test_a_wrong_expression_says_what_is_wrong(expression: str, word: str) -> No
 def test_a_wrong_time_zone_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no time zone"):
         cron.check_timezone(name)
+
+
+def test_of_a_schedule_that_is_asked_for_all_year_no_hour_is_kept_that_is_over() -> None:
+    """Each knows the spans of two days, which is tens of kilobytes where they are short."""
+    often = Cron("*/5 * * * *", 60.0)
+    begin_s = at("2026-03-01 00:00")
+    for hour in range(48):
+        now_s = begin_s + 3600 * hour
+        found = cron.spans(often, now_s, now_s + 86400)
+        assert cron.spans(often, now_s, now_s + 86400) == found
+        assert (len(found), found[0][0]) == (288, now_s)
+    assert cron._spans_of(often).cache_info().currsize <= 2  # type: ignore[attr-defined]
