@@ -98,9 +98,12 @@ class Checkout:
         status = self.run_dir.lstat()
         if not self.run_dir.is_dir() or self.run_dir.is_symlink() or status.st_uid != os.getuid():
             raise ClusterError(f"{self.run_dir} belongs to someone else; remove it, or use another checkout")
-        if not self.token_file.exists():
-            self.token_file.touch(mode=0o600)
-            self.token_file.write_text(secrets.token_hex(32))
+        # One that is empty was cut short, by a full disk or a power cut, and no Ray starts with it.
+        if not self.token_file.exists() or self.token_file.stat().st_size == 0:
+            new = self.token_file.with_suffix(".new")
+            new.touch(mode=0o600)
+            new.write_text(secrets.token_hex(32))
+            new.replace(self.token_file)
 
     def load(self) -> Cluster | None:
         """None where nothing was started, or what is written cannot be read: `up` then starts afresh."""

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_token_is_made_once_and_is_private(checkout: Checkout) -> None:
     assert stat.S_IMODE(checkout.token_file.stat().st_mode) == 0o600
     checkout.make_dirs()
     assert checkout.token_file.read_text() == token
+
+
+def test_a_token_that_a_full_disk_cut_short_is_made_anew(checkout: Checkout) -> None:
+    """Whether it was so when it was written, or is empty from an earlier time."""
+    checkout.token_file.unlink()
+    with (
+        mock.patch.object(Path, "write_text", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(OSError, match="No space"),
+    ):
+        checkout.make_dirs()
+    assert not checkout.token_file.exists()
+    checkout.token_file.touch()
+    checkout.make_dirs()
+    assert re.fullmatch(r"[0-9a-f]{64}", checkout.token_file.read_text())
+    assert stat.S_IMODE(checkout.token_file.stat().st_mode) == 0o600
 
 
 def test_a_run_dir_that_is_a_link_is_refused(tmp_path: Path) -> None:
