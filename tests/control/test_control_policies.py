@@ -53,6 +53,16 @@ def test_it_ends_by_itself(lab: Lab) -> None:
     assert (status, "has ended" in error["message"]) == (409, True)
 
 
+def test_the_last_word_wins_after_the_clock_was_set_back(lab: Lab) -> None:
+    """Of modes, of policies, and of what was said after it was set back once more."""
+    for minute, (mode, cost) in enumerate((("shadow", 2.0), ("off", 3.0), ("active", 4.0), ("shadow", 5.0))):
+        lab.clock.time_s = NOW_S - 3600 * (minute % 2) - 60 * (minute // 2)
+        lab.ok("PUT", "mode", {"mode": mode})
+        lab.ok("PUT", f"policies/{SMALL}", {"wait_cost": cost})
+        assert lab.ok("GET", "mode")["mode"] == mode
+        assert lab.view.models()[SMALL].wait_cost == cost
+
+
 def test_it_survives_a_restart(lab: Lab, tmp_path: Path) -> None:
     lab.ok("PUT", "policies", {"wait_cost": 3.0})
     lab.store.close()

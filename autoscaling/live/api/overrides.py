@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from typing import Annotated, Any
 
@@ -40,13 +41,15 @@ def draft(
     request: Request, kind: OverrideKind, model: str | None, value: AnyValue, until_s: float | None
 ) -> Override:
     """As it would be made; kept nowhere yet."""
+    # The last word wins, also where the clock was set back since the one before.
+    before_s = max((override.made_s for override in request.view.store.overrides(request.now_s)), default=0.0)
     return Override(
         id=f"{kind}-{secrets.token_hex(4)}",
         kind=kind,
         model=model,
         value=value.model_dump(exclude_none=True),
         who=request.who(),
-        made_s=request.now_s,
+        made_s=max(request.now_s, math.nextafter(before_s, math.inf)),
         until_s=until_s,
     )
 
