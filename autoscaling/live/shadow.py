@@ -8,6 +8,7 @@ it does in truth.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ class _Imagined:
     waiting: int = 0
     last_busy_s: float | None = None
     known: bool = False
+    looked_s: float = -math.inf
 
 
 class ShadowWorld:
@@ -59,6 +61,9 @@ class ShadowWorld:
             world.known = True
             world.ready, world.rung = real.ready, real.rung or Rung.WEIGHTS
             world.starting = [now_s + _delay_s(real, world.rung)] * (real.starting or 0)
+        # A clock that is set back makes no start longer.
+        back_s, world.looked_s = max(0.0, world.looked_s - now_s), now_s
+        world.starting = [at_s - back_s for at_s in world.starting]
         there = [at_s for at_s in world.starting if at_s <= now_s]
         world.starting = [at_s for at_s in world.starting if at_s > now_s]
         world.ready += len(there)

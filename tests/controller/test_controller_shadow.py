@@ -56,6 +56,17 @@ def test_a_replica_that_it_ended_is_missed_by_the_next_request() -> None:
     assert (waits[-1].ready, waits[-1].in_flight) == (1, 2)
 
 
+def test_a_clock_that_is_set_back_makes_no_start_longer() -> None:
+    """What was left of it is left of it."""
+    world = World()
+    world.see()
+    world.decide(0)
+    world.see(arrivals=2, in_flight=2)
+    world.decide(1)
+    world.see()
+    assert [world.see(after_s).ready for after_s in (-3600.0, 1.0, 1.0, 1.0, 1.0)] == [0, 0, 0, 0, 1]
+
+
 def test_a_colder_rung_takes_longer() -> None:
     """The start from its weights."""
     world = World()
