@@ -113,8 +113,13 @@ def book(
     # Of what was before the first observation nothing but its requests is known.
     usage = _usage(spec, account, observation) if used else ()
     if before is not None and observation.now_s < before.now_s:
-        # The clock went back: what is open can't be measured any more.
-        return Account(observation, None), Booking(usage) if usage else NOTHING
+        # The clock went back: what is open can't be measured any more, and ends here.
+        ended = (
+            ()
+            if prewarm is None or prewarm.ended_s is not None
+            else (replace(prewarm, ended_s=prewarm.begun_s),)
+        )
+        return Account(observation, None), Booking(usage, ended) if usage or ended else NOTHING
     if prewarm is None and not used and (decision is None or decision.reason not in AHEAD):
         # The observation before counts only where something is counted from it on.
         return NO_ACCOUNT, NOTHING

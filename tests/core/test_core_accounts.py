@@ -149,6 +149,17 @@ def test_a_request_that_was_told_late_met_nobody_knows_what() -> None:
     assert (ledger.requests, ledger.cold_requests) == (73, 3)
 
 
+def test_a_prewarm_ends_where_the_clock_goes_back() -> None:
+    """It can't be measured any more, and is not left open for ever."""
+    ledger = Ledger()
+    ledger.book(seen(NOON), decided(NOON, 1, Reason.PREWARM))
+    ledger.book(lit(NOON + 5))
+    ledger.book(lit(NOON - 3600))
+    assert (ledger.prewarm.ended_s, ledger.prewarm.hit_s) == (NOON, None)
+    ledger.book(lit(NOON - 3599, in_flight=1, arrivals=1))
+    assert (ledger.prewarm.hit_s, ledger.prewarm.spared_requests) == (None, 0)
+
+
 @pytest.mark.parametrize("ready", [0, 1])
 def test_every_request_is_in_the_accounts_once(ready: int) -> None:
     """Of the first observation, of those while Serve does not answer, and of a clock that goes back or stands."""
