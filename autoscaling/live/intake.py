@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from autoscaling.core.types import State
 from autoscaling.live.records import TrafficRow
+from autoscaling.live.store.store import AHEAD_S
+from autoscaling.ports import Clock
 
 STATE_KEY = "gateways"
 """Under which the store keeps how far every gateway's batches are in, beside the models' states."""
@@ -57,16 +59,16 @@ class Taken:
 class Intake:
     """Takes batches. Thread-safe."""
 
-    def __init__(self, store: TrafficStore, monotonic_s: Callable[[], float]) -> None:
+    def __init__(self, store: TrafficStore, clock: Clock) -> None:
         self._store = store
-        self._monotonic_s = monotonic_s
+        self._clock = clock
         self._lock = threading.Lock()
         self._sources: OrderedDict[str, _Source] | None = None
-        self._begun_s = monotonic_s()
+        self._begun_s = clock.monotonic_s()
 
     def take(self, source: str, batches: Sequence[tuple[int, Sequence[Sequence[Any]]]]) -> Taken:
         """What is new in a report's batches, and up to where the gateway may forget."""
-        now_s = self._monotonic_s()
+        now_s = self._clock.monotonic_s()
         with self._lock:
             sources = self._sources = self._sources if self._sources is not None else self._known(now_s)
             if sources is None:
@@ -81,7 +83,7 @@ class Intake:
                 if sequence > known.taken:
                     known.taken = sequence
                     new.append(sequence)
-                    rows += [TrafficRow(str(row[0]), int(row[1]), *row[2:]) for row in batch]
+                    rows += [TrafficRow(str(row[0]), self._second(row[1]), *row[2:]) for row in batch]
             if new:
                 marks = {name: float(each.taken) for name, each in sources.items()}
                 # In one transaction: a kill between the two would lose a batch, or count it twice.
@@ -91,6 +93,11 @@ class Intake:
                 known.waiting += [(sequence, transaction, now_s) for sequence in new]
             self._settle(known, now_s)
             return Taken(rows, known.durable)
+
+    def _second(self, second: int) -> int:
+        """What comes from further ahead than the store takes came now: the clock was set back, or clocks differ."""
+        now_s = self._clock.now_s()
+        return int(second if second <= now_s + AHEAD_S else now_s)
 
     def _known(self, now_s: float) -> OrderedDict[str, _Source] | None:
         """How far each gateway's batches are in, as the store has it; None while that may still be learned."""

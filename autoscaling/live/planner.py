@@ -188,7 +188,7 @@ class Planner:
             self.store.flush(STORE_WAIT_S)
         self.store.start()
         states = self.store.states()
-        self.intake = Intake(self.store, clock.monotonic_s)
+        self.intake = Intake(self.store, clock)
         self._restore(states)
         kept = self._kept()
         plan = self._last_plan()

@@ -26,7 +26,7 @@ class Place:
     def begin(self) -> None:
         """A controller starts; the one before it may have been killed."""
         self.store = Store.open(self.url, clock=self.clock)
-        self.intake = Intake(self.store, self.clock.monotonic_s)
+        self.intake = Intake(self.store, self.clock)
 
     def row(self, arrivals: int) -> list[Any]:
         return ["m", int(self.clock.now_s()), arrivals, 0, 0, 0.0, 0.0]
@@ -110,6 +110,16 @@ def test_a_clock_that_is_set_changes_no_acknowledgement(
         assert place.store.flush()
         place.clock.go(1)
         assert place.intake.take("g", []).sequence == number
+
+
+def test_what_came_before_the_clock_was_set_back_is_not_lost(place: Place) -> None:
+    """The store takes nothing from the future: it counts as what came now."""
+    batch = (1, [place.row(3)])
+    place.clock.jump(-7200)
+    place.intake.take("g", [batch])
+    assert place.store.flush()
+    assert place.store.health()["refused"] == {}
+    assert place.arrivals() == 3
 
 
 def test_what_comes_while_a_transaction_is_written_waits_for_the_next(
