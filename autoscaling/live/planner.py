@@ -412,6 +412,8 @@ class Planner:
     def _find_prewarmed(self) -> None:
         """Engines that became ready and of which no gateway tells: nobody waited for them."""
         steady_s = self._clock.monotonic_s()
+        # What becomes ready after the clock was set back did not do so before this controller.
+        self._born_s = min(self._born_s, self._clock.now_s())
         living: set[str] = set()
         for report in self._metrics.reports().values():
             engines = [(report["node"], e) for e in report["engines"]] + list(report["remote"])
@@ -419,7 +421,10 @@ class Planner:
                 living.add(engine["engine_id"])
                 ready_s = engine["ready_s"]
                 key = (engine["engine_id"], ready_s)
-                if ready_s is None or ready_s < self._born_s or key in self._known_starts:
+                if ready_s is None or key in self._known_starts:
+                    continue
+                if ready_s < self._born_s:
+                    self._known_starts[key] = steady_s  # the controller before this one told of it
                     continue
                 first_s = self._unclaimed.setdefault(key, steady_s)
                 if steady_s - first_s >= UNCLAIMED_AFTER_S and engine["model"] in self._base:

@@ -466,6 +466,20 @@ def test_a_start_that_nobody_waited_for_is_found_in_the_reports(world: World, pl
     assert len(planner.store.cold_starts("m", 0)) == 1
 
 
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_such_a_start_is_found_after_the_clock_was_set(world: World, planner: Planner, jump_s: float) -> None:
+    """And only that: of one that was ready before this controller began, the one before it told."""
+    old = engine(engine_id="m-0", requested_s=NOW_S - 604, ready_s=NOW_S - 600)
+    world.reports["g"]["engines"] = [old]
+    world.tick(planner)
+    world.clock.jump(jump_s)
+    begun_s = planner.now_s()
+    world.reports["g"]["engines"] = [old, engine(requested_s=begun_s + 1, ready_s=begun_s + 3)]
+    for _ in range(12):
+        world.tick(planner)
+    assert [row.engine_id for row in planner.store.cold_starts("m", 0)] == ["m-1"]
+
+
 def test_no_request_is_lost_or_counted_twice_by_a_kill(world: World) -> None:
     """What was not acknowledged is sent again to the successor."""
     with world.planner() as planner:
