@@ -671,7 +671,8 @@ class Planner:
         And for how many seconds that holds.
         """
         plan, budget = self._publisher.plan, self._setup.gpu_budget
-        left_s = 0.0 if plan is None else plan.expires_s - self._clock.now_s()
+        # No longer than a plan is made for, also while the clock has just been set back.
+        left_s = 0.0 if plan is None else plan.expires_s - max(self._clock.now_s(), plan.made_s)
         if budget is None or plan is None or left_s <= 0 or self._mode != "active":
             return {}, 0.0
         why = f"waits for GPUs: others hold those of controller.gpu_budget ({budget:g})"

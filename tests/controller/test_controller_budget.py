@@ -97,6 +97,10 @@ def test_a_model_whose_budget_others_hold_has_no_room_until_they_are_done(tmp_pa
         world.tick(planner)
         assert list(planner.no_room()[0]) == ["one"]
         assert planner.no_room()[1] == pytest.approx(10.0)
+        # Gateways hold requests for no longer than a plan holds, whatever the clock is set to.
+        world.clock.jump(-3600)
+        assert planner.no_room()[1] == pytest.approx(10.0)
+        world.clock.jump(3600)
         world.clock.go(60)
         assert planner.no_room()[0] == {}
 
