@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from deployments.scaling import scaling_spec
 if TYPE_CHECKING:
     from deployments.gateway.door import Door
 
+log = logging.getLogger("ray.serve")
+
 # How soon Serve sees that somebody waits. Its metrics of a waiting handle are those of the last period: the defaults
 # (10 s) cost a dark model 13 s before anything is even started.
 METRICS_INTERVAL_S = 0.2
@@ -38,6 +41,7 @@ GATEWAY_MAX_ONGOING = 100_000
 DEFAULT_CPU_KV_CACHE_GIB = "1"
 REQUEST_ID = b"x-request-id"
 MOST_REPLICAS = 1000
+LOOK_AT_NODES_EVERY_S = 5.0
 # Serve's own default router, by the module that it is in. Serve pickles a router's module by value into each
 # deployment's settings, and each replica hands those back when it is up: by the default path, which names the package,
 # they are 110 kB, which Ray keeps as an object on the replica's node, and a node that holds an object is never idle.
@@ -153,22 +157,54 @@ def host_config(fleet: Fleet) -> dict[str, Any]:
     return fleet.engine_host.model_dump(mode="json")
 
 
-def only_node_that_fits(model: Model, node_id: str) -> bool:
-    """Whether a replica of `model` can land on this node alone, so that starting its engine here is not in vain.
+def only_node_that_fits(model: Model, node_id: str, nodes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a replica of `model` can land on this one of Ray's `nodes` alone: starting its engine is not in vain.
 
     An engine on GPUs has to wait for those that Ray grants to its replica.
     """
-    import ray
-
     if model.resources.gpus:
         return False
     needed = _resources(model)
     fitting = [
         node["NodeID"]
-        for node in ray.nodes()
+        for node in nodes
         if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in needed.items())
     ]
     return fitting == [node_id]
+
+
+class EarlyWakes:
+    """The models whose engines a gateway on this node may light before their replicas are there.
+
+    None until Ray's nodes are known. Ray is asked in a thread: while the GCS is away it takes 15 s to fail, in which
+    every stream would stand still. Until it answers again, what it said last counts.
+    """
+
+    def __init__(self, models: Sequence[Model], node_id: str) -> None:
+        self._models = models
+        self._node_id = node_id
+        self._fitting: frozenset[str] = frozenset()
+
+    def __call__(self, spec: EngineSpec) -> bool:
+        return spec.model in self._fitting
+
+    async def look(self) -> None:
+        """Ask Ray once."""
+        import ray
+
+        try:
+            nodes = await asyncio.to_thread(ray.nodes)
+        except Exception:
+            log.exception("Ray does not tell its nodes")
+            return
+        fitting = (m.id for m in self._models if only_node_that_fits(m, self._node_id, nodes))
+        self._fitting = frozenset(fitting)
+
+    async def follow(self) -> None:
+        """Ask Ray for ever."""
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_AT_NODES_EVERY_S)
 
 
 @serve.ingress()
@@ -222,20 +258,9 @@ class GatewayDeployment:
         fleet = self._fleet
         instance = serve.get_replica_context().replica_id.unique_id
         self._telemetry = build_telemetry(fleet.telemetry, self._environ, role="gateway", instance=instance)
-        early = fleet.gateway.early_wake == "auto"
-        models = {m.id: m for m in fleet.models}
-        fits: dict[str, bool] = {}
-
-        def early_wake(spec: EngineSpec) -> bool:
-            if spec.model not in fits:
-                fits[spec.model] = early and only_node_that_fits(models[spec.model], self._place.node_id)
-            return fits[spec.model]
-
-        async def refresh_fits() -> None:
-            while True:
-                await asyncio.sleep(5)
-                fits.clear()
-
+        early_wakes = EarlyWakes(
+            fleet.models if fleet.gateway.early_wake == "auto" else (), self._place.node_id
+        )
         clock = SystemClock()
         traffic = TrafficCounter(self._specs, clock)
         for handle in self._handles.values():
@@ -246,7 +271,7 @@ class GatewayDeployment:
             self._controller,
             self._place,
             host_config(fleet),
-            early_wake=early_wake,
+            early_wake=early_wakes,
             max_ongoing={m.id: m.scaling.max_ongoing_requests for m in fleet.models},
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
             traffic=traffic,
@@ -254,7 +279,7 @@ class GatewayDeployment:
         gateway = build_gateway(fleet, engines, self._telemetry, clock=clock, traffic=traffic)
         engines.start()
         self._reports = engines.reports
-        self._refreshing = asyncio.ensure_future(refresh_fits())
+        self._following_nodes = asyncio.ensure_future(early_wakes.follow())
         return gateway
 
 

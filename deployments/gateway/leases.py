@@ -258,12 +258,13 @@ class ServeEngines:
 
     async def _acquire(self, model: str) -> ServeLease | EarlyLease:
         spec = self._specs[model]
+        early = self._early_wake(spec)
         granted = self._spawn(self._granted(model, time.time()))
-        if not self._early_wake(spec):
+        if not early:
             return await _own(granted)
-        if not any(i.held for i in self._local_engines(model)):
-            self._light(spec)
         try:
+            if not any(i.held for i in self._local_engines(model)):
+                self._light(spec)
             while True:
                 ready = self._early_engine(model)
                 if ready is not None and not granted.done():
@@ -280,7 +281,7 @@ class ServeEngines:
                     self._wake(model, 1)
                     lease: ServeLease = granted.result()
                     return lease
-        except asyncio.CancelledError:
+        except BaseException:
             self._wake(model, 1)
             await _abandon(granted)
             raise

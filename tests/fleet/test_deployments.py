@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import pytest
 from ray import cloudpickle
+from ray.exceptions import RaySystemError
 from ray.serve._private.version import DeploymentVersion
 
-from deployments.app import build_from_fleet, engine_spec, only_node_that_fits
+from deployments.app import EarlyWakes, build_from_fleet, engine_spec, only_node_that_fits
 from deployments.fleet import parse_fleet
 
 RAYS_LIMIT = 100 * 1024
@@ -56,12 +59,38 @@ def node(name: str, **resources: float) -> dict[str, Any]:
     ],
 )
 def test_an_engine_is_lit_early_where_its_replica_must_land(
-    monkeypatch: pytest.MonkeyPatch, resources: Any, nodes: list[Any], fits: bool
+    resources: Any, nodes: list[Any], fits: bool
 ) -> None:
     """By all that the replica asks for."""
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
     fleet = parse_fleet({"models": [{"id": "m", "source": "org/weights", "resources": resources}]}, "test")
-    assert only_node_that_fits(fleet.models[0], "here") == fits
+    assert only_node_that_fits(fleet.models[0], "here", nodes) == fits
+
+
+async def test_an_event_loop_goes_on_while_ray_does_not_tell_its_nodes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which takes 15 s while the GCS is away. What it told before counts until it tells something else."""
+    fleet = parse_fleet({"models": [{"id": "m", "source": "org/weights"}]}, "test")
+    wakes, spec = EarlyWakes(fleet.models, "here"), engine_spec(fleet.models[0])
+    assert not wakes(spec)
+    monkeypatch.setattr("ray.nodes", lambda: [node("here", CPU=2)])
+    await wakes.look()
+    assert wakes(spec)
+    gone_on = threading.Event()
+
+    def away() -> list[Any]:
+        assert gone_on.wait(20), "nobody else's turn came"
+        raise RaySystemError("Failed to connect to GCS.")
+
+    monkeypatch.setattr("ray.nodes", away)
+    looking = asyncio.create_task(wakes.look())
+    await asyncio.sleep(0)
+    gone_on.set()
+    await looking
+    assert wakes(spec)
+    monkeypatch.setattr("ray.nodes", lambda: [node("here", CPU=2), node("there", CPU=2)])
+    await wakes.look()
+    assert not wakes(spec)
 
 
 def test_what_a_replica_says_of_itself_is_not_kept_on_its_node() -> None:

@@ -619,6 +619,18 @@ async def test_who_leaves_while_an_engine_starts_leaves_no_task(world: World) ->
     await until(lambda: asyncio.all_tasks() == before)
 
 
+async def test_a_request_that_fails_before_it_waits_asks_serve_for_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lease that came later would be nobody's, and would keep its replica for ever."""
+    monkeypatch.setattr(world.engines, "_early_wake", lambda _: 1 / 0)
+    world.handle.answers = [None]
+    with pytest.raises(ZeroDivisionError):
+        await world.engines.acquire("tiny")
+    assert not world.engines._tasks
+    assert not world.handle.calls
+
+
 async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_with_its_replica(
     world: World,
 ) -> None:
