@@ -275,6 +275,7 @@ class GatewayDeployment:
             max_ongoing={m.id: m.scaling.max_ongoing_requests for m in fleet.models},
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},
             traffic=traffic,
+            clock=clock,
         )
         gateway = build_gateway(fleet, engines, self._telemetry, clock=clock, traffic=traffic)
         engines.start()

@@ -30,7 +30,7 @@ class ColdStart:
 
     engine_id: str
     kind: str  # "prebuilt" (model template), "mapped" or "forked" (node template), "adopted" (parked)
-    ready_s: float  # Unix time at which the engine answered its health check
+    ready_s: float  # Unix time at which the engine answered its health check; 0: not known on the clock as it goes now
     phases: tuple[Phase, ...] = ()
 
 

@@ -35,8 +35,9 @@ from deployments.errors import (
     EngineUnreachable,
 )
 from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase, Progress
+from deployments.gateway.observe import Clock, Moment
 from deployments.gateway.reports import Reports
-from deployments.gateway.starts import StartLog, cold_start
+from deployments.gateway.starts import StartLog
 from deployments.gateway.traffic import TrafficCounter
 from deployments.gateway.transport import UnixTransport
 
@@ -50,6 +51,7 @@ Each time that it can't be reached again this doubles, up to `MOST_SUSPECT_S`: a
 """
 MOST_SUSPECT_S = 8.0
 METRICS_TIMEOUT_S = 2.0
+LOOK_AT_CLOCK_EVERY_S = 1.0
 CONTROLLER_TIMEOUT_S = 20.0
 
 
@@ -104,7 +106,7 @@ class EarlyLease:
         transport: UnixTransport,
     ) -> None:
         self.engine_id = info.engine_id
-        self.cold_start = cold_start(info)
+        self.cold_start = engines.starts.cold_start(info)
         self._engines = engines
         self._info = info
         self._granted = granted
@@ -136,6 +138,7 @@ class ServeEngines:
         max_ongoing: Mapping[str, int],
         counts: Callable[[], Mapping[str, tuple[int, int]]],
         traffic: TrafficCounter,
+        clock: Clock,
     ) -> None:
         self._specs = specs
         self._handles = {model: handle.options(stream=True) for model, handle in handles.items()}
@@ -157,12 +160,12 @@ class ServeEngines:
         self._lease_channels: dict[str, asyncio.StreamWriter] = {}
         self._opening: dict[str, asyncio.Task[asyncio.StreamWriter]] = {}  # lease channels, by replica
         self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
-        self._waiting_since: dict[str, dict[str, float]] = {model: {} for model in specs}
+        self._waiting_since: dict[str, dict[str, Moment]] = {model: {} for model in specs}
         self._asking: dict[str, set[Any]] = {model: set() for model in specs}  # Serve's unanswered calls
         self._failures: dict[str, str] = {}
         self._ready_models: dict[str, str] = {}  # model -> engine id that answered last
         self._asked: set[str] = set()  # engines that were asked since their metrics were last read
-        self.starts = StartLog()
+        self.starts = StartLog(clock)
         self.reports = Reports(self, controller, traffic, counts)
         self._suspects: dict[str, tuple[float, float]] = {}
         """Engine that could not be reached -> until when it is not asked again, and how long that is; seconds."""
@@ -172,6 +175,7 @@ class ServeEngines:
         """Begin to follow this node's engine host and to report to the controller."""
         remove_dead_sockets(self._place.run_dir / "gateways")
         self._spawn(self._follow_host())
+        self._spawn(self._follow_clock())
         self._spawn(self.reports.run())
         self._spawn(self.reports.read_engines())
 
@@ -180,6 +184,11 @@ class ServeEngines:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+    async def _follow_clock(self) -> None:
+        while True:
+            self.starts.now()
+            await asyncio.sleep(LOOK_AT_CLOCK_EVERY_S)
 
     # The node's engine host
 
@@ -250,7 +259,7 @@ class ServeEngines:
 
     async def acquire(self, model: str) -> ServeLease | EarlyLease:
         waiting_id = secrets.token_hex(8)
-        self._waiting_since[model][waiting_id] = time.time()
+        self._waiting_since[model][waiting_id] = self.starts.now()
         try:
             return await self._acquire(model)
         finally:
@@ -259,7 +268,7 @@ class ServeEngines:
     async def _acquire(self, model: str) -> ServeLease | EarlyLease:
         spec = self._specs[model]
         early = self._early_wake(spec)
-        granted = self._spawn(self._granted(model, time.time()))
+        granted = self._spawn(self._granted(model, self.starts.now().unix_s))
         if not early:
             return await _own(granted)
         try:
@@ -364,7 +373,7 @@ class ServeEngines:
     ) -> ServeLease:
         info = EngineInfo.from_json(grant["engine"])
         phases: list[Phase] = []
-        if grant["init_s"] > arrived_s:  # the replica was started for this request
+        if self.starts.since(arrived_s, grant["init_s"]):  # the replica was started for this request
             process_s = max(arrived_s, grant["process_s"])
             phases.append(Phase("schedule", arrived_s, process_s - arrived_s))
             phases.append(Phase("replica", process_s, max(0.0, grant["init_s"] - process_s)))
@@ -393,11 +402,11 @@ class ServeEngines:
         transport = self._transport(info.engine_id, path)
         channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
         self._spawn(_follow(generator, channel) if remote else _drain(generator))
-        return ServeLease(self, lease_id, grant, cold_start(info, phases), transport)
+        return ServeLease(self, lease_id, grant, self.starts.cold_start(info, phases), transport)
 
     def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
-        waiting = self._waiting_since[info.model]
-        self.starts.note(info, phases, waiting_since_s=min(waiting.values(), default=None))
+        longest = min(self._waiting_since[info.model].values(), default=None)
+        self.starts.note(info, phases, waiting_since_s=longest.unix_s if longest else None)
 
     async def _lease_channel(self, grant: Mapping[str, Any], *, remote: bool) -> asyncio.StreamWriter:
         """The replica's channel: one, however many ask for it at once."""
@@ -437,7 +446,7 @@ class ServeEngines:
 
     async def ask(self, engine_id: str, request: Coroutine[Any, Any, EngineResponse]) -> EngineResponse:
         """Await a request to an engine, and learn from it: a start's first token, or that the engine is not there."""
-        asked_s = time.time()
+        asked = self.starts.now()
         self._asked.add(engine_id)
         try:
             response = await request
@@ -451,7 +460,7 @@ class ServeEngines:
             self._suspects = recent
             raise
         self._suspects.pop(engine_id, None)
-        return self.starts.timed(engine_id, asked_s, response)
+        return self.starts.timed(engine_id, asked, response)
 
     def _is_suspect(self, engine_id: str) -> bool:
         return self._suspects.get(engine_id, (0.0, 0.0))[0] > time.monotonic()
@@ -517,10 +526,15 @@ class ServeEngines:
     # What is known
 
     def progress(self, model: str) -> Progress | None:
-        waiting = self._waiting_since[model].values()
         starting = [i for i in self._local_engines(model) if i.state == "starting"]
-        since_s = min([*waiting] or [i.requested_s for i in starting], default=None)
-        if since_s is None or self.state(model) == "ready":
+        now = self.starts.now()
+        if longest := min(self._waiting_since[model].values(), default=None):
+            elapsed_s = now.monotonic_s - longest.monotonic_s
+        elif starting:
+            elapsed_s = max(0.0, now.unix_s - min(i.requested_s for i in starting))
+        else:
+            return None
+        if self.state(model) == "ready":
             return None
         phase = "schedule"
         if starting:
@@ -528,7 +542,6 @@ class ServeEngines:
             phase = next((p for p in ("fork", "config", "weights", "warm_up") if p not in done), "warm_up")
         elif any(m["model"] == model and m["source"]["state"] == "resolving" for m in self._host_models):
             phase = "download"
-        elapsed_s = time.time() - since_s
         if phase == "schedule" and (detail := self.reports.node_waits.get(model)):
             return Progress("node", elapsed_s, self.starts.estimate_s(model), detail)
         if phase == "schedule" and (detail := self.reports.no_room.get(model)):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from deployments.gateway.engines import ColdStart, Headers
+
+STEP_S = 1.0
+"""By more than this the wall clock was set, or the machine slept; less may be a stall between two readings."""
+NODES_DIFFER_S = 5.0
+"""A moment that is no further ahead may be one of another node, whose clock is not quite ours."""
 
 
 class Clock(Protocol):
@@ -30,6 +36,43 @@ class SystemClock:
     def monotonic_s(self) -> float:
         """Seconds since an arbitrary moment."""
         return time.monotonic()
+
+
+class Moment(NamedTuple):
+    """A moment on both clocks. Moments are ordered by the steady one."""
+
+    monotonic_s: float
+    unix_s: float
+
+
+class Moments:
+    """Tells which Unix times can be compared: the wall clock is set now and then, and goes on while the machine sleeps.
+
+    To be asked often: what comes after such a step, but before it was seen, is taken for older.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        now = self.now()
+        self._ahead_s = now.unix_s - now.monotonic_s
+        self._even_since_s = -math.inf  # monotonic
+
+    def now(self) -> Moment:
+        return Moment(self._clock.monotonic_s(), self._clock.time_s())
+
+    def look(self) -> Moment:
+        """See whether the wall clock has made a step."""
+        now = self.now()
+        ahead_s = now.unix_s - now.monotonic_s
+        if abs(ahead_s - self._ahead_s) > STEP_S:
+            self._ahead_s, self._even_since_s = ahead_s, now.monotonic_s
+        return now
+
+    def comparable(self, *unix_s: float) -> bool:
+        """Whether all of these are since the last step that was seen, so that their differences are what has passed."""
+        now = self.look()
+        even_since_s = self._even_since_s + self._ahead_s
+        return all(even_since_s <= each_s <= now.unix_s + NODES_DIFFER_S for each_s in unix_s)
 
 
 class RequestTelemetry(Protocol):

@@ -161,7 +161,6 @@ class _Exchange:
         self.clock = proxy.clock
         self.route = route
         self.headers: Headers = scope["headers"]
-        self.arrived_s = self.clock.time_s()
         self.arrived_monotonic_s = self.clock.monotonic_s()
         self.request_id = openai.request_id(self.headers)
         self.method: str = scope["method"]
@@ -490,7 +489,9 @@ class Proxy:
         finally:
             x.waited_s += self.clock.monotonic_s() - began_s
         place.lease()
-        cold_start = lease.cold_start if lease.cold_start.ready_s > x.arrived_s else None
+        # On the clock as it goes now: it may have been set while the request waited.
+        arrived_s = self.clock.time_s() - x.elapsed_s()
+        cold_start = lease.cold_start if lease.cold_start.ready_s > arrived_s else None
         x.cold_start = cold_start or x.cold_start
         x.telemetry.wait_ended(self.clock.monotonic_s() - began_s, cold_start)
         return lease

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from deployments.engine.protocol import EngineInfo
 from deployments.gateway.engines import ColdStart, EngineResponse, Headers, Phase
+from deployments.gateway.observe import Clock, Moment, Moments, SystemClock
 from deployments.gateway.openai import header
 from deployments.gateway.sse import is_event_stream
 
@@ -17,20 +17,11 @@ KEPT_STARTS = 256
 KEPT_DURATIONS = 32
 
 
-def cold_start(info: EngineInfo, phases: Sequence[Phase] = ()) -> ColdStart:
-    """The start of an engine; `phases` are those before the engine was asked for."""
-    return ColdStart(
-        engine_id=info.engine_id,
-        kind=info.kind,
-        ready_s=info.ready_s or 0.0,
-        phases=(*phases, *(Phase(name, start_s, duration_s) for name, start_s, duration_s in info.phases)),
-    )
-
-
 class StartLog:
     """Bounded. One start is known by its engine and the time at which that was ready: a parked one starts again."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._moments = Moments(clock or SystemClock())
         self._starts: OrderedDict[tuple[str, float], dict[str, Any]] = OrderedDict()
         self._by_engine: dict[str, tuple[str, float]] = {}
         self._last: dict[str, tuple[str, float]] = {}
@@ -39,20 +30,43 @@ class StartLog:
             tuple[str, float], bool
         ] = {}  # starts that are ours to tell -> the controller has it
 
+    def now(self) -> Moment:
+        """See also whether the clock was set; to be asked often."""
+        return self._moments.look()
+
+    def since(self, arrived_s: float, *unix_s: float) -> bool:
+        """Whether all of these came after `arrived_s`, and not on a clock that was set meanwhile."""
+        return arrived_s < min(unix_s) and self._moments.comparable(arrived_s, *unix_s)
+
+    def cold_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> ColdStart:
+        """The start of an engine; `phases` are those before the engine was asked for.
+
+        Where the clock was set meanwhile, or the machine slept, there is no saying when it was and how long it took.
+        """
+        ready_s = info.ready_s or 0.0
+        of_engine = (Phase(name, start_s, duration_s) for name, start_s, duration_s in info.phases)
+        whole = (*phases, *of_engine)
+        if not self._moments.comparable(info.requested_s, ready_s):
+            ready_s, whole = 0.0, ()
+        return ColdStart(engine_id=info.engine_id, kind=info.kind, ready_s=ready_s, phases=whole)
+
     def note(
         self, info: EngineInfo, phases: Sequence[Phase] = (), *, waiting_since_s: float | None = None
     ) -> None:
         """An engine is ready. Said again with more phases (Serve's part is known only later), it adds those.
 
         `waiting_since_s` is since when the longest waiting request waits. If it came after the engine was ready, this
-        gateway does not know how the start began, and leaves it to the controller to tell of it.
+        gateway does not know how the start began, and leaves it to the controller to tell of it. A start in which the
+        clock was set, or the machine slept, is none to learn from, and left out.
         """
         if info.ready_s is None:
             return
         key = (info.engine_id, info.ready_s)
         begun_s = min([info.requested_s, *(p.start_s for p in phases)])
         if key not in self._starts:
-            start = cold_start(info, phases)
+            if not self._moments.comparable(begun_s, info.ready_s):
+                return
+            start = self.cold_start(info, phases)
             self._starts[key] = {
                 "model": info.model,
                 "kind": start.kind,
@@ -106,7 +120,7 @@ class StartLog:
         durations_s = self._durations_s.get(model)
         return statistics.median(durations_s) if durations_s else None
 
-    def timed(self, engine_id: str, asked_s: float, response: EngineResponse) -> EngineResponse:
+    def timed(self, engine_id: str, asked: Moment, response: EngineResponse) -> EngineResponse:
         """The same response; the first of an engine's start tells when its first token came.
 
         Unless it is not streamed: its first byte comes with its last token, which says nothing of the start.
@@ -120,34 +134,31 @@ class StartLog:
             # Nor does a later one tell of the start.
             del self._by_engine[engine_id]
             return response
-        return _Timed(response, start["phases"], asked_s, lambda: self._changed(key))
+
+        def first_token() -> None:
+            if not any(p["name"] == "first_token" for p in start["phases"]):
+                took_s = self._moments.now().monotonic_s - asked.monotonic_s
+                start["phases"].append(_row(Phase("first_token", asked.unix_s, took_s)))
+                self._changed(key)
+
+        return _Timed(response, first_token)
 
 
 class _Timed:
-    """A response that writes the phase `first_token` when its first bytes come."""
+    """A response that says when its first bytes come."""
 
-    def __init__(
-        self,
-        response: EngineResponse,
-        rows: list[dict[str, Any]],
-        asked_s: float,
-        on_change: Callable[[], None],
-    ) -> None:
+    def __init__(self, response: EngineResponse, on_first: Callable[[], None]) -> None:
         self.status = response.status
         self.headers: Headers = response.headers
         self._response = response
-        self._rows = rows
-        self._asked_s = asked_s
-        self._on_change = on_change
+        self._on_first = on_first
 
     async def chunks(self) -> AsyncIterator[bytes]:
         first = True
         async for chunk in self._response.chunks():
             if first:
                 first = False
-                if not any(r["name"] == "first_token" for r in self._rows):
-                    self._rows.append(_row(Phase("first_token", self._asked_s, time.time() - self._asked_s)))
-                    self._on_change()
+                self._on_first()
             yield chunk
 
     async def close(self) -> None:

@@ -136,6 +136,15 @@ class Controller:
         return self._take()
 
 
+class Clock(SystemClock):
+    """The machine's, of which the wall clock may be set."""
+
+    set_by_s = 0.0
+
+    def time_s(self) -> float:
+        return super().time_s() + self.set_by_s
+
+
 class World:
     """One model, its replica's lease socket, its engine, and the gateway's view of them."""
 
@@ -150,6 +159,7 @@ class World:
         self.address = ("", 0)
         self.early = False
         self.controller = Controller()
+        self.clock = Clock()
         self.engines = ServeEngines(
             {"tiny": SPEC},
             {"tiny": self.handle},
@@ -159,7 +169,8 @@ class World:
             early_wake=lambda _: self.early,
             max_ongoing={"tiny": 2},
             counts=dict,
-            traffic=TrafficCounter(["tiny"], SystemClock()),
+            traffic=TrafficCounter(["tiny"], self.clock),
+            clock=self.clock,
         )
 
     async def _replica(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -538,6 +549,37 @@ async def test_a_start_is_told_of_though_nobody_waits(world: World) -> None:
     assert progress is not None
     assert progress.phase == "config"
     assert progress.elapsed_s == pytest.approx(5, abs=1)
+
+
+async def test_an_engine_that_was_lit_before_the_clock_was_set_back_is_no_cold_start(world: World) -> None:
+    """It seems to be ready in an hour, and its replica to be started then."""
+    ready_s = world.clock.time_s()
+    times: dict[str, Any] = {"requested_s": ready_s - 4.0, "ready_s": ready_s}
+    world.host_tells(world.info(held=True, phases=[("fork", ready_s - 4.0, 4.0)], **times))
+    world.clock.set_by_s = -3600.0
+    replica = {"process_s": ready_s - 6.0, "init_s": ready_s - 4.5}
+    world.handle.answers = [lambda call: {**world.grant(**times)(call), **replica}]
+    fleet = parse_fleet({"models": [{"id": "tiny", "source": "org/weights"}]}, "test")
+    gateway = build_gateway(fleet, world.engines, NullTelemetry(), clock=world.clock)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://gateway") as client:
+        answer = await client.post("/v1/chat/completions", json={"model": "tiny", "messages": []})
+    assert answer.status_code == 200
+    assert answer.headers["x-relight-cold-start"] == "false"
+    assert world.engines.starts.untold() == []
+    assert world.engines.starts.estimate_s("tiny") is None
+
+
+async def test_a_wait_is_as_long_as_the_machine_was_awake(world: World) -> None:
+    """Or a client is told that it has waited for hours."""
+    world.handle.answers = [None]
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    world.clock.set_by_s = 8 * 3600.0
+    progress = world.engines.progress("tiny")
+    assert progress is not None
+    assert progress.elapsed_s < 3600
+    waiting.cancel()
+    await asyncio.wait({waiting})
 
 
 @pytest.mark.parametrize("limit", ["start_deadline_s", "request_deadline_s"])

@@ -16,6 +16,7 @@ from deployments.app import LateGateway
 from deployments.engine.protocol import EngineInfo
 from deployments.gateway import reports as reports_module
 from deployments.gateway import traffic as traffic_module
+from deployments.gateway.engines import ColdStart
 from deployments.gateway.reports import Reports
 from deployments.gateway.scrape import engine_counters
 from deployments.gateway.starts import StartLog
@@ -273,6 +274,31 @@ def test_a_start_is_told_with_whether_somebody_waited(
     assert log.last("m") is not None
 
 
+@pytest.mark.parametrize("hours", [-1, 8])
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_start_in_which_the_clock_made_a_step_teaches_nothing(hours: int, waits: bool) -> None:
+    """Set by a person, or by a laptop that slept: it would count as one that took hours. The next one counts."""
+    clock = HandClock()
+    log = StartLog(clock)
+
+    def start(engine_id: str, step_s: float = 0.0) -> ColdStart:
+        requested_s = clock.wall_s
+        clock.go(2.0)
+        clock.wall_s += step_s
+        clock.go(2.0)
+        engine = info(engine_id=engine_id, requested_s=requested_s, ready_s=clock.wall_s)
+        log.note(engine, waiting_since_s=requested_s if waits else clock.wall_s)
+        return log.cold_start(engine)
+
+    assert start("e1", 3600.0 * hours).ready_s == 0.0
+    assert log.untold() == []
+    assert (log.last("m"), log.estimate_s("m")) == (None, None)
+    clock.go(60.0)
+    assert start("e2").ready_s == clock.wall_s
+    assert [row["total_s"] for row in log.untold()] == ([4.0] if waits else [])
+    assert log.estimate_s("m") == 4.0
+
+
 class Known:
     """A gateway that knows one model, and one engine that is asked all the time."""
 
@@ -474,7 +500,7 @@ async def test_a_start_is_told_again_when_its_first_token_is_known() -> None:
     log.note(info(), waiting_since_s=99.0)
     log.told(log.untold())
     assert log.untold() == []
-    async for _ in log.timed("e1", 102.5, Response(b"text/event-stream; charset=utf-8")).chunks():
+    async for _ in log.timed("e1", log.now(), Response(b"text/event-stream; charset=utf-8")).chunks():
         pass
     (start,) = log.untold()
     assert [p["name"] for p in start["phases"]] == ["first_token"]
@@ -486,7 +512,7 @@ async def test_an_answer_that_is_not_streamed_tells_no_first_token() -> None:
     log.note(info(), waiting_since_s=99.0)
     log.told(log.untold())
     for content_type in (b"application/json", b"text/event-stream"):
-        async for _ in log.timed("e1", 102.5, Response(content_type)).chunks():
+        async for _ in log.timed("e1", log.now(), Response(content_type)).chunks():
             pass
     assert log.untold() == []
     assert (log.last("m") or {"phases": []})["phases"] == []
