@@ -15,6 +15,8 @@ from deployments.gateway.sse import is_event_stream
 
 KEPT_STARTS = 256
 KEPT_DURATIONS = 32
+KEPT_ENGINES = 4096
+"""More than live at a time: an engine is asked long after its start has fallen out of those that are kept."""
 
 
 class StartLog:
@@ -23,8 +25,10 @@ class StartLog:
     def __init__(self, clock: Clock | None = None) -> None:
         self._moments = Moments(clock or SystemClock())
         self._starts: OrderedDict[tuple[str, float], dict[str, Any]] = OrderedDict()
+        self._ready_s: OrderedDict[str, float] = OrderedDict()
+        """Engine -> when it was ready, by its start that was noted last. Also of those that are no longer kept."""
         self._by_engine: dict[str, tuple[str, float]] = {}
-        self._last: dict[str, tuple[str, float]] = {}
+        self._last: dict[str, dict[str, Any]] = {}
         self._durations_s: dict[str, deque[float]] = {}
         self._told: dict[
             tuple[str, float], bool
@@ -63,23 +67,23 @@ class StartLog:
             return
         key = (info.engine_id, info.ready_s)
         begun_s = min([info.requested_s, *(p.start_s for p in phases)])
-        if key not in self._starts:
+        if key not in self._starts and self._ready_s.get(info.engine_id) != info.ready_s:
             if not self._moments.comparable(begun_s, info.ready_s):
                 return
-            start = self.cold_start(info, phases)
-            self._starts[key] = {
+            seen = self.cold_start(info, phases)
+            self._starts[key] = self._last[info.model] = {
                 "model": info.model,
-                "kind": start.kind,
-                "engine_id": start.engine_id,
+                "kind": seen.kind,
+                "engine_id": seen.engine_id,
                 "begun_s": begun_s,
-                "ready_s": start.ready_s,
+                "ready_s": seen.ready_s,
                 "total_s": round(info.ready_s - begun_s, 4),
                 "prewarmed": waiting_since_s is not None and waiting_since_s > begun_s,
-                "phases": [_row(p) for p in start.phases],
+                "phases": [_row(p) for p in seen.phases],
             }
             if waiting_since_s is None or waiting_since_s < info.ready_s:
                 self._told[key] = False
-            self._by_engine[info.engine_id] = self._last[info.model] = key
+            self._by_engine[info.engine_id] = key
             durations_s = self._durations_s.setdefault(info.model, deque(maxlen=KEPT_DURATIONS))
             durations_s.append(info.ready_s - begun_s)
             if len(self._starts) > KEPT_STARTS:
@@ -87,8 +91,15 @@ class StartLog:
                 self._told.pop(old, None)
                 if self._by_engine.get(old[0]) == old:
                     del self._by_engine[old[0]]
+            self._ready_s[info.engine_id] = info.ready_s
+            if len(self._ready_s) > KEPT_ENGINES:
+                self._ready_s.popitem(last=False)
             return
-        rows = self._starts[key]["phases"]
+        if info.engine_id in self._ready_s:
+            self._ready_s.move_to_end(info.engine_id)
+        if (start := self._starts.get(key)) is None:
+            return
+        rows = start["phases"]
         added = [_row(p) for p in phases if not any(r["name"] == p.name for r in rows)]
         rows[:0] = added
         if added:
@@ -112,8 +123,7 @@ class StartLog:
 
     def last(self, model: str) -> dict[str, Any] | None:
         """The model's last start: kind, engine_id, ready_s, total_s, phases."""
-        key = self._last.get(model)
-        return self._starts.get(key) if key else None
+        return self._last.get(model)
 
     def estimate_s(self, model: str) -> float | None:
         """Median of the model's starts; None before the first."""

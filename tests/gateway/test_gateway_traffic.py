@@ -15,8 +15,9 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from deployments.app import LateGateway
 from deployments.engine.protocol import EngineInfo
 from deployments.gateway import reports as reports_module
+from deployments.gateway import starts as starts_module
 from deployments.gateway import traffic as traffic_module
-from deployments.gateway.engines import ColdStart
+from deployments.gateway.engines import ColdStart, Phase
 from deployments.gateway.reports import Reports
 from deployments.gateway.scrape import engine_counters
 from deployments.gateway.starts import StartLog
@@ -272,6 +273,24 @@ def test_a_start_is_told_with_whether_somebody_waited(
     log.note(info(), waiting_since_s=waiting_since_s)
     assert [start["prewarmed"] for start in log.untold()] == ([] if prewarmed is None else [prewarmed])
     assert log.last("m") is not None
+
+
+def test_a_start_counts_once_however_many_others_came_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its engine serves on long after; noted anew it would take the place of a start that is untold."""
+    log = StartLog()
+    log.note(info(), waiting_since_s=99.0)
+    log.told(log.untold())
+    for number in range(starts_module.KEPT_STARTS):
+        log.note(info(engine_id=f"o{number}", model="other"), waiting_since_s=99.0)
+    untold = log.untold()
+    for waiting_since_s in (None, 200.0):
+        log.note(info(), [Phase("schedule", 99.0, 1.0)], waiting_since_s=waiting_since_s)
+    assert log.untold() == untold
+    last = log.last("m")
+    assert last is not None
+    assert not last["prewarmed"]
+    log.note(info(requested_s=300.0, ready_s=301.0), waiting_since_s=299.0)  # parked, and adopted
+    assert log.estimate_s("m") == 1.5
 
 
 @pytest.mark.parametrize("hours", [-1, 8])
