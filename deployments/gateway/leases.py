@@ -153,7 +153,7 @@ class ServeEngines:
         self._host_up = asyncio.Event()
         self._early_leases: Counter[str] = Counter()  # by engine
         self._early_waiting: dict[str, dict[asyncio.Future[None], None]] = {model: {} for model in specs}
-        self._demand: dict[str, asyncio.Task[None]] = {}  # model -> what awaits Serve's lease for nobody
+        self._demand: dict[str, asyncio.Task[ServeLease]] = {}  # model -> Serve's lease, awaited for nobody
         self._host: HostConnection | None = None
         self._transports: dict[str, UnixTransport] = {}
         self._tunnels: dict[str, tuple[Path, asyncio.Task[asyncio.Server]]] = {}  # by engine
@@ -243,6 +243,14 @@ class ServeEngines:
             opening.add_done_callback(partial(_close_tunnel, path))
         if self._ready_models.get(info.model) == info.engine_id:
             del self._ready_models[info.model]
+        self._end_vain_demand(info.model)
+
+    def _end_vain_demand(self, model: str) -> None:
+        """What asks for a replica for nobody ends with the last engine that the replica could take over."""
+        demand = self._demand.get(model)
+        free = (i for i in self._local_engines(model) if not i.held and i.state in ("starting", "ready"))
+        if demand is not None and not any(free):
+            demand.cancel()
 
     def _forget_what_ended_unseen(self) -> None:
         """Engines that ended while no host was there to tell of it."""
@@ -250,6 +258,8 @@ class ServeEngines:
         for engine_id in [e for e in self._transports if e not in living]:
             self._spawn(self._transports.pop(engine_id).close())
         self._ready_models = {m: e for m, e in self._ready_models.items() if e in living}
+        for model in self._demand:
+            self._end_vain_demand(model)
 
     def _local_engines(self, model: str) -> list[EngineInfo]:
         fingerprint = self._specs[model].fingerprint
@@ -489,17 +499,18 @@ class ServeEngines:
         self._wake(info.model, 1)
 
         async def release() -> None:
-            with contextlib.suppress(EngineStartFailed, EngineUnreachable):
-                lease = await granted
-                await lease.release(engine_failed=engine_failed)
+            await asyncio.wait({granted})
+            if not granted.cancelled():
+                with contextlib.suppress(EngineStartFailed, EngineUnreachable):
+                    await granted.result().release(engine_failed=engine_failed)
 
         demand = self._demand.get(info.model)
-        if granted.done():
-            self._spawn(release())
-        elif demand is None or demand.done():
-            self._demand[info.model] = self._spawn(release())
-        else:
-            granted.cancel()
+        if not granted.done():
+            if demand is not None and not demand.done():
+                granted.cancel()
+                return
+            self._demand[info.model] = granted
+        self._spawn(release())
 
     def _transport(self, engine_id: str, path: str) -> UnixTransport:
         if engine_id not in self._transports:

@@ -648,6 +648,30 @@ async def test_one_call_of_serve_stays_open_for_early_leases_that_are_over(world
     await given_back(world, call)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+async def test_nothing_asks_for_a_replica_when_the_early_engine_has_ended(world: World, seen: bool) -> None:
+    """Where there is no room for one it would wait for ever, for nobody."""
+    world.early = True
+    world.handle.answers = [None]
+    world.host_tells(world.info())
+    lease = await world.engines.acquire("tiny")
+    await until(lambda: world.handle.calls)
+    (call,) = world.handle.calls
+    await lease.release()
+    world.host_tells(world.info(engine_id="e2"))  # another that the replica could take over
+    world.host_tells(world.info(state="dead"))
+    assert not world.engines._demand["tiny"].cancelling()
+    if seen:
+        world.host_tells(world.info(engine_id="e2", state="dead"))
+    else:
+        world.engines._local.clear()  # its host ended, too
+        world.engines._take_event({"event": "status", "engines": [], "models": []})
+        world.engines._forget_what_ended_unseen()
+    assert world.engines._demand["tiny"].cancelling()
+    await until(lambda: call.was_cancelled)
+    await until(lambda: not world.engines._tasks)
+
+
 async def test_who_leaves_while_an_engine_starts_leaves_no_task(world: World) -> None:
     """However many come and go."""
     world.early = True
