@@ -15,7 +15,7 @@ import json
 import logging
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ SUSPECT_S = 1.0
 Each time that it can't be reached again this doubles, up to `MOST_SUSPECT_S`: a request has few attempts.
 """
 MOST_SUSPECT_S = 8.0
+KEPT_ENDED = 256
 METRICS_TIMEOUT_S = 2.0
 LOOK_AT_CLOCK_EVERY_S = 1.0
 CONTROLLER_TIMEOUT_S = 20.0
@@ -149,6 +150,9 @@ class ServeEngines:
         self._max_ongoing = max_ongoing
         self._id = secrets.token_hex(4)
         self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
+        self._ended: deque[str] = deque(
+            maxlen=KEPT_ENDED
+        )  # engines of this node that its host said have ended
         self._host_models: list[dict[str, Any]] = []
         self._host_up = asyncio.Event()
         self._early_leases: Counter[str] = Counter()  # by engine
@@ -228,6 +232,7 @@ class ServeEngines:
         for info in infos:
             if info.state in ("failed", "dead"):
                 self._local.pop(info.engine_id, None)
+                self._ended.append(info.engine_id)
                 self._forget(info)
             else:
                 self._local[info.engine_id] = info
@@ -365,10 +370,8 @@ class ServeEngines:
                 raise EngineStartFailed(grant["failed"])
             self._failures.pop(model, None)
             lease = await self._lease(model, lease_id, generator, grant, arrived_s)
-            if not self._is_suspect(lease.engine_id):
+            if lease is not None:
                 return lease
-            # Its replica is still looking whether the engine lives: asking it again would only spend an attempt.
-            await lease.release()
             await asyncio.sleep(RETRY_S)
 
     def withdraw(self, model: str) -> None:
@@ -380,7 +383,8 @@ class ServeEngines:
 
     async def _lease(
         self, model: str, lease_id: str, generator: Any, grant: Mapping[str, Any], arrived_s: float
-    ) -> ServeLease:
+    ) -> ServeLease | None:
+        """The lease that was granted; None if asking its engine would only spend an attempt."""
         info = EngineInfo.from_json(grant["engine"])
         phases: list[Phase] = []
         if self.starts.since(arrived_s, grant["init_s"]):  # the replica was started for this request
@@ -403,6 +407,11 @@ class ServeEngines:
         except asyncio.CancelledError:
             generator.cancel()
             raise
+        if info.engine_id in self._ended:
+            # Its host has told before its replica knew, and tells it once.
+            generator.cancel()
+            self._spawn(_drain(generator))
+            return None
         if remote:
             before = self._remote.get(grant["replica"])
             if before is not None and before[1].engine_id != info.engine_id:
@@ -412,7 +421,12 @@ class ServeEngines:
         transport = self._transport(info.engine_id, path)
         channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
         self._spawn(_follow(generator, channel) if remote else _drain(generator))
-        return ServeLease(self, lease_id, grant, self.starts.cold_start(info, phases), transport)
+        lease = ServeLease(self, lease_id, grant, self.starts.cold_start(info, phases), transport)
+        if self._is_suspect(info.engine_id):
+            # Its replica is still looking whether it lives.
+            await lease.release()
+            return None
+        return lease
 
     def _note_start(self, info: EngineInfo, phases: Sequence[Phase] = ()) -> None:
         longest = min(self._waiting_since[info.model].values(), default=None)

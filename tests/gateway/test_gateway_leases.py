@@ -901,6 +901,31 @@ async def test_an_engine_that_no_longer_serves_is_not_told_as_ready(
     assert world.engines.state("tiny") == told
 
 
+async def test_an_engine_that_ended_before_it_was_granted_is_not_lent(world: World) -> None:
+    """Its model would be told as ready, as nobody tells of the end again; who waits waits for the next one."""
+    world.handle.answers = [None]
+    world.host_tells(world.info(held=True))
+    waiting = asyncio.create_task(world.engines.acquire("tiny"))
+    await until(lambda: world.handle.calls)
+    (granted,) = world.handle.calls
+    world.host_tells(world.info(state="dead", held=True))
+    granted.was_cancelled_late = True
+    granted.answer = world.grant()
+    granted.ready.set()
+    await until(lambda: granted.was_cancelled or waiting.done())
+    assert not waiting.done()
+    granted.over.set()
+    await until(lambda: len(world.handle.calls) == 2)
+    assert world.engines.state("tiny") == "lighting"
+    assert world.engines.progress("tiny") is not None
+    assert not world.engines._transports
+    world.handle.calls[1].answer = world.grant(engine_id="e2")
+    world.handle.calls[1].ready.set()
+    lease = await waiting
+    assert await served(lease) == 200
+    await lease.release()
+
+
 async def test_engines_that_ended_while_their_host_was_down_are_forgotten(world: World) -> None:
     """Its successor's first word does not name them."""
     world.handle.answers = [world.grant()]
