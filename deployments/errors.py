@@ -6,6 +6,7 @@ RelightError
 │   ├── InvalidRequest           400  malformed JSON, wrong type, missing `model`
 │   ├── ModelNotFound            404  no such model or alias in the fleet
 │   ├── MethodNotAllowed         405
+│   ├── BodyStalled              408
 │   ├── BodyTooLarge             413
 │   └── UnsupportedMediaType     415
 ├── QueueFull                    429  the model's queue is at its bound; carries `retry_after_s`
@@ -68,6 +69,13 @@ class MethodNotAllowed(RequestError):
 
     status = 405
     code = "method_not_allowed"
+
+
+class BodyStalled(RequestError):
+    """The rest of the body did not come; however slowly it does, it is waited for."""
+
+    status = 408
+    code = "request_timeout"
 
 
 class BodyTooLarge(RequestError):

@@ -17,7 +17,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from deployments.errors import MethodNotAllowed, NotFound, RelightError
+from deployments.errors import BodyStalled, MethodNotAllowed, NotFound, RelightError
 from deployments.gateway import exposition, openai, openapi
 from deployments.gateway.engines import Engines
 from deployments.gateway.observe import Clock, GatewayTelemetry, SystemClock
@@ -187,7 +187,7 @@ def _answer(error: RelightError, headers: dict[str, str] | None = None) -> Respo
 
 async def _relight_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RelightError)
-    return _answer(error)
+    return _answer(error, {"connection": "close"} if isinstance(error, BodyStalled) else None)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -29,6 +29,8 @@ HEAD_S = 60.0
 """For a request's head, from its first byte on, or from the connection's beginning until one comes."""
 RETRY_S = 0.2
 RENEW_S = 1.0
+PROBES = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
+"""When the kernel asks a silent client whether it is there: one that has lost power or its network closes nothing."""
 LAST_WORDS_S = 2.0
 """For what a request that was cancelled tells its client."""
 _UPGRADE = (b"upgrade", b"http2-settings")
@@ -40,7 +42,8 @@ class _Http(HttpToolsProtocol):
     The parser ends such a request at its head, and uvicorn takes it for one without a body. Java's own client wishes
     for HTTP/2 in every request that it sends over plain HTTP.
 
-    Answers HTTP/1.0 without chunks, and closes connections whose head does not end, which uvicorn does not.
+    Answers HTTP/1.0 without chunks, and closes connections whose head does not end, or the rest of a body that has been
+    answered, which uvicorn does not.
     """
 
     _head_timer: asyncio.TimerHandle | None = None
@@ -61,6 +64,12 @@ class _Http(HttpToolsProtocol):
         while left is not None:
             left = self._read(left)
         self._time_head()
+        if self._in_body and not self._answers and not self.transport.is_closing():
+            # uvicorn times the silence after an answer, but not after more of a body that it did not wait for.
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     @property
     def _answers(self) -> bool:
@@ -222,6 +231,9 @@ class Door:
             except OSError:
                 await asyncio.sleep(RETRY_S)  # the host is being started
         log.info("the gateway listens on %s", self._address)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # those that it accepts inherit it
+        for option, value in PROBES.items():
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
         # uvicorn closes what it is given; ours is what a restarted host is offered.
         await self._server.serve(sockets=[self._socket.dup()])
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from deployments.errors import (
+    BodyStalled,
     BodyTooLarge,
     DeadlineExceeded,
     EngineInterrupted,
@@ -23,6 +24,7 @@ from deployments.gateway.openai import CANCEL_RESPONSE, RETRIEVE_RESPONSE, ROUTE
 _REQUEST_ERRORS: tuple[type[RelightError], ...] = (
     InvalidRequest,
     ModelNotFound,
+    BodyStalled,
     BodyTooLarge,
     UnsupportedMediaType,
     QueueFull,

@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, quote
 from starlette.types import Receive, Scope, Send
 
 from deployments.errors import (
+    BodyStalled,
     BodyTooLarge,
     DeadlineExceeded,
     EngineInterrupted,
@@ -42,6 +43,8 @@ T = TypeVar("T")
 
 # Bodies up to this size are held back whole, so that an engine's death in their middle can be retried unseen.
 HELD_BODY_BYTES = 1 << 20
+BODY_STALL_S = 60.0
+"""For the next piece of a request's body: who sends none for so long is gone, or holds connections on purpose."""
 _HUNG_UP = 499
 
 
@@ -235,6 +238,8 @@ class _Exchange:
                 headers.append((b"x-relight-state", openai.header_value(state)))
             if isinstance(error, MethodNotAllowed):
                 headers.append((b"allow", ", ".join(self.route.methods).encode("ascii")))
+            if isinstance(error, BodyStalled):
+                headers.append((b"connection", b"close"))  # or the rest, should it come, would be waited for
             await self.start(error.status, headers)
             await self.write(body, more=False)
         elif self.events:
@@ -696,7 +701,8 @@ def target(scope: Scope) -> str:
 
 
 async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes:
-    """The request's body. Raises `BodyTooLarge`; a client that isn't far over the bound is heard out first.
+    """The request's body. Raises `BodyTooLarge`; a client that isn't far over the bound is heard out first. Raises
+    `BodyStalled` where it does not go on.
 
     (A server that answers and closes before a client has written everything resets the connection, and the
     client never reads the answer.)
@@ -707,7 +713,13 @@ async def read_body(receive: Receive, headers: Headers, max_bytes: int) -> bytes
     parts: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        try:
+            async with asyncio.timeout(BODY_STALL_S):
+                message = await receive()
+        except TimeoutError:
+            raise BodyStalled(
+                f"The body ended after {size} bytes; {BODY_STALL_S:.0f} s later it was given up."
+            ) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
         part: bytes = message.get("body", b"")

@@ -14,7 +14,12 @@ from typing import Any
 import pytest
 
 from deployments.engine.doors import DoorError, DoorKeeper, ask_for_door
-from deployments.gateway.door import HEAD_S, Door
+from deployments.fleet import parse_fleet
+from deployments.gateway.app import build_gateway
+from deployments.gateway.door import HEAD_S, KEEP_ALIVE_S, PROBES, Door
+from deployments.gateway.observe import NullTelemetry
+from deployments.gateway.proxy import BODY_STALL_S
+from tests.fakes.engines import fake_engines
 
 
 @pytest.fixture
@@ -348,12 +353,13 @@ async def test_what_is_not_a_head_may_take_its_time(
         go(HEAD_S)
         await all_is_read(host, port)
         idle_writer.write(REQUEST)
+        early_writer.write(b"l")
         assert (await echoed(idle))[:2] == ["GET", "/"]
         go(HEAD_S)
         await all_is_read(host, port)
         body_writer.write(b"llo")
         assert (await echoed(body))[:3] == ["POST", "/", "hello"]
-        early_writer.write(b"llo" + REQUEST)
+        early_writer.write(b"lo" + REQUEST)
         assert (await echoed(early))[:2] == ["GET", "/"]
         end.set()
         await stream.readuntil(b"0\r\n\r\n")
@@ -361,6 +367,90 @@ async def test_what_is_not_a_head_may_take_its_time(
         assert (await echoed(stream))[:2] == ["GET", "/"]
         for writer in (idle_writer, body_writer, early_writer, stream_writer):
             writer.close()
+
+
+POST = b"POST /v1/%s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def open_gateway(folder: Path) -> AsyncIterator[tuple[str, int]]:
+    """A door to a gateway, of which nobody asks a model."""
+    fleet = parse_fleet({"models": [{"id": "tiny", "source": "org/weights"}]}, "test")
+    async with (
+        fake_engines("tiny") as engines,
+        open_door(build_gateway(fleet, engines, NullTelemetry()), folder) as address,
+    ):
+        yield address
+
+
+@pytest.mark.parametrize(("route", "style"), [(b"chat/completions", "openai"), (b"messages", "anthropic")])
+async def test_a_body_that_does_not_go_on_is_not_waited_for(
+    tmp_path: Path, keeper: DoorKeeper, go: Callable[[float], None], route: bytes, style: str
+) -> None:
+    """Its client is told, should it be there; however slowly a body comes, it is waited for."""
+    async with open_gateway(tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(POST % route)
+        for piece in (b'{"mo', b'del":'):
+            await all_is_read(host, port)
+            go(BODY_STALL_S - 5)
+            await all_is_read(host, port)
+            writer.write(piece)
+        slow, slow_writer = await asyncio.open_connection(host, port)
+        slow_writer.write(POST % route + b'{"model":')
+        await all_is_read(host, port)
+        go(BODY_STALL_S - 5)
+        slow_writer.write(b' "')
+        await all_is_read(host, port)
+        go(5.0)
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in head
+        error = json.loads(body)
+        assert error["error"]["code"] == "request_timeout"
+        assert error.get("type") == ("error" if style == "anthropic" else None)
+        slow_writer.write(b'x"}')
+        assert (await slow.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 404 ")
+        for each in (writer, slow_writer):
+            each.close()
+
+
+async def test_the_rest_of_an_answered_body_is_not_waited_for(
+    tmp_path: Path, keeper: DoorKeeper, go: Callable[[float], None]
+) -> None:
+    """Longer than for the next request, from its last byte on."""
+    async with open_door(app("early"), tmp_path) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(POST % b"x")
+        assert await echoed(reader) == {"name": "early"}
+        for _ in range(2):
+            writer.write(b"{")
+            await all_is_read(host, port)
+            go(KEEP_ALIVE_S - 5)
+            await all_is_read(host, port)
+        assert not reader.at_eof()
+        go(5.0)
+        assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_client_that_vanished_is_found_out(tmp_path: Path, keeper: DoorKeeper) -> None:
+    """By the kernel: who lost its power or its network closes no connection."""
+    address = free_address()
+    door = Door(app("x"), address, tmp_path, drain_s=1)
+    with await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address):
+        while not door._server.started:  # noqa: ASYNC110 - uvicorn tells nobody
+            await asyncio.sleep(0.01)
+        host, _, port = address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        while not door._server.server_state.connections:  # noqa: ASYNC110 - uvicorn tells nobody
+            await asyncio.sleep(0.01)
+        (connection,) = door._server.server_state.connections
+        client = connection.transport.get_extra_info("socket")
+        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert {option: client.getsockopt(socket.IPPROTO_TCP, option) for option in PROBES} == PROBES
+        writer.close()
+        await door.close()
 
 
 async def test_closing_finishes_what_is_being_answered(tmp_path: Path, keeper: DoorKeeper) -> None:
