@@ -197,12 +197,18 @@ class ModelReplica:
             self._taken.discard(lease_id)
 
     async def _serve_gateway(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One gateway's connection: it takes and releases its leases here. When it dies, they are all released."""
+        """One gateway's connection: it takes and releases its leases here. When it dies, they are all released.
+
+        A lease that is taken too late is lost, and the gateway told so: Serve does not count it any more.
+        """
         mine: set[str] = set()
         try:
             async for line in reader:
                 message = json.loads(line)
                 lease_id = message["lease"]
+                if message["op"] == "take" and lease_id not in self._leases:
+                    writer.write(json.dumps({"op": "lost", "lease": lease_id}).encode() + b"\n")
+                    continue
                 if message["op"] == "take":
                     mine.add(lease_id)
                     self._taken.add(lease_id)

@@ -85,15 +85,30 @@ class ServeLease:
         self._grant = grant
         self._transport = transport
         self._released = False
+        self._lost = False
+        self._asking: asyncio.Timeout | None = None
 
     async def request(self, method: str, target: str, headers: Headers, body: bytes) -> EngineResponse:
-        return await self._engines.ask(self.engine_id, self._transport.request(method, target, headers, body))
+        try:
+            async with asyncio.timeout(0 if self._lost else None) as self._asking:
+                request = self._transport.request(method, target, headers, body)
+                return await self._engines.ask(self.engine_id, request)
+        except TimeoutError:
+            raise EngineUnreachable("The replica had given the lease up before it was taken.") from None
+        finally:
+            self._asking = None
+
+    def lose(self) -> None:
+        """The replica has given it up: what has not begun to be answered is asked under another lease."""
+        self._lost = True
+        if self._asking is not None:
+            self._asking.reschedule(asyncio.get_running_loop().time())
 
     async def release(self, *, engine_failed: bool = False) -> None:
         if self._released:
             return
         self._released = True
-        self._engines.give_back(self._grant, self._lease_id, engine_failed=engine_failed)
+        self._engines.give_back(self._grant, self._lease_id, engine_failed=engine_failed and not self._lost)
 
 
 class EarlyLease:
@@ -161,6 +176,7 @@ class ServeEngines:
         self._host: HostConnection | None = None
         self._transports: dict[str, UnixTransport] = {}
         self._tunnels: dict[str, tuple[Path, asyncio.Task[asyncio.Server]]] = {}  # by engine
+        self._lent: dict[str, ServeLease] = {}  # by lease id
         self._lease_channels: dict[str, asyncio.StreamWriter] = {}
         self._opening: dict[str, asyncio.Task[asyncio.StreamWriter]] = {}  # lease channels, by replica
         self._remote: dict[str, tuple[str, EngineInfo]] = {}  # replica elsewhere -> its node, its engine
@@ -419,9 +435,10 @@ class ServeEngines:
             self._remote[grant["replica"]] = (grant["node"], info)
         self._ready_models[model] = info.engine_id
         transport = self._transport(info.engine_id, path)
+        lease = ServeLease(self, lease_id, grant, self.starts.cold_start(info, phases), transport)
+        self._lent[lease_id] = lease
         channel.write(json.dumps({"op": "take", "lease": lease_id}).encode() + b"\n")
         self._spawn(_follow(generator, channel) if remote else _drain(generator))
-        lease = ServeLease(self, lease_id, grant, self.starts.cold_start(info, phases), transport)
         if self._is_suspect(info.engine_id):
             # Its replica is still looking whether it lives.
             await lease.release()
@@ -459,8 +476,10 @@ class ServeEngines:
     async def _close_at_end(
         self, replica: str, reader: asyncio.StreamReader, channel: asyncio.StreamWriter
     ) -> None:
-        with contextlib.suppress(OSError):
-            await reader.read()
+        with contextlib.suppress(OSError, ValueError):
+            async for line in reader:
+                if lost := self._lent.get(json.loads(line)["lease"]):
+                    lost.lose()
         channel.close()
         if self._lease_channels.get(replica) is channel:
             del self._lease_channels[replica]
@@ -491,6 +510,7 @@ class ServeEngines:
 
     def give_back(self, grant: Mapping[str, Any], lease_id: str, *, engine_failed: bool) -> None:
         """Tell the replica that a lease is over; Serve's call then ends by itself."""
+        self._lent.pop(lease_id, None)
         channel = self._lease_channels.get(grant["replica"])
         if channel is not None and not channel.is_closing():
             message = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -121,3 +122,26 @@ async def test_a_host_that_comes_back_is_told_which_engine_to_end(
     replica._host._reader.feed_eof()
     assert (await asking)["engine"]["engine_id"] != first["engine_id"]
     assert not alive(first["pid"])
+
+
+async def test_a_lease_that_is_taken_too_late_is_lost(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve does not count it any more, so its gateway is told; nothing of it stays."""
+    monkeypatch.setattr(model_module, "TAKE_DEADLINE_S", 0.0)
+    lease = replica.lease("late")
+    await anext(lease)
+    with pytest.raises(StopAsyncIteration):
+        await anext(lease)
+    reader, channel = await asyncio.open_unix_connection(replica._lease_socket)
+    channel.write(b'{"op": "take", "lease": "late"}\n')
+    assert json.loads(await reader.readline()) == {"op": "lost", "lease": "late"}
+    assert not replica._taken
+    monkeypatch.setattr(model_module, "TAKE_DEADLINE_S", 20.0)
+    lease = replica.lease("in time")
+    await anext(lease)
+    channel.write(b'{"op": "take", "lease": "in time"}\n{"op": "release", "lease": "in time"}\n')
+    with pytest.raises(StopAsyncIteration):
+        await anext(lease)
+    assert not replica._taken
+    channel.close()

@@ -271,6 +271,49 @@ async def test_a_lease_is_taken_used_and_given_back(world: World) -> None:
     assert [m["op"] for m in world.told] == ["take", "release"]
 
 
+@pytest.mark.parametrize("asked", [False, True])
+async def test_a_lease_that_is_lost_is_no_failure_of_its_engine(world: World, asked: bool) -> None:
+    """It was taken too late, by a gateway that was busy: another is asked for, if nothing was answered yet."""
+    world.handle.answers = [world.grant()]
+    world.engine.script.gate = asyncio.Event()
+    lease = await world.engines.acquire("tiny")
+    taken = await world.heard("take")
+    if asked:
+        asking = asyncio.create_task(served(lease))
+        await world.engine.until(lambda: len(world.engine.seen) == 1)
+    world.connections[0].write(json.dumps({"op": "lost", "lease": taken["lease"]}).encode() + b"\n")
+    if not asked:
+        await until(lambda: lease._lost)  # type: ignore[union-attr]
+        asking = asyncio.create_task(served(lease))
+    with pytest.raises(EngineUnreachable, match="given the lease up"):
+        await asking
+    await lease.release(engine_failed=True)
+    assert not (await world.heard("release"))["engine_failed"]
+    assert not world.engines._lent
+    world.engine.script.gate.set()
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    await lease.release()
+
+
+async def test_a_lease_that_is_lost_while_it_is_answered_is_answered(world: World) -> None:
+    """The client would see it break off."""
+    world.handle.answers = [world.grant()]
+    gate = asyncio.Event()
+    world.engine.script.gate_after_chunks = (1, gate)
+    lease = await world.engines.acquire("tiny")
+    body = json.dumps({"model": "tiny", "prompt": "x", "stream": True}).encode()
+    response = await lease.request("POST", "/v1/completions", [], body)
+    chunks = response.chunks()
+    await anext(chunks)
+    taken = await world.heard("take")
+    world.connections[0].write(json.dumps({"op": "lost", "lease": taken["lease"]}).encode() + b"\n")
+    await until(lambda: lease._lost)  # type: ignore[union-attr]
+    gate.set()
+    assert b"[DONE]" in [chunk async for chunk in chunks][-1]
+    await lease.release()
+
+
 async def test_a_failed_start_is_raised_and_remembered_until_one_succeeds(world: World) -> None:
     """With the engine's own reason."""
     world.handle.answers = [lambda _: {"failed": "torn"}, world.grant()]
