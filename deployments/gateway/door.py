@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ HEAD_S = 60.0
 """For a request's head, from its first byte on, or from the connection's beginning until one comes."""
 RETRY_S = 0.2
 RENEW_S = 1.0
-PROBES = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}
-"""When the kernel asks a silent client whether it is there: one that has lost power or its network closes nothing."""
+PROBE_EVERY_S = 60
+GONE_S = 300
+"""A client that answers no probe for so long, or reads nothing of what there is for it, is gone: its power or network
+failed, which closes no connection, or it stands still and would hold an engine."""
 LAST_WORDS_S = 2.0
 """For what a request that was cancelled tells its client."""
 _UPGRADE = (b"upgrade", b"http2-settings")
@@ -182,6 +185,15 @@ def _reset(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
+def _notice_silence(listener: socket.socket) -> None:
+    """Have the kernel end the connections of clients that are gone; those that it accepts inherit this."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_EVERY_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_EVERY_S)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE_S * 1000)
+
+
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -231,9 +243,7 @@ class Door:
             except OSError:
                 await asyncio.sleep(RETRY_S)  # the host is being started
         log.info("the gateway listens on %s", self._address)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # those that it accepts inherit it
-        for option, value in PROBES.items():
-            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+        _notice_silence(self._socket)
         # uvicorn closes what it is given; ours is what a restarted host is offered.
         await self._server.serve(sockets=[self._socket.dup()])
 

@@ -15,8 +15,9 @@ import pytest
 
 from deployments.engine.doors import DoorError, DoorKeeper, ask_for_door
 from deployments.fleet import parse_fleet
+from deployments.gateway import door as door_module
 from deployments.gateway.app import build_gateway
-from deployments.gateway.door import HEAD_S, KEEP_ALIVE_S, PROBES, Door
+from deployments.gateway.door import HEAD_S, KEEP_ALIVE_S, Door
 from deployments.gateway.observe import NullTelemetry
 from deployments.gateway.proxy import BODY_STALL_S
 from tests.fakes.engines import fake_engines
@@ -434,22 +435,31 @@ async def test_the_rest_of_an_answered_body_is_not_waited_for(
         writer.close()
 
 
-async def test_a_client_that_vanished_is_found_out(tmp_path: Path, keeper: DoorKeeper) -> None:
-    """By the kernel: who lost its power or its network closes no connection."""
+@pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
+async def test_who_is_gone_or_stands_still_is_found_out(
+    tmp_path: Path, keeper: DoorKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel: who lost its power closes no connection, and who reads nothing of a stream holds an engine."""
+    monkeypatch.setattr(door_module, "GONE_S", 1)
+    left = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not left.is_set():
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            await asyncio.sleep(0)
+            if not door._server.server_state.connections:
+                left.set()
+
     address = free_address()
-    door = Door(app("x"), address, tmp_path, drain_s=1)
+    door = Door(application, address, tmp_path, drain_s=1)
     with await asyncio.to_thread(ask_for_door, tmp_path / "doors.sock", address):
         while not door._server.started:  # noqa: ASYNC110 - uvicorn tells nobody
             await asyncio.sleep(0.01)
         host, _, port = address.rpartition(":")
-        _, writer = await asyncio.open_connection(host, int(port))
-        while not door._server.server_state.connections:  # noqa: ASYNC110 - uvicorn tells nobody
-            await asyncio.sleep(0.01)
-        (connection,) = door._server.server_state.connections
-        client = connection.transport.get_extra_info("socket")
-        assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert {option: client.getsockopt(socket.IPPROTO_TCP, option) for option in PROBES} == PROBES
-        writer.close()
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(REQUEST)
+            await left.wait()
         await door.close()
 
 
