@@ -19,6 +19,7 @@ from pathlib import Path
 CHUNK_BYTES = 1 << 16
 HELLO_DEADLINE_S = 5.0
 SILENCE_S = 30  # a node that vanished closes no connection; one that answers no probe for so long is gone
+UNREAD_S = 300  # the same for what an engine tells: a client that reads slowly stops the whole way, and lives
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -48,6 +49,7 @@ class Tunnel:
             if hello["to"] == "leases":
                 await self._serve_leases(reader, writer)
             elif self.target is not None:
+                _give_up_after(writer.get_extra_info("socket"), UNREAD_S)
                 await splice(reader, writer, *await asyncio.open_unix_connection(self.target))
         except (OSError, TimeoutError, ValueError, KeyError, TypeError):
             return
@@ -76,7 +78,13 @@ def _notice_silence(writer: asyncio.StreamWriter) -> None:
     if sys.platform == "linux":
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENCE_S // 3)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENCE_S // 3)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_S * 1000)
+    _give_up_after(connection, SILENCE_S)
+
+
+def _give_up_after(connection: socket.socket, seconds: int) -> None:
+    """So long after who is there has answered, or has had room for more, last."""
+    if sys.platform == "linux":
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
 
 
 async def local_end(path: Path, address: tuple[str, int], token: str) -> asyncio.Server:

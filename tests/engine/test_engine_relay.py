@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.engine import relay
 from deployments.engine.relay import Tunnel, local_end, open_tunnel
 
 
@@ -130,6 +131,32 @@ async def test_a_peer_that_falls_silent_is_noticed_at_both_ends(nodes: Nodes) ->
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 10
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000
     writer.close()
+
+
+async def test_a_client_that_reads_nothing_for_a_while_loses_nothing(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the gateway has no room for stays with the engine, for longer than a node may be silent."""
+    monkeypatch.setattr(relay, "SILENCE_S", 3)
+    told = b"x" * (64 << 20)
+
+    async def tell(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(told)
+        await writer.drain()
+        writer.close()
+
+    nodes.tunnel.target = str(nodes.far.with_name("teller"))
+    async with await asyncio.start_unix_server(tell, nodes.tunnel.target):
+        reader, writer = await asyncio.open_unix_connection(nodes.near)
+        writer.write(b"go\n")
+        # In the kernel's own time: longer than the silence that ends a connection.
+        await asyncio.sleep(8)
+        got = 0
+        while data := await reader.read(1 << 20):
+            got += len(data)
+        assert got == len(told)
+        writer.close()
 
 
 async def test_without_an_engine_the_connection_ends(nodes: Nodes) -> None:
