@@ -30,6 +30,10 @@ class ControlSocket:
             if not writer.is_closing():
                 writer.write(encode(message))
 
+        def there() -> bool:
+            """Whether the client still is: read ahead of its messages, so also while one of them is answered."""
+            return not (reader.at_eof() or writer.is_closing())
+
         host = self._host
         held: Engine | None = None
         try:
@@ -50,11 +54,11 @@ class ControlSocket:
                     case "watch":
                         host.watch(tell)
                     case "warm":
-                        tell(await host.warm(message))
+                        tell(await host.warm(message, there))
                     case "light":
                         host.spawn(self._light(message))
                     case "acquire":
-                        held = await self._acquire(message, tell)
+                        held = await self._acquire(message, tell, there)
                     case "attach":
                         held = self._attach(message, tell)
                     case "release" if held is not None:
@@ -87,13 +91,18 @@ class ControlSocket:
             await host.obtain(spec, (), message["requested_s"], hold=False)
 
     async def _acquire(
-        self, message: Mapping[str, Any], tell: Callable[[Mapping[str, Any]], None]
+        self,
+        message: Mapping[str, Any],
+        tell: Callable[[Mapping[str, Any]], None],
+        there: Callable[[], bool],
     ) -> Engine | None:
         host = self._host
         spec = EngineSpec.from_json(message["spec"])
         host.models.settings(message.get("config"))
         try:
-            engine = await host.obtain(spec, tuple(message["gpu_ids"]), message["requested_s"], hold=True)
+            engine = await host.obtain(
+                spec, tuple(message["gpu_ids"]), message["requested_s"], hold=True, there=there
+            )
         except StartFailed as error:
             tell({"event": "failed", "reason": str(error)})
             return None

@@ -25,6 +25,12 @@ class TemplateGone(StartFailed):
     """The template ended before it had forked: another may do it."""
 
 
+class AskerGone(StartFailed):
+    """Who asked is not there any more, and what Ray granted to it may be another's."""
+
+    stands = False
+
+
 class Template:
     """A template process, the node's or a model's: forks what it is asked to."""
 
@@ -108,4 +114,4 @@ def _last_line(log_file: Path) -> str:
     return lines[-1] if lines else "nothing"
 
 
-__all__ = ["StartFailed", "Template", "TemplateGone"]
+__all__ = ["AskerGone", "StartFailed", "Template", "TemplateGone"]

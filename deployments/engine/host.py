@@ -37,8 +37,8 @@ from deployments.engine import http
 from deployments.engine.command import STOP_GRACE_S, argv, slug, threads_for
 from deployments.engine.control import ControlSocket
 from deployments.engine.doors import DoorKeeper
-from deployments.engine.forks import StartFailed, Template, TemplateGone
-from deployments.engine.models import ModelEntry, Models
+from deployments.engine.forks import AskerGone, StartFailed, Template, TemplateGone
+from deployments.engine.models import Grant, ModelEntry, Models
 from deployments.engine.parking import Parked, evict
 from deployments.engine.protocol import EngineInfo, EngineSpec, set_private
 from deployments.engine.use_lock import UseLock, hold, let_go
@@ -108,7 +108,9 @@ class Host:
 
     # Engines
 
-    async def start(self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float) -> Engine:
+    async def start(
+        self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float, there: Callable[[], bool]
+    ) -> Engine:
         """Fork a new engine. Returns as soon as it is on its way: `engine.settled` tells the rest."""
         entry = self.models.entry(spec)
         attempt = 1
@@ -118,6 +120,9 @@ class Host:
             held_s = time.time()
             try:
                 template, kind = await self.models.template_for(entry)
+                # A download may have lain between: whose the GPUs are is as it is now.
+                _see(spec, there)
+                self._clear(gpu_ids)
                 engine = await self._fork(
                     template,
                     kind,
@@ -381,35 +386,46 @@ class Host:
         self.kill(engine)
 
     async def obtain(
-        self, spec: EngineSpec, gpu_ids: tuple[str, ...], requested_s: float, *, hold: bool
+        self,
+        spec: EngineSpec,
+        gpu_ids: tuple[str, ...],
+        requested_s: float,
+        *,
+        hold: bool,
+        there: Callable[[], bool] = lambda: True,
     ) -> Engine:
         """An engine for one more replica: one that waits, a parked one that still answers, or a new one.
 
-        With `hold` the caller owns it from here on; without, it waits for an owner for `PROVISIONAL_S`.
+        With `hold` the caller owns it from here on; without, it waits for an owner for `PROVISIONAL_S`. Nothing is
+        woken or forked for a caller who is not `there` any more: its GPUs may be another's. Raises StartFailed.
         """
         async with self._start_locks.setdefault(spec.fingerprint, asyncio.Lock()):
+            _see(spec, there)
             for engine in self._waiting(spec, gpu_ids):
                 if engine.info.state == "parked" and not await self._adopt(engine):
                     continue
                 if engine.info.engine_id in self.engines:
                     self.claim(engine, hold=hold)
                     return engine
-            for engine in list(self.engines.values()):
-                if set(gpu_ids) & set(engine.info.gpu_ids) and not engine.info.held:
-                    # Ray has given these GPUs to somebody else: what is left on them goes at once.
-                    engine.info.reason = "its GPUs were granted to another replica"
-                    self.kill(engine)
+            self._clear(gpu_ids)
             entry = self.models.entry(spec)
             if entry.failure is not None and time.time() - entry.failure[1] < FAILURE_STANDS_S:
                 raise StartFailed(entry.failure[0])
             try:
-                engine = await self.start(spec, gpu_ids, requested_s)
+                engine = await self.start(spec, gpu_ids, requested_s, there)
             except StartFailed as error:
                 if error.stands:
                     entry.failure = (str(error), time.time())
                 raise
             self.claim(engine, hold=hold)
             return engine
+
+    def _clear(self, gpu_ids: tuple[str, ...]) -> None:
+        """End what is left on GPUs that Ray has given to somebody else, at once."""
+        for engine in self.engines.values():
+            if set(gpu_ids) & set(engine.info.gpu_ids) and not engine.info.held:
+                engine.info.reason = "its GPUs were granted to another replica"
+                self.kill(engine)
 
     def _waiting(self, spec: EngineSpec, gpu_ids: tuple[str, ...]) -> list[Engine]:
         order = {"ready": 0, "starting": 1, "parked": 2}
@@ -576,24 +592,31 @@ class Host:
             return "parked"
         return self.models.rung(entry)
 
-    async def warm(self, message: Mapping[str, Any]) -> dict[str, Any]:
+    async def warm(
+        self, message: Mapping[str, Any], there: Callable[[], bool] = lambda: True
+    ) -> dict[str, Any]:
         """Bring the model to a rung, or let it down to one. Asked again, it goes on where it is.
 
         Goes on beside the answer, for which `wait_s` waits: {rung: where it is now, working, reason: why it does not
-        get there}. `gpu_ids` are those that Ray granted to who asks, for an engine that is to be parked.
+        get there}. `gpu_ids` are those that Ray granted to who asks, for an engine that is to be parked: with the
+        answer, or when who asks is not `there` any more, they are Ray's again, and no engine is begun on them.
         """
         spec, wanted = EngineSpec.from_json(message["spec"]), RUNGS.index(message["rung"])
         self.models.settings(message.get("config"))
         entry = self.models.entry(spec)
         entry.template_wanted = entry.template_wanted or wanted >= RUNGS.index("template")
+        granted = None
+        if message["rung"] == "parked":
+            granted = entry.granted = Grant(tuple(message.get("gpu_ids") or ()), there)
         if wanted < RUNGS.index(self.rung(entry)):
             await self._let_down(entry, wanted)
         elif wanted > RUNGS.index(self.rung(entry)) and (entry.warming is None or entry.warming.done()):
             entry.warm_reason = None
-            gpu_ids = tuple(message.get("gpu_ids") or ())
-            entry.warming = asyncio.create_task(self._bring_up(entry, message["rung"], gpu_ids))
+            entry.warming = asyncio.create_task(self._bring_up(entry, message["rung"]))
         if entry.warming is not None and (wait_s := message.get("wait_s", 0)):
             await asyncio.wait({entry.warming}, timeout=wait_s)
+        if entry.granted is granted:
+            entry.granted = None
         working = entry.warming is not None and not entry.warming.done()
         return {
             "event": "warm",
@@ -612,20 +635,27 @@ class Host:
         if wanted < RUNGS.index("template"):
             self.models.let_down(entry)
 
-    async def _bring_up(self, entry: ModelEntry, rung: str, gpu_ids: tuple[str, ...]) -> None:
+    async def _bring_up(self, entry: ModelEntry, rung: str) -> None:
         try:
             await self.models.bring_up(entry, template=rung != "weights")
             if rung == "parked":
-                await self._start_parked(entry, gpu_ids)
+                await self._start_parked(entry)
             elif rung == "template" and self.models.rung(entry) != rung:
                 raise StartFailed(entry.template_reason or "its template is not there")
+        except AskerGone as error:
+            log.info("%s is not parked: %s", entry.spec.model, error)  # whoever asks again brings others
         except StartFailed as error:
             entry.warm_reason = str(error)
             log.warning("%s could not be warmed to %s: %s", entry.spec.model, rung, error)
 
-    async def _start_parked(self, entry: ModelEntry, gpu_ids: tuple[str, ...]) -> None:
+    async def _start_parked(self, entry: ModelEntry) -> None:
         """Start an engine that nobody holds, and park it. Raises StartFailed if it would not be kept."""
-        spec, budget = entry.spec, self.models.config.park_memory_bytes
+        spec, budget, granted = entry.spec, self.models.config.park_memory_bytes, entry.granted
+        gpu_ids = granted.gpu_ids if granted is not None else ()
+
+        def there() -> bool:
+            return not spec.gpus or (granted is not None and entry.granted is granted and granted.there())
+
         others = sum(
             e.info.memory_bytes
             for e in self.engines.values()
@@ -637,9 +667,10 @@ class Host:
             )
         if others + (entry.parked_bytes or 0) > budget:
             raise StartFailed(f"parked engines hold {others} bytes of {budget}: no room for one more")
+        _see(spec, there)
         if len(gpu_ids) != spec.gpus:
             raise StartFailed(f"it takes {spec.gpus} GPUs to load, and {len(gpu_ids)} were granted")
-        engine = await self.obtain(spec, gpu_ids, time.time(), hold=False)
+        engine = await self.obtain(spec, gpu_ids, time.time(), hold=False, there=there)
         if engine.settled is not None:
             await asyncio.shield(engine.settled)
         if not engine.info.held:
@@ -702,6 +733,12 @@ class Host:
         for engine in list(self.engines.values()):
             self.kill(engine)
         self.models.close()
+
+
+def _see(spec: EngineSpec, there: Callable[[], bool]) -> None:
+    """Raises AskerGone if who asked for the engine is gone."""
+    if not there():
+        raise AskerGone(f"who asked for an engine of {spec.model} is gone, and what Ray granted to it")
 
 
 def group_pss_bytes(pgid: int | None) -> int:

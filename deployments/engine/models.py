@@ -31,6 +31,14 @@ STEADY_S = 60.0  # a template that lived this long is replaced at once
 RESTART_DELAY_S = 2.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Grant:
+    """GPUs of who asks for an engine: Ray's again, and maybe another's, once that one is not there any more."""
+
+    gpu_ids: tuple[str, ...]
+    there: Callable[[], bool]
+
+
 @dataclass(slots=True)
 class ModelEntry:
     """What the node has of a model."""
@@ -50,6 +58,9 @@ class ModelEntry:
     template_wanted: bool = True  # False once its memory was asked back
     parked_bytes: int | None = None  # what its engine took when it was last parked
     warming: asyncio.Task[None] | None = None
+    granted: Grant | None = (
+        None  # by who asked last for a parked engine, for as long as it waits for the answer
+    )
     warm_reason: str | None = None  # why the last warming did not get there
 
 
@@ -423,4 +434,4 @@ def _check_device(node: Template, spec: EngineSpec) -> None:
         )
 
 
-__all__ = ["ModelEntry", "Models"]
+__all__ = ["Grant", "ModelEntry", "Models"]

@@ -618,6 +618,61 @@ async def test_an_engine_on_gpus_is_parked_for_who_was_granted_them(node: Node, 
     assert engine.info.gpu_ids == ("0",)
 
 
+class Download:
+    """The weights of a model that comes from elsewhere: they are there once it has `ended`."""
+
+    def __init__(self, node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ended = asyncio.Event()
+        self._weights = weights
+        monkeypatch.setattr(node.host.models, "_fetch", self._fetch)
+
+    async def _fetch(self, entry: models_module.ModelEntry) -> str:
+        entry.source_state = "resolving"
+        await self.ended.wait()
+        return str(self._weights)
+
+
+async def test_no_engine_is_started_for_a_replica_that_has_gone(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its GPU may be another model's by the time its weights have come; who still waits for the model gets one."""
+    download = Download(node, weights, monkeypatch)
+    slow, other = spec(Path("org/big"), "big", gpus=1), spec(weights, "other", gpus=1)
+    node.configure(other)
+    gone, waits = await node.client(), await node.client()
+    asked = [asyncio.create_task(acquire(c, slow, [gpu], 0.0)) for c, gpu in ((gone, "0"), (waits, "1"))]
+    await until(lambda: (entry := node.host.models.entries.get(slow.fingerprint)) and entry.resolving)
+    asked[0].cancel()
+    gone.close()
+    await acquire(await node.client(), other, ["0"], 0.0)
+    download.ended.set()
+    assert (await asked[1]).gpu_ids == ("1",)
+    assert [(e.info.model, e.info.gpu_ids) for e in node.host.engines.values()] == [
+        ("other", ("0",)),
+        ("big", ("1",)),
+    ]
+
+
+async def test_no_engine_is_parked_on_gpus_that_were_given_back(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its answer the task that asked has ended, and Ray takes them: the weights come, and the next ask goes on."""
+    download = Download(node, weights, monkeypatch)
+    slow, other = spec(Path("org/big"), "big", gpus=1), spec(weights, "other", gpus=1)
+    node.configure(other, slow, park_memory_bytes=1024 * MIB)
+    answer = await warmed(node, slow, "parked", gpu_ids=["0"], wait_s=0)
+    assert (answer["rung"], answer["working"]) == ("node", True)
+    await acquire(await node.client(), other, ["0"], 0.0)
+    download.ended.set()
+    warming = node.host.models.entries[slow.fingerprint].warming
+    assert warming is not None
+    await warming
+    assert [e.info.model for e in node.host.engines.values()] == ["other"]
+    answer = await warmed(node, slow, "parked", gpu_ids=["1"])
+    assert (answer["rung"], answer["reason"]) == ("parked", None)
+    assert [e.info.gpu_ids for e in node.host.engines.values()] == [("0",), ("1",)]
+
+
 async def test_no_engine_is_started_to_be_evicted(node: Node, weights: Path) -> None:
     """Where parked engines fill the budget, one more is not even begun."""
     one, other = spec(weights), spec(weights, "other")
