@@ -90,18 +90,21 @@ class Models:
     # The node's template
 
     def start_node_template(self) -> None:
-        """Start the node's template process. Starts of engines wait until it is ready."""
+        """Start the node's template process. Starts of engines wait until it is ready. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with (self._run_dir / "template.log").open("ab") as output:
-            self.node_process = subprocess.Popen(
-                [sys.executable, "-m", self.template_module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        theirs.close()
+        try:
+            with theirs, (self._run_dir / "template.log").open("ab") as output:
+                self.node_process = subprocess.Popen(
+                    [sys.executable, "-m", self.template_module, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
+        except OSError:
+            ours.close()
+            raise
         born_s = time.time()
 
         def ended() -> None:
@@ -126,7 +129,15 @@ class Models:
     def _restart_node_template(self) -> None:
         if self._closing:
             return
-        self.start_node_template()
+        try:
+            self.start_node_template()
+        except OSError as error:
+            # Of memory, processes or descriptors there may be enough again soon.
+            log.warning(
+                "the node's template can't be started, next try in %.0f s: %s", RESTART_DELAY_S, error
+            )
+            asyncio.get_running_loop().call_later(RESTART_DELAY_S, self._restart_node_template)
+            return
         # Models' templates outlive the node's, but the dead ones can be rebuilt now.
         self._spawn(self.build())
 
@@ -337,14 +348,19 @@ class Models:
     async def template_for(self, entry: ModelEntry) -> tuple[Template, str]:
         """The model's own template, or the node's once it is ready, and how the engine comes from it.
 
-        Raises StartFailed where the node's vLLM can't serve the model.
+        Raises StartFailed where the node's vLLM can't serve the model, or there is no template within its deadline.
         """
         if entry.template is not None and entry.template_state == "ready":
             return entry.template, "prebuilt"
-        await self._node_up.wait()
-        assert self.node is not None
-        node = self.node
-        await asyncio.shield(node.ready)
+        try:
+            async with asyncio.timeout(entry.spec.start_deadline_s):
+                await self._node_up.wait()
+                assert self.node is not None
+                node = self.node
+                await asyncio.shield(node.ready)
+        except TimeoutError:
+            reason = f"the node's template was not ready within {entry.spec.start_deadline_s:.0f} s"
+            raise StartFailed(f"{reason}, see {self._run_dir / 'template.log'}") from None
         _check_device(node, entry.spec)
         if entry.flat is not None and not Path(entry.flat).is_file():  # noqa: ASYNC240 - a stat, of a local disk
             entry.flat = None

@@ -218,6 +218,7 @@ async def test_a_start_that_takes_too_long_is_ended(node: Node, weights: Path) -
     """The reason names the deadline and how far it came."""
     model = spec(weights, env={"STUB_SLOW_S": 60}, start_deadline_s=0.3)
     node.configure(model)
+    await until(node.host.models.imported)
     with pytest.raises(EngineStartFailed, match=r"not ready after 0 s \(last phase done: fork\)"):
         await node.lit(model)
 
@@ -303,6 +304,7 @@ async def test_an_engine_that_nobody_took_ends(
     monkeypatch.setattr(host_module, "PROVISIONAL_S", 0.2)
     model = spec(weights, start_deadline_s=1.0)
     node.configure(model)
+    await until(node.host.models.imported)
     client = await node.client()
     client.send({"op": "light", "spec": model.to_json(), "requested_s": time.time()})
     await until(lambda: node.host.engines)
@@ -408,6 +410,47 @@ async def test_a_template_that_cant_start_is_the_reason(
     os.kill(node.host.models.node.pid, signal.SIGKILL)
     await until(lambda: not node.host.models._node_up.is_set() or node.host.models.node.ready.done())
     with pytest.raises(EngineStartFailed, match="No module named"):
+        await node.lit(model)
+
+
+async def test_a_template_that_could_not_be_started_is_tried_again(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory or processes were short for a moment; a start that met the gap goes on."""
+    monkeypatch.setattr(models_module, "RESTART_DELAY_S", 0.0)
+    start, refused = subprocess.Popen, list[bool]()
+
+    def short(*args: Any, **more: Any) -> Any:
+        if len(refused) < 2:
+            refused.append(True)
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        return start(*args, **more)
+
+    model = spec(weights)
+    node.configure(model)
+    assert node.host.models.node_process is not None
+    monkeypatch.setattr(models_module.subprocess, "Popen", short)
+    os.kill(node.host.models.node_process.pid, signal.SIGKILL)
+    await until(lambda: refused)
+    _, info = await node.lit(model)
+    assert len(refused) == 2
+    assert await ask(info) == info.pid
+
+
+@pytest.mark.parametrize("lives", [False, True])
+async def test_a_start_does_not_outwait_its_deadline_for_a_template(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch, lives: bool
+) -> None:
+    """Whether there is none, or it does not get ready: who asked is told."""
+    model = spec(weights, start_deadline_s=0.1)
+    node.configure(model)
+    await until(node.host.models.imported)
+    if lives:
+        assert node.host.models.node is not None
+        monkeypatch.setattr(node.host.models.node, "ready", asyncio.get_running_loop().create_future())
+    else:
+        node.host.models._node_up.clear()
+    with pytest.raises(EngineStartFailed, match=r"template was not ready within 0 s, see .*template\.log"):
         await node.lit(model)
 
 
