@@ -68,7 +68,7 @@ class ModelReplica:
         self._engine: EngineInfo | None = None
         self._engine_control: asyncio.StreamWriter | None = None
         self._failure: str | None = None
-        self._failed_s = 0.0
+        self._failed_s = 0.0  # monotonic: clocks are set
         self._starting: asyncio.Task[None] | None = None
         self._closing = False
         self._tunnel = Tunnel(self._serve_gateway)
@@ -91,26 +91,27 @@ class ModelReplica:
 
     async def _start_engine(self) -> None:
         if self._failure is not None:
-            await asyncio.sleep(max(0.0, self._failed_s + RETRY_AFTER_S - time.time()))
-        requested_s = time.time()
+            await asyncio.sleep(max(0.0, self._failed_s + RETRY_AFTER_S - time.monotonic()))
+        requested_s, began_s = time.time(), time.monotonic()
         while True:
             try:
                 host = await HostConnection.open(self._run_dir, self._raylet_pid)
                 info = await acquire(host, self._spec, self._gpu_ids, requested_s, self._host_config)
                 break
             except EngineStartFailed as error:
-                self._failure, self._failed_s = error.message, time.time()
+                self._failure, self._failed_s = error.message, time.monotonic()
                 host.close()
                 return
             except PermissionError as error:
                 # What a person must change does not change by itself.
-                self._failure, self._failed_s = str(error), time.time()
+                self._failure, self._failed_s = str(error), time.monotonic()
                 return
             except (ConnectionError, TimeoutError, OSError) as error:
                 # The host was killed while it started our engine: its successor starts another.
                 log.warning("engine host of this node: %s", error)
-                if time.time() - requested_s > self._spec.start_deadline_s:
-                    self._failure, self._failed_s = f"no engine host on this node: {error}", time.time()
+                if time.monotonic() - began_s > self._spec.start_deadline_s:
+                    self._failure = f"no engine host on this node: {error}"
+                    self._failed_s = time.monotonic()
                     return
                 await asyncio.sleep(0.2)
         with contextlib.suppress(OSError):

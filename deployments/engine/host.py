@@ -345,7 +345,7 @@ class Host:
                 if info.kind == "mapped":
                     entry.flat = None  # the next start, which may come at once, is the plain one
                 else:
-                    entry.failure = (info.reason, time.time())
+                    entry.failure = (info.reason, time.monotonic())
             self._keep_one_log(info)
         else:
             Path(f"{self.engine_dir / info.engine_id}.log").unlink(missing_ok=True)
@@ -409,13 +409,13 @@ class Host:
                     return engine
             self._clear(gpu_ids)
             entry = self.models.entry(spec)
-            if entry.failure is not None and time.time() - entry.failure[1] < FAILURE_STANDS_S:
+            if entry.failure is not None and time.monotonic() - entry.failure[1] < FAILURE_STANDS_S:
                 raise StartFailed(entry.failure[0])
             try:
                 engine = await self.start(spec, gpu_ids, requested_s, there)
             except StartFailed as error:
                 if error.stands:
-                    entry.failure = (str(error), time.time())
+                    entry.failure = (str(error), time.monotonic())
                 raise
             self.claim(engine, hold=hold)
             return engine

@@ -52,9 +52,11 @@ class ModelEntry:
     template: Template | None = None
     template_state: str = "none"  # building, ready, failed, off
     template_reason: str | None = None
-    template_tried_s: float = 0.0
+    template_tried_s: float = 0.0  # monotonic
     flat: str | None = None  # its mapped weights, once a template built from them has passed its self-test
-    failure: tuple[str, float] | None = None  # why the last start failed, and when (Unix time)
+    failure: tuple[str, float] | None = (
+        None  # why the last start failed, and when (monotonic: clocks are set)
+    )
     template_wanted: bool = True  # False once its memory was asked back
     parked_bytes: int | None = None  # what its engine took when it was last parked
     warming: asyncio.Task[None] | None = None
@@ -105,7 +107,7 @@ class Models:
         except OSError:
             ours.close()
             raise
-        born_s = time.time()
+        born_s = time.monotonic()
 
         def ended() -> None:
             self._node_up.clear()
@@ -116,7 +118,7 @@ class Models:
             if self._closing:
                 return
             # A template that can't even import is tried again, but not in a tight loop.
-            delay_s = 0.0 if time.time() - born_s > STEADY_S else RESTART_DELAY_S
+            delay_s = 0.0 if time.monotonic() - born_s > STEADY_S else RESTART_DELAY_S
             log.warning("the node's template ended; starting another in %.0f s", delay_s)
             asyncio.get_running_loop().call_later(delay_s, self._restart_node_template)
 
@@ -283,11 +285,13 @@ class Models:
 
     def _may_build(self, entry: ModelEntry) -> bool:
         """Whether it has no template, and what kept it from having one may be over."""
-        failed = entry.template_state == "failed" and time.time() - entry.template_tried_s <= REBUILD_AFTER_S
+        failed = (
+            entry.template_state == "failed" and time.monotonic() - entry.template_tried_s <= REBUILD_AFTER_S
+        )
         return entry.template is None and not failed
 
     async def _build(self, entry: ModelEntry) -> None:
-        entry.template_tried_s = time.time()
+        entry.template_tried_s = time.monotonic()
         entry.template_state = "building"
         self._changed()
         weights: UseLock | None = None

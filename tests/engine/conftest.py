@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from deployments import model as model_module
+from deployments.engine import host as host_module
+from deployments.engine import models as models_module
 from deployments.engine.control import ControlSocket
 from tests.engine.lab import Node, until
 
@@ -28,6 +33,18 @@ def weights(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Sets the wall clock of host and replica, by so many seconds from the true time."""
+
+    def set_by(seconds: float) -> None:
+        clock = SimpleNamespace(time=lambda: time.time() + seconds, monotonic=time.monotonic)
+        for module in (host_module, models_module, model_module):
+            monkeypatch.setattr(module, "time", clock)
+
+    return set_by
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -754,9 +754,16 @@ async def test_a_models_template_is_let_down_and_not_rebuilt(node: Node, weights
 
 
 async def test_a_template_that_can_not_be_built_is_no_rung(
-    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    node: Node,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    set_clock: Callable[[float], None],
 ) -> None:
-    """Who asks for it learns why, and it is not tried again at once; a parked engine can be had all the same."""
+    """Who asks for it learns why, and it is not tried again at once; a parked engine can be had all the same.
+
+    When it is, is told by no clock that is set.
+    """
     builds = tmp_path / "builds"
     model = spec(weights, env={"STUB_FAIL_TEMPLATE": "weights are quantized", "STUB_BUILDS": builds})
     node.configure(model, prebuilt="auto", cache_dir=str(tmp_path), park_memory_bytes=1024 * MIB)
@@ -768,6 +775,7 @@ async def test_a_template_that_can_not_be_built_is_no_rung(
     assert (answer["rung"], answer["reason"]) == ("parked", None)
     assert builds.read_text() == "built\n"
     monkeypatch.setattr(models_module, "REBUILD_AFTER_S", 0.0)
+    set_clock(-7200.0)
     await warmed(node, model, "weights")
     await until(lambda: not node.host.engines)
     await warmed(node, model, "template")

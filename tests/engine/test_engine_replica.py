@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,22 +17,33 @@ import pytest
 import ray
 
 from deployments import model as model_module
+from deployments.engine import host as host_module
+from deployments.engine.protocol import EngineSpec
 from deployments.model import ModelReplica
 from tests.engine.lab import Node, alive, spec, until
 
 
-@pytest.fixture
-async def replica(node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelReplica]:
-    """Of a model without GPUs, lit; what Ray tells of its node is made up."""
+@contextlib.asynccontextmanager
+async def replica_of(
+    node: Node, model: EngineSpec, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[ModelReplica]:
+    """Of a model without GPUs, lit unless it can't be; what Ray tells of its node is made up."""
     context = SimpleNamespace(get_node_id=lambda: node.run_dir.name, get_accelerator_ids=dict)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     monkeypatch.setenv("RELIGHT_RUN_DIR", str(node.run_dir.parent))
-    node.configure(spec(weights))
+    node.configure(model)
     replica = object.__new__(ModelReplica)
-    await replica.__init__(spec(weights).to_json(), {"prebuilt": "off"})  # type: ignore[misc]
+    await replica.__init__(model.to_json(), {"prebuilt": "off"})  # type: ignore[misc]
     yield replica
     await replica.__del__()
+
+
+@pytest.fixture
+async def replica(node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ModelReplica]:
+    """One that is lit."""
+    async with replica_of(node, spec(weights), monkeypatch) as replica:
+        yield replica
 
 
 class Gateway:
@@ -102,6 +114,20 @@ async def test_an_engine_that_went_with_its_host_is_not_lent(
     answer = await asking
     assert answer["engine"]["engine_id"] != first["engine_id"]
     assert answer["engine"]["ready_s"] >= before_s
+
+
+async def test_a_clock_that_is_set_back_holds_no_start_back(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch, set_clock: Callable[[float], None]
+) -> None:
+    """A machine that starts without a network has a wrong clock, and nothing to download from."""
+    monkeypatch.setattr(host_module, "FAILURE_STANDS_S", 0.0)
+    monkeypatch.setattr(model_module, "RETRY_AFTER_S", 0.0)
+    async with replica_of(node, spec(weights.parent / "later"), monkeypatch) as replica:
+        gateway = Gateway(replica)
+        assert "there is no folder" in (await gateway.lent())["failed"]
+        await asyncio.to_thread(weights.rename, weights.parent / "later")
+        set_clock(-7200.0)
+        assert "engine" in await gateway.lent()
 
 
 async def test_a_host_that_comes_back_is_told_which_engine_to_end(
