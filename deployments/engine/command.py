@@ -43,8 +43,9 @@ def _size(spec: EngineSpec, flag: str) -> int:
 
 
 def threads_for(spec: EngineSpec) -> int:
-    wanted = dict(spec.env).get("OMP_NUM_THREADS")
-    return int(wanted) if wanted else len(os.sched_getaffinity(0))
+    """As OpenMP reads it: a number for each level of nesting, the outermost first; what is none is ignored."""
+    wanted = dict(spec.env).get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return (int(wanted) if wanted.isdecimal() else 0) or len(os.sched_getaffinity(0))
 
 
 def slug(model: str) -> str:

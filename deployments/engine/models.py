@@ -256,7 +256,7 @@ class Models:
                         entry.template_state = "off"
                         self._changed()
                     if entry.spec.gpus:
-                        with contextlib.suppress(StartFailed):
+                        with contextlib.suppress(StartFailed, OSError):
                             await self.resolve(entry)
                 elif not self._keeps_template(entry.spec) and entry.flat is not None:
                     if entry.template is not None:
@@ -316,7 +316,7 @@ class Models:
                     self._spawn(self.build())
 
             log_file = self._log_of(entry)
-            template = Template(ours, entry.spec.model, ended, log_file)
+            template = entry.template = Template(ours, entry.spec.model, ended, log_file)
             message = {
                 "op": "template",
                 "engine_id": template_id,
@@ -327,7 +327,6 @@ class Models:
                 "flat_dir": str(self._mapped_dir()),
                 "threads": threads_for(entry.spec),
             }
-            entry.template = template
             with theirs:
                 template.pid = await node.fork(message, [theirs.fileno()])
             seconds = await asyncio.shield(template.ready)
@@ -340,7 +339,7 @@ class Models:
             else:
                 entry.template_state, entry.template_reason = "off", "built when it is asked for"
                 template.close("built when it is asked for")
-        except (StartFailed, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever one model meets: others wait for their templates
             entry.template_state, entry.template_reason = "failed", str(error)
             if entry.template is not None:
                 entry.template.close(str(error))

@@ -535,6 +535,36 @@ async def test_no_template_is_built_of_a_model_that_has_left(
     assert [lock._fd >= 0 for lock in locks] == ([False, True] if left == "first" else [True])
 
 
+async def test_what_keeps_one_template_from_being_built_is_that_models_alone(
+    node: Node, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is: the next model's is built, and the weights of the first may be evicted."""
+    first, second = spec(weights, "first"), spec(weights, "second")
+    bring, locks = node.host.models.hold_weights, dict[str, UseLock]()
+
+    async def held(entry: models_module.ModelEntry) -> tuple[str, UseLock | None]:
+        lock = locks[entry.spec.model] = UseLock(tmp_path / entry.spec.model).__enter__()
+        return (await bring(entry))[0], lock
+
+    def threads_for(model: EngineSpec) -> int:
+        if model is first:
+            raise ValueError("not foreseen")
+        return 1
+
+    monkeypatch.setattr(node.host.models, "hold_weights", held)
+    monkeypatch.setattr(models_module, "threads_for", threads_for)
+    node.configure(first, second, prebuilt="auto", cache_dir=str(tmp_path))
+    entries = node.host.models.entries
+    await until(lambda: entries[second.fingerprint].template_state == "ready")
+    failed = entries[first.fingerprint]
+    assert (failed.template_state, failed.template_reason, failed.template) == (
+        "failed",
+        "not foreseen",
+        None,
+    )
+    assert {model: lock._fd >= 0 for model, lock in locks.items()} == {"first": False, "second": True}
+
+
 async def test_a_model_that_left_while_its_engine_started_does_not_come_back(
     node: Node, weights: Path, tmp_path: Path
 ) -> None:

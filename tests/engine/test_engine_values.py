@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.command import argv
+from deployments.engine.command import argv, threads_for
 from deployments.engine.parking import Parked, evict, value
 from deployments.engine.process import StatusReporter, root_cause
 from deployments.engine.protocol import EngineInfo, EngineSpec, encode, receive_with_fds, send_with_fds
@@ -212,3 +212,13 @@ def test_a_reporter_whose_host_is_gone_goes_on() -> None:
     os.close(read)
     reporter.failed("nobody hears")
     os.close(write)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [("3", 3), ("4,2", 4), (" 2 ", 2), ("", None), ("0", None), ("many", None), ("-1,2", None)],
+)
+def test_openmps_own_syntax_says_how_many_threads(given: str, threads: int | None) -> None:
+    """A list is one of levels, of which torch uses the first; what is no number of threads counts as not given."""
+    model = EngineSpec("m", ("m",), "s", env=(("OMP_NUM_THREADS", given),))
+    assert threads_for(model) == (threads or len(os.sched_getaffinity(0)))
