@@ -47,7 +47,7 @@ class ControlSocket:
                 match operation:
                     case "configure":
                         specs = [EngineSpec.from_json(s) for s in message["models"]]
-                        host.configure(message["config"], specs)
+                        host.configure(message["config"], specs, tell)
                         tell({"event": "ok"})
                     case "status":
                         tell({"event": "status", **host.status()})
@@ -73,7 +73,7 @@ class ControlSocket:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:
-            host.unwatch(tell)
+            host.forget(tell)
             if held is not None and held.watcher is tell:
                 host.abandon(held)
             writer.close()

@@ -61,6 +61,10 @@ _OF_A_NODE = re.compile(r"[0-9a-f]{12}")  # the name of a node's run directory
 _HELD = ("engines/*.http", "replicas/*.sock", "gateways/*.sock")
 
 
+Tell = Callable[[Mapping[str, Any]], None]
+"""Sends a message to a client of the control socket."""
+
+
 @dataclass(slots=True)
 class Engine:
     """An engine and what the host holds of it."""
@@ -69,7 +73,7 @@ class Engine:
     spec: EngineSpec
     control: socket.socket | None = None  # our holder's connection
     pidfd: int | None = None
-    watcher: Callable[[Mapping[str, Any]], None] | None = None  # the replica's connection
+    watcher: Tell | None = None  # the replica's connection
     settled: asyncio.Future[None] | None = None  # ready, or StartFailed
     expiry: asyncio.TimerHandle | None = None
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -90,21 +94,42 @@ class Host:
         self.models = Models(run_dir, template, self._changed, self.spawn)
         self.started_s = time.time()
         self._start_locks: dict[str, asyncio.Lock] = {}
-        self._watchers: set[Callable[[Mapping[str, Any]], None]] = set()
+        self._watchers: set[Tell] = set()
+        self._gateways: set[Tell] = set()  # those that told of the fleet
         self._tasks: set[asyncio.Task[Any]] = set()
         self._eviction_clock = 0.0
 
     # Models
 
-    def configure(self, config: Mapping[str, Any], specs: list[EngineSpec]) -> None:
-        """Take the fleet's settings and models: bring sources to this node and build templates ahead."""
+    def configure(
+        self, config: Mapping[str, Any], specs: list[EngineSpec], gateway: Tell | None = None
+    ) -> None:
+        """Take the fleet's settings and models: bring sources to this node and build templates ahead.
+
+        That stands for as long as the `gateway` that told it is there.
+        """
+        if gateway is not None:
+            self._gateways.add(gateway)
         left = self.models.take(config, specs)
         for engine in list(self.engines.values()):
-            if engine.info.fingerprint in left and not engine.info.held:
+            info = engine.info
+            # A predecessor may have parked what this host never had an entry of.
+            if (info.fingerprint in left and not info.held) or self._is_left_parked(info):
                 self.spawn(self.stop(engine, "its model left the fleet"))
         self._changed()
         self.spawn(self.models.build())
         self.spawn(self._evict())
+
+    def _entry(self, spec: EngineSpec) -> ModelEntry:
+        """What the node has of the model; what is parked of its other versions, which nobody would wake, ends."""
+        entry = self.models.entry(spec)
+        for engine in list(self.engines.values()):
+            if engine.info.model == spec.model and self._is_left_parked(engine.info):
+                self.spawn(self.stop(engine, "another version of the model came"))
+        return entry
+
+    def _is_left_parked(self, info: EngineInfo) -> bool:
+        return info.state == "parked" and not self.models.keeps(info.fingerprint)
 
     # Engines
 
@@ -349,6 +374,7 @@ class Host:
             self._keep_one_log(info)
         else:
             Path(f"{self.engine_dir / info.engine_id}.log").unlink(missing_ok=True)
+            self._see_off(info.fingerprint)
         self._settle(engine, info.reason)
         if engine.watcher is not None:
             engine.watcher({"event": "exit", "engine_id": info.engine_id, "reason": info.reason})
@@ -356,6 +382,13 @@ class Host:
         self._changed(engine)
         # A parked one that is gone leaves its model colder, which only the whole status tells.
         self._changed()
+
+    def _see_off(self, fingerprint: str) -> None:
+        """A model that is a guest here goes with its last engine."""
+        entry = self.models.entries.get(fingerprint)
+        others = any(e.info.fingerprint == fingerprint for e in self.engines.values())
+        if entry is not None and self.models.is_guest(entry) and not others:
+            self.models.drop(fingerprint, "its last engine has ended")
 
     def _keep_one_log(self, info: EngineInfo) -> None:
         """Of the starts of a model that failed, the log of the last one is kept for a look."""
@@ -401,6 +434,7 @@ class Host:
         """
         async with self._start_locks.setdefault(spec.fingerprint, asyncio.Lock()):
             _see(spec, there)
+            entry = self._entry(spec)
             for engine in self._waiting(spec, gpu_ids):
                 if engine.info.state == "parked" and not await self._adopt(engine):
                     continue
@@ -408,7 +442,6 @@ class Host:
                     self.claim(engine, hold=hold)
                     return engine
             self._clear(gpu_ids)
-            entry = self.models.entry(spec)
             if entry.failure is not None and time.monotonic() - entry.failure[1] < FAILURE_STANDS_S:
                 raise StartFailed(entry.failure[0])
             try:
@@ -510,7 +543,7 @@ class Host:
         async with self._start_locks.setdefault(info.fingerprint, asyncio.Lock()):
             if info.held or info.engine_id not in self.engines:
                 return  # another replica has taken it at once
-            wanted = park and engine.spec.park and info.fingerprint in self.models.entries
+            wanted = park and engine.spec.park and self.models.keeps(info.fingerprint)
             if wanted and self.models.config.park_memory_bytes and info.state == "ready":
                 await self._park(engine)
                 return
@@ -528,9 +561,11 @@ class Host:
             return
         if info.engine_id not in self.engines:
             return  # it has ended meanwhile
+        if not self.models.keeps(info.fingerprint):
+            self.spawn(self.stop(engine, "its model left while it was parked"))
+            return
         info.state = "parked"
-        if entry := self.models.entries.get(info.fingerprint):
-            entry.parked_bytes = info.memory_bytes
+        self.models.entries[info.fingerprint].parked_bytes = info.memory_bytes
         self._register(engine)
         self._changed(engine)
         await self._evict()
@@ -603,7 +638,7 @@ class Host:
         """
         spec, wanted = EngineSpec.from_json(message["spec"]), RUNGS.index(message["rung"])
         self.models.settings(message.get("config"))
-        entry = self.models.entry(spec)
+        entry = self._entry(spec)
         entry.template_wanted = entry.template_wanted or wanted >= RUNGS.index("template")
         granted = None
         if message["rung"] == "parked":
@@ -700,14 +735,17 @@ class Host:
             **self.models.to_json(entry),
         }
 
-    def watch(self, watcher: Callable[[Mapping[str, Any]], None]) -> None:
+    def watch(self, watcher: Tell) -> None:
         """Tell it everything now, and what changes from then on."""
         self._watchers.add(watcher)
         watcher({"event": "status", **self.status()})
 
-    def unwatch(self, watcher: Callable[[Mapping[str, Any]], None]) -> None:
-        """No more. Of one that does not watch, nothing."""
-        self._watchers.discard(watcher)
+    def forget(self, client: Tell) -> None:
+        """It is gone. With the last gateway goes what the fleet is: who comes knows better than who told it last."""
+        self._watchers.discard(client)
+        if self._gateways == {client}:
+            self.models.told = False
+        self._gateways.discard(client)
 
     def _changed(self, engine: Engine | None = None) -> None:
         for watcher in list(self._watchers):

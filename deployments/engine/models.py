@@ -64,6 +64,7 @@ class ModelEntry:
         None  # by who asked last for a parked engine, for as long as it waits for the answer
     )
     warm_reason: str | None = None  # why the last warming did not get there
+    of_fleet: bool = False  # a gateway told of it
 
 
 class Models:
@@ -84,7 +85,7 @@ class Models:
         self._run_dir = run_dir
         self._changed = changed
         self._spawn = spawn
-        self._told = False  # of the fleet, by a gateway
+        self.told = False  # of the fleet, by a gateway that is there
         self._node_up = asyncio.Event()  # the node's template lives, though it may not be ready
         self._building = asyncio.Lock()
         self._closing = False
@@ -147,25 +148,24 @@ class Models:
 
     def take(self, config: Mapping[str, Any], specs: list[EngineSpec]) -> set[str]:
         """The fleet's settings and models; whose models left it, by fingerprint."""
-        self._told = True
+        self.told = True
         self.config = self.config.updated(config)
         wanted = {spec.fingerprint: spec for spec in specs}
         for fingerprint, spec in wanted.items():
-            if fingerprint in self.entries:
-                self.entries[fingerprint].spec = spec
-            else:
-                self.entries[fingerprint] = ModelEntry(spec)
+            entry = self.entries.setdefault(fingerprint, ModelEntry(spec))
+            entry.spec, entry.of_fleet = spec, True
         left = self.entries.keys() - wanted.keys()
         for fingerprint in left:
-            self._drop(fingerprint, "the model left the fleet")
+            self.drop(fingerprint, "the model left the fleet")
         return left
 
     def settings(self, config: Mapping[str, Any] | None) -> None:
         """The same settings, from a replica on a node without a gateway."""
-        if not self._told:
+        if not self.told:
             self.config = self.config.updated(config or {})
 
-    def _drop(self, fingerprint: str, reason: str) -> None:
+    def drop(self, fingerprint: str, reason: str) -> None:
+        """Nothing of the model is kept any more."""
         entry = self.entries.pop(fingerprint)
         if entry.template is not None:
             entry.template.close(reason)
@@ -177,11 +177,23 @@ class Models:
 
     def entry(self, spec: EngineSpec) -> ModelEntry:
         """The model's entry, made if a replica came before the fleet did, or on a node without a gateway."""
-        if spec.fingerprint not in self.entries and not self._told:
+        if spec.fingerprint not in self.entries and not self.told:
             # Nobody tells this node what left the fleet: a model's new version replaces its old one.
             for fingerprint in [f for f, e in self.entries.items() if e.spec.model == spec.model]:
-                self._drop(fingerprint, "another version of the model came")
+                self.drop(fingerprint, "another version of the model came")
         return self.entries.setdefault(spec.fingerprint, ModelEntry(spec))
+
+    def is_guest(self, entry: ModelEntry) -> bool:
+        """Whether it is not of the fleet that was told: who asked is being replaced, or came before its gateway.
+
+        It gets its engines, and nothing that would stay.
+        """
+        return self.told and not entry.of_fleet
+
+    def keeps(self, fingerprint: str) -> bool:
+        """Whether something of the model is to stay here while nobody uses it."""
+        entry = self.entries.get(fingerprint)
+        return entry is not None and not self.is_guest(entry)
 
     def _is_kept(self, entry: ModelEntry) -> bool:
         """Whether the node still has this model: what left meanwhile nobody would end."""
@@ -249,8 +261,8 @@ class Models:
         """Build the missing model templates, one at a time: building takes all cores."""
         async with self._building:
             for entry in list(self.entries.values()):
-                if not self._is_kept(entry):
-                    continue  # it left while another was built
+                if not self._is_kept(entry) or self.is_guest(entry):
+                    continue  # it left while another was built, or is about to
                 if not self._is_prebuilt(entry.spec):
                     if entry.template_state != "off":
                         entry.template_state = "off"
@@ -400,6 +412,8 @@ class Models:
         self._changed()
         if not template:
             return
+        if self.is_guest(entry):
+            raise StartFailed("it is not of the fleet that this node's gateway serves")
         if self._keeps_template(entry.spec):
             async with self._building:
                 if self._may_build(entry):

@@ -148,6 +148,95 @@ async def test_an_engine_whose_model_left_the_fleet_is_not_parked(
     await until(lambda: not alive(info.pid) and not node.host.engines)
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_what_is_parked_of_an_old_version_ends_where_no_gateway_tells(
+    node: Node, weights: Path, restarted: bool
+) -> None:
+    """Nobody would wake it, and it holds memory and a part of its GPU; other models' sleep on."""
+    old, new = spec(weights, gpus=1), spec(weights, gpus=1, argv=("--max-model-len", "8192"))
+    other, config = spec(weights, "other", gpus=1), {"prebuilt": "off", "park_memory_bytes": 1024 * MIB}
+    infos = []
+    for model, gpu in ((old, "0"), (other, "1")):
+        client = await node.client()
+        infos.append(await acquire(client, model, [gpu], 0.0, config))
+        await node.released(client)
+    if restarted:
+        node.host.models.entries.clear()  # a successor finds engines, and knows of no models
+    await acquire(await node.client(), new, ["2"], 0.0, config)
+    await until(lambda: infos[0].engine_id not in node.host.engines)
+    assert not alive(infos[0].pid)
+    assert node.host.engines[infos[1].engine_id].info.state == "parked"
+
+
+async def test_what_falls_asleep_while_its_model_leaves_ends(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version came while its weights went to host memory."""
+    old, new = spec(weights), spec(weights, argv=("--max-model-len", "8192"))
+    config = {"prebuilt": "off", "park_memory_bytes": 1024 * MIB}
+    measure, come = host_module.group_pss_bytes, asyncio.get_running_loop()
+
+    def measured(pid: int | None) -> int:
+        asyncio.run_coroutine_threadsafe(another_comes(), come).result()
+        return measure(pid)
+
+    async def another_comes() -> None:
+        node.host.models.entry(new)
+
+    client = await node.client()
+    info = await acquire(client, old, [], 0.0, config)
+    monkeypatch.setattr(host_module, "group_pss_bytes", measured)
+    await node.released(client)
+    await until(lambda: not node.host.engines)
+    assert not alive(info.pid)
+
+
+async def test_a_version_that_is_being_replaced_leaves_nothing_behind(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Whoever still asks for it gets an engine; no template is built for it, and nothing of it is parked."""
+    old, new = spec(weights), spec(weights, argv=("--max-model-len", "8192"))
+    node.configure(new, prebuilt="auto", cache_dir=str(tmp_path), park_memory_bytes=1024 * MIB)
+    entries = node.host.models.entries
+    await until(lambda: entries[new.fingerprint].template_state == "ready")
+    assert "not of the fleet" in (await warmed(node, old, "template"))["reason"]
+    client, info = await node.lit(old)
+    assert (info.kind, await ask(info)) == ("forked", info.pid)
+    await node.host.models.build()
+    await node.released(client)
+    await until(lambda: not node.host.engines)
+    assert entries.keys() == {new.fingerprint}
+    assert logs_of_templates(node) == {new.fingerprint[:8]}
+
+
+async def test_a_version_that_came_before_its_gateway_is_kept_once_that_tells(
+    node: Node, weights: Path, tmp_path: Path
+) -> None:
+    """Replicas of a new fleet may be faster than its gateway."""
+    old, new = spec(weights), spec(weights, argv=("--max-model-len", "8192"))
+    node.configure(old)
+    client, info = await node.lit(new)
+    node.configure(new, prebuilt="auto", cache_dir=str(tmp_path), park_memory_bytes=1024 * MIB)
+    await until(lambda: node.host.models.entries[new.fingerprint].template_state == "ready")
+    await node.released(client)
+    await until(lambda: node.host.engines[info.engine_id].info.state == "parked")
+
+
+async def test_a_gateway_that_has_gone_does_not_tell_what_the_fleet_is(node: Node, weights: Path) -> None:
+    """Its successor may run on another node: here, the version that comes is the fleet's."""
+    old, new = spec(weights), spec(weights, argv=("--max-model-len", "8192"))
+    config = {"prebuilt": "off", "park_memory_bytes": 1024 * MIB}
+    gateway = await node.client()
+    await gateway.ask({"op": "configure", "config": config, "models": [old.to_json()]})
+    assert node.host.models.told
+    gateway.close()
+    await until(lambda: not node.host.models.told)
+    client, info = await node.lit(new)
+    await node.released(client)
+    assert node.host.engines[info.engine_id].info.state == "parked"
+    assert node.host.models.entries.keys() == {new.fingerprint}
+
+
 async def test_sockets_may_be_kept_elsewhere(node: Node, weights: Path, tmp_path: Path) -> None:
     """Where the fleet's file names a folder for them."""
     model = spec(weights, env={"VLLM_RPC_BASE_PATH": tmp_path})
