@@ -79,13 +79,18 @@ class ControlSocket:
             writer.close()
 
     async def _light(self, message: Mapping[str, Any]) -> None:
-        """Start the model's engine ahead of its replica, if none is waiting or serving."""
+        """Start the model's engine ahead of its replica; one that is waiting, waits on, and one that serves will do."""
         host = self._host
         spec = EngineSpec.from_json(message["spec"])
-        if any(
-            e.info.fingerprint == spec.fingerprint and e.info.state in ("starting", "ready")
+        lit = [
+            e
             for e in host.engines.values()
-        ):
+            if e.info.fingerprint == spec.fingerprint and e.info.state in ("starting", "ready")
+        ]
+        for engine in lit:
+            if not engine.info.held:
+                host.claim(engine, hold=False)
+        if lit:
             return
         with contextlib.suppress(StartFailed):
             await host.obtain(spec, (), message["requested_s"], hold=False)

@@ -46,7 +46,7 @@ from deployments.engine.use_lock import UseLock, hold, let_go
 log = logging.getLogger("relight.host")
 
 ABANDONED_S = 10.0  # how long an engine without a replica waits for the next one
-PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the replica
+PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the replica, since it last did
 HEALTH_TIMEOUT_S = 10.0
 SLEEP_TIMEOUT_S = 120.0  # for the weights of a large model to go to host memory, or to come back
 FAILURE_STANDS_S = 1.0  # who asks this soon after a start has failed asks for the same, and is told the same
@@ -57,6 +57,12 @@ STARTING_S = 60.0  # a host that was spawned so lately may not have its lock yet
 TEMPLATE = "deployments.engine.template"
 RUNGS = ("node", "weights", "template", "parked")
 """How warm a model can be on a node without a replica, coldest first."""
+_LOAD = re.compile(
+    r"^vllm:(?:num_(requests)_(?:running|waiting)|(?:prompt|generation)_tokens_total)"
+    r"(?:\{[^}\n]*\})? ([0-9.eE+-]+)$",
+    re.M,
+)
+"""On vLLM's metrics page: what it is at, and what it has done."""
 _OF_A_NODE = re.compile(r"[0-9a-f]{12}")  # the name of a node's run directory
 _HELD = ("engines/*.http", "replicas/*.sock", "gateways/*.sock")
 
@@ -486,14 +492,41 @@ class Host:
             )
         self._changed(engine)
 
-    def _expire(self, engine: Engine, after_s: float) -> None:
-        def expired() -> None:
-            if not engine.info.held and engine.info.state in ("starting", "ready"):
-                self.spawn(self.let_go(engine, park=True))
+    def _expire(self, engine: Engine, after_s: float, tokens: float | None = None) -> None:
+        """Let go of it when nobody has come for it by then, and it answers nothing; `tokens` as it last was looked at.
+
+        Gateways ask an engine that its replica has not taken yet, and what was asked may take longer than that.
+        """
+
+        async def expired() -> None:
+            now = await self._tokens_while_busy(engine) if engine.info.state == "ready" else None
+            if engine.expiry is not expiry or engine.info.state not in ("starting", "ready"):
+                return  # somebody came while it was asked
+            if now is not None and now != tokens:
+                self._expire(engine, after_s, now)
+            else:
+                await self.let_go(engine, park=True)
 
         if engine.expiry is not None:
             engine.expiry.cancel()
-        engine.expiry = asyncio.get_running_loop().call_later(after_s, expired)
+        expiry = engine.expiry = asyncio.get_running_loop().call_later(after_s, lambda: self.spawn(expired()))
+
+    async def _tokens_while_busy(self, engine: Engine) -> float | None:
+        """How many tokens it has read and written so far; None if it answers nothing now, or does not say.
+
+        One that says that it is busy and goes on with nothing is not.
+        """
+        try:
+            page = (await self._ask(engine, "GET", "/metrics")).decode(errors="replace")
+        except (OSError, TimeoutError, StartFailed):
+            return None
+        load, tokens = 0.0, 0.0
+        for requests, value in _LOAD.findall(page):
+            if requests:
+                load += float(value)
+            else:
+                tokens += float(value)
+        return tokens if load else None
 
     async def _adopt(self, engine: Engine) -> bool:
         """Wake a parked engine and see that it still answers; one that does not is ended."""

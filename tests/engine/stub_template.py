@@ -1,10 +1,10 @@
 """A node's template without torch and vLLM: forks tiny HTTP servers, at once. Run by the host in place of its own.
 
-What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long
-until it is ready), STUB_CRASH (it ends at once, without a word), STUB_FAIL_MAPPED (it can't be built from mapped
-weights, for this reason), STUB_FAIL_TEMPLATE (its template can't be built, for this reason), STUB_BUILDS (a file that
-gets a line for each build of it). What the node's vLLM is for is STUB_DEVICE of the host's own. A model's own template
-is one more of these processes, with a flat file of its own.
+What an engine does is said by its environment: STUB_FAIL (it can't start, for this reason), STUB_SLOW_S (how long until
+it is ready), STUB_CRASH (it ends at once, without a word), STUB_FAIL_MAPPED (it can't be built from mapped weights, for
+this reason), STUB_FAIL_TEMPLATE (its template can't be built, for this reason), STUB_BUILDS (a file that gets a line
+for each build of it), STUB_METRICS (the file of its metrics page). What the node's vLLM is for is STUB_DEVICE of the
+host's own. A model's own template is one more of these processes, with a flat file of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("content-length", 0)))
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
         body = json.dumps({"path": self.path, "pid": os.getpid(), "devices": devices}).encode()
+        if self.path == "/metrics" and (page := os.environ.get("STUB_METRICS")):
+            body = Path(page).read_bytes()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()

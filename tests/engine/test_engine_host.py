@@ -400,6 +400,66 @@ async def test_an_engine_that_nobody_took_ends(
     await until(lambda: not node.host.engines)
 
 
+async def test_an_engine_that_nobody_took_is_not_ended_while_it_answers(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica may find no room, and gateways ask it all the same; one that only says that it is busy is ended."""
+    monkeypatch.setattr(host_module, "PROVISIONAL_S", 0.1)
+    looks = [1.0, 2.0, 2.0]
+
+    async def tokens(_: object) -> float:
+        return looks.pop(0)
+
+    monkeypatch.setattr(node.host, "_tokens_while_busy", tokens)
+    model = spec(weights)
+    node.configure(model)
+    engine = await node.host.obtain(model, (), 0.0, hold=False)
+    assert engine.settled is not None
+    await engine.settled
+    node.host.claim(engine, hold=False)
+    await until(lambda: not node.host.engines)
+    assert looks == []
+
+
+@pytest.mark.parametrize(
+    ("page", "tokens"),
+    [
+        ('vllm:num_requests_running{engine="0"} 1.0\nvllm:generation_tokens_total{engine="0"} 7.0\n', 7.0),
+        (
+            "vllm:num_requests_waiting 2.0\nvllm:prompt_tokens_total 3.0\nvllm:generation_tokens_total 7.0\n",
+            10.0,
+        ),
+        ("vllm:num_requests_running 0.0\nvllm:generation_tokens_total 7.0\n", None),
+        ("", None),
+    ],
+)
+async def test_whether_it_answers_is_told_by_its_metrics(
+    node: Node, weights: Path, tmp_path: Path, page: str, tokens: float | None
+) -> None:
+    """vLLM's own page; an engine without one may be let go."""
+    (tmp_path / "page").write_text(page)
+    model = spec(weights, env={"STUB_METRICS": tmp_path / "page"})
+    node.configure(model)
+    _, info = await node.lit(model)
+    assert await node.host._tokens_while_busy(node.host.engines[info.engine_id]) == tokens
+
+
+async def test_who_asks_again_for_what_was_lit_ahead_keeps_it(node: Node, weights: Path) -> None:
+    """Each request of a model without a replica does."""
+    model = spec(weights)
+    node.configure(model)
+    client = await node.client()
+    light = {"op": "light", "spec": model.to_json(), "requested_s": time.time()}
+    client.send(light)
+    await until(lambda: any(e.expiry for e in node.host.engines.values()))
+    (engine,) = node.host.engines.values()
+    first = engine.expiry
+    assert first is not None
+    client.send(light)
+    await until(lambda: engine.expiry is not first)
+    assert first.cancelled() and engine.expiry is not None and engine.expiry.when() >= first.when()
+
+
 async def test_what_was_lit_ahead_is_taken_by_the_replica(node: Node, weights: Path) -> None:
     """Whether it is ready or still starting; asked twice, it is lit once."""
     model = spec(weights, env={"STUB_SLOW_S": 0.2})
