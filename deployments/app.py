@@ -270,7 +270,7 @@ class GatewayDeployment:
             self._handles,
             self._controller,
             self._place,
-            host_config(fleet),
+            {**host_config(fleet), "listen": fleet.gateway.listen},  # other doors are closed
             early_wake=early_wakes,
             max_ongoing={m.id: m.scaling.max_ongoing_requests for m in fleet.models},
             counts=lambda: {m: (a.queued, a.in_flight) for m, a in gateway.proxy.counts().items()},

@@ -28,7 +28,7 @@ class DoorError(Exception):
 
 
 class DoorKeeper:
-    """The host's side: one socket for each address, kept for the life of the host."""
+    """The host's side: one socket for each address, kept for as long as the fleet's gateways listen there."""
 
     def __init__(self, path: Path) -> None:
         path.unlink(missing_ok=True)
@@ -65,6 +65,14 @@ class DoorKeeper:
             send_with_fds(connection, {"error": f"{address}: {error}"})
             return
         send_with_fds(connection, {"address": address}, [self._doors[address].fileno()])
+
+    def keep_only(self, address: str | None) -> None:
+        """The fleet listens there now, or nowhere: who connects to another door would wait for nobody.
+
+        A gateway that is being replaced has its socket, and accepts on it to its end.
+        """
+        for other in self._doors.keys() - {address}:
+            self._doors.pop(other).close()
 
     def close(self) -> None:
         asyncio.get_running_loop().remove_reader(self._listener.fileno())

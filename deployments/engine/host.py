@@ -97,6 +97,7 @@ class Host:
         set_private(self.engine_dir)
         self._ipc_dir = run_dir / "ipc"
         self.engines: dict[str, Engine] = {}
+        self.doors: DoorKeeper | None = None
         self.models = Models(run_dir, template, self._changed, self.spawn)
         self.started_s = time.time()
         self._start_locks: dict[str, asyncio.Lock] = {}
@@ -116,6 +117,8 @@ class Host:
         """
         if gateway is not None:
             self._gateways.add(gateway)
+        if self.doors is not None and "listen" in config:
+            self.doors.keep_only(config["listen"])
         left = self.models.take(config, specs)
         for engine in list(self.engines.values()):
             info = engine.info
@@ -851,10 +854,10 @@ async def run(run_dir: Path, raylet_pid: int | None, template: str = TEMPLATE) -
     host = Host(run_dir, template)
     await host.recover()
     host.models.start_node_template()
+    doors = host.doors = DoorKeeper(run_dir / "doors.sock")
     path = run_dir / "host.sock"
     path.unlink(missing_ok=True)
     server = await asyncio.start_unix_server(ControlSocket(host).serve, path, limit=1 << 22)
-    doors = DoorKeeper(run_dir / "doors.sock")
     host.spawn(asyncio.to_thread(remove_dead, run_dir))
     async with server:
         await ended.wait()

@@ -24,6 +24,7 @@ from deployments.engine import host as host_module
 from deployments.engine import http
 from deployments.engine import models as models_module
 from deployments.engine.client import HostConnection, acquire
+from deployments.engine.doors import ask_for_door
 from deployments.engine.forks import StartFailed
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.sources import ModelCache
@@ -1233,6 +1234,25 @@ async def test_a_host_that_was_killed_finds_its_engines_again(
     status = await (await process.client()).ask({"op": "status"})
     assert [(e["pid"], e["held"]) for e in status["engines"]] == [(info.pid, True)]
     assert left_behind(process.run_dir) == {info.engine_id[-8:]}
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:1", None])
+async def test_a_door_at_which_the_fleet_no_longer_listens_is_closed(
+    process: HostProcess, weights: Path, listen: str | None
+) -> None:
+    """Who connects is refused, instead of waiting for a gateway that won't come; until then, clients may wait."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        host, port = probe.getsockname()
+    await configured(process, spec(weights), listen=f"{host}:{port}")
+    (await asyncio.to_thread(ask_for_door, process.run_dir / "doors.sock", f"{host}:{port}")).close()
+    for told in ({"listen": f"{host}:{port}"}, {}):
+        await configured(process, spec(weights), **told)
+        _, waiting = await asyncio.open_connection(host, port)
+        waiting.close()
+    await configured(process, spec(weights), listen=listen)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(host, port)
 
 
 async def test_a_successor_forgets_engines_that_died_meanwhile(process: HostProcess, weights: Path) -> None:
