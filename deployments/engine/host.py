@@ -586,8 +586,22 @@ class Host:
         await self.stop(engine, "no replica uses it any more")
 
     async def _park(self, engine: Engine) -> None:
+        engine.info.state = "draining"
+        # Before it sleeps: a next host must not take it for one that serves.
+        self._register(engine)
+        await self._put_to_sleep(engine)
+        if engine.info.state != "parked":
+            return
+        if entry := self.models.entries.get(engine.info.fingerprint):
+            entry.parked_bytes = engine.info.memory_bytes
+        if self._is_left_parked(engine.info):
+            self.spawn(self.stop(engine, "its model left while it was parked"))
+            return
+        await self._evict()
+
+    async def _put_to_sleep(self, engine: Engine) -> None:
+        """It is parked then, or on its way out. One that sleeps already sleeps on."""
         info = engine.info
-        info.state = "draining"
         try:
             if info.gpu_ids:
                 await self._ask(engine, "POST", "/sleep?level=1", within_s=SLEEP_TIMEOUT_S)
@@ -597,14 +611,9 @@ class Host:
             return
         if info.engine_id not in self.engines:
             return  # it has ended meanwhile
-        if not self.models.keeps(info.fingerprint):
-            self.spawn(self.stop(engine, "its model left while it was parked"))
-            return
         info.state = "parked"
-        self.models.entries[info.fingerprint].parked_bytes = info.memory_bytes
         self._register(engine)
         self._changed(engine)
-        await self._evict()
 
     async def _evict(self) -> None:
         """End what is parked beyond the budget."""
@@ -647,12 +656,21 @@ class Host:
                 engine.settled = asyncio.get_running_loop().create_future()
                 engine.settled.add_done_callback(lambda f: f.cancelled() or f.exception())
                 self.spawn(self._wait_ready(engine), engine)
+            elif info.state == "draining":
+                self.spawn(self._finish_parking(engine))
             self._expire(engine, ABANDONED_S)
             log.info("took over engine %s (%s)", info.engine_id, info.state)
         living = {self._sockets_of(engine_id) for engine_id in self.engines}
         for sockets in self._ipc_dir.glob("*"):
             if sockets not in living:
                 shutil.rmtree(sockets, ignore_errors=True)
+
+    async def _finish_parking(self, engine: Engine) -> None:
+        """It was falling asleep when the host before this one died, and may not have been told to yet."""
+        async with self._start_locks.setdefault(engine.info.fingerprint, asyncio.Lock()):
+            await self._put_to_sleep(engine)
+            if self.models.told and self._is_left_parked(engine.info):
+                self.spawn(self.stop(engine, "its model left the fleet"))
 
     # Warmth
 

@@ -1236,6 +1236,48 @@ async def test_a_host_that_was_killed_finds_its_engines_again(
     assert left_behind(process.run_dir) == {info.engine_id[-8:]}
 
 
+async def test_that_an_engine_falls_asleep_is_written_down_before(
+    node: Node, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next host must not lend it as one that serves."""
+    model = spec(weights, gpus=1)
+    node.configure(model, park_memory_bytes=1024 * MIB)
+    ask, written = node.host._ask, list[str]()
+    client = await node.client()
+    info = await acquire(client, model, ["0"], 0.0)
+
+    async def asked(engine: Any, method: str, target: str, **more: Any) -> bytes:
+        saved = json.loads((node.host.engine_dir / f"{info.engine_id}.json").read_text())
+        written.append(f"{target} {saved['info']['state']}")
+        return await ask(engine, method, target, **more)
+
+    monkeypatch.setattr(node.host, "_ask", asked)
+    await node.released(client)
+    assert written == ["/sleep?level=1 draining"]
+    saved = json.loads((node.host.engine_dir / f"{info.engine_id}.json").read_text())
+    assert saved["info"]["state"] == "parked"
+
+
+async def test_an_engine_that_fell_asleep_under_a_host_that_was_killed_is_woken(
+    process: HostProcess, weights: Path
+) -> None:
+    """Whether it sleeps is not known: its successor puts it to sleep, and wakes it for the next replica."""
+    model = spec(weights, gpus=1)
+    await configured(process, model, park_memory_bytes=1024 * MIB)
+    client = await process.client()
+    info = await acquire(client, model, ["0"], 0.0)
+    assert (await client.ask({"op": "release"}))["event"] == "released"
+    process.end(signal.SIGKILL)
+    written = process.run_dir / "engines" / f"{info.engine_id}.json"
+    saved = json.loads(written.read_text())
+    saved["info"]["state"] = "draining"
+    written.write_text(json.dumps(saved))
+    process.start()
+    await configured(process, model, park_memory_bytes=1024 * MIB)
+    again = await acquire(await process.client(), model, ["0"], 0.0)
+    assert (again.engine_id, again.pid, again.kind) == (info.engine_id, info.pid, "adopted")
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", None])
 async def test_a_door_at_which_the_fleet_no_longer_listens_is_closed(
     process: HostProcess, weights: Path, listen: str | None
