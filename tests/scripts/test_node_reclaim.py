@@ -28,8 +28,11 @@ class Metadata:
         return self.answers[url.rpartition("/")[2].partition("?")[0].replace("-", "_")]
 
 
-def events(*kinds: str, not_before: str = "Sun, 01 Mar 2026 12:00:30 GMT") -> str:
-    return json.dumps({"Events": [{"EventType": kind, "NotBefore": not_before} for kind in kinds]})
+def events(
+    *kinds: str, not_before: str = "Sun, 01 Mar 2026 12:00:30 GMT", of: list[str] | None = None
+) -> str:
+    event = {"NotBefore": not_before} | ({} if of is None else {"Resources": of})
+    return json.dumps({"Events": [{"EventType": kind, **event} for kind in kinds]})
 
 
 @pytest.mark.parametrize(
@@ -47,6 +50,10 @@ def events(*kinds: str, not_before: str = "Sun, 01 Mar 2026 12:00:30 GMT") -> st
         ("azure", {"scheduledevents": events("Reboot")}, None),
         ("azure", {"scheduledevents": events("Reboot", "Preempt")}, 30),
         ("azure", {"scheduledevents": events("Preempt", not_before="")}, 30),
+        ("azure", {"scheduledevents": events("Preempt", of=["gpu_7"]), "name": "gpu_3"}, None),
+        ("azure", {"scheduledevents": events("Preempt", of=["gpu_7", "GPU_3"]), "name": "gpu_3\n"}, 30),
+        ("azure", {"scheduledevents": events("Preempt", of=["gpu_7"]), "name": None}, 30),
+        ("azure", {"scheduledevents": events("Preempt", of=[]), "name": "gpu_3"}, 30),
     ],
 )
 def test_each_clouds_notice_is_understood(
