@@ -93,7 +93,14 @@ class HostConnection:
         return cls(reader, writer)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        self._writer.write(encode(message))
+        """Raises ConnectionError where the host is known to have gone."""
+        try:
+            if not self._writer.is_closing():
+                self._writer.write(encode(message))
+                return
+        except RuntimeError:  # of uvloop, where the connection has just ended
+            pass
+        raise ConnectionResetError("the engine host went away")
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         """Events until the host is gone."""

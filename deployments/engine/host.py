@@ -45,7 +45,9 @@ from deployments.engine.use_lock import UseLock, hold, let_go
 
 log = logging.getLogger("relight.host")
 
-ABANDONED_S = 10.0  # how long an engine without a replica waits for the next one
+ABANDONED_S = (
+    30.0  # how long an engine without a replica waits for the next one: Serve may miss the old one for 10 s
+)
 PROVISIONAL_S = 60.0  # the same for one that a gateway asked for ahead of the replica, since it last did
 HEALTH_TIMEOUT_S = 10.0
 SLEEP_TIMEOUT_S = 120.0  # for the weights of a large model to go to host memory, or to come back

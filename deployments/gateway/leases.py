@@ -341,7 +341,9 @@ class ServeEngines:
 
     def _light(self, spec: EngineSpec) -> None:
         if self._host is not None:
-            self._host.send({"op": "light", "spec": spec.to_json(), "requested_s": time.time()})
+            # Where the host has just gone, the replica has its successor start the engine.
+            with contextlib.suppress(ConnectionError):
+                self._host.send({"op": "light", "spec": spec.to_json(), "requested_s": time.time()})
 
     async def _granted(self, model: str, arrived_s: float) -> ServeLease:
         """Serve's lease. Waits through replicas that die meanwhile; the caller holds the deadline."""

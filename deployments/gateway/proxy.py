@@ -21,6 +21,7 @@ from deployments.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     EngineInterrupted,
+    EngineStartFailed,
     EngineUnreachable,
     GatewayClosing,
     InvalidRequest,
@@ -178,6 +179,7 @@ class _Exchange:
         self.given_up_at: Progress | None = None  # how far the wake was when this request stopped waiting
         self.attempts = 0
         self.cold_start: ColdStart | None = None  # set when the engine was lit while this request waited
+        self.in_vain = False  # it waited for a start that failed
         self.status = 0  # what the client has been told; 0: nothing yet
         self.error: str | None = None
         self.events = False
@@ -202,7 +204,7 @@ class _Exchange:
         if self.model is None:
             return headers
         wait_s = self.elapsed_s() if lighting else self.waited_s
-        cold = lighting or self.cold_start is not None
+        cold = lighting or self.in_vain or self.given_up_at is not None or self.cold_start is not None
         return [
             *headers,
             (b"x-relight-model", openai.header_value(self.model.id)),
@@ -486,7 +488,8 @@ class Proxy:
             if not acquiring.done():
                 raise TimeoutError
             lease = acquiring.result()
-        except BaseException:
+        except BaseException as error:
+            x.in_vain = isinstance(error, EngineStartFailed)
             if not acquiring.done():
                 x.given_up_at = self.engines.progress(model.id)
             await _abandon(acquiring, _release)

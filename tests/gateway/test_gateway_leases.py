@@ -23,6 +23,7 @@ from ray.serve._private.common import DeploymentID, RequestMetadata
 from ray.serve.exceptions import DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentResponseGenerator
 
+from deployments.engine.client import HostConnection
 from deployments.engine.protocol import EngineInfo, EngineSpec
 from deployments.engine.relay import Tunnel
 from deployments.errors import (
@@ -738,6 +739,25 @@ async def test_a_request_that_fails_before_it_waits_asks_serve_for_nothing(
         await world.engines.acquire("tiny")
     assert not world.engines._tasks
     assert not world.handle.calls
+
+
+@pytest.mark.parametrize("closing", [True, False], ids=["seen", "unseen"])
+async def test_a_host_that_has_just_gone_fails_no_request(world: World, closing: bool) -> None:
+    """Its successor is asked by the replica. uvloop raises a RuntimeError on a connection that has just ended."""
+
+    def write(_: bytes) -> None:
+        raise RuntimeError("unable to perform operation; the handler is closed")
+
+    world.early = True
+    gone = SimpleNamespace(is_closing=lambda: closing, write=write, close=lambda: None)
+    world.engines._host = HostConnection(asyncio.StreamReader(), gone)  # type: ignore[arg-type]
+    world.handle.answers = [world.grant(HERE)]
+    lease = await world.engines.acquire("tiny")
+    assert await served(lease) == 200
+    await lease.release()
+    with pytest.raises(ConnectionError):
+        world.engines._host.send({})
+    world.engines._host = None
 
 
 async def test_an_engine_elsewhere_is_reached_through_the_tunnel_and_forgotten_with_its_replica(

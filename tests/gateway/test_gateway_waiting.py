@@ -145,6 +145,7 @@ async def test_a_failed_start_is_told_at_once(lab: Lab) -> None:
     assert answer.status_code == 503
     assert "CUDA out of memory" in answer.json()["error"]["message"]
     assert answer.headers["x-relight-state"] == "failed"
+    assert answer.headers["x-relight-cold-start"] == "true"
     await lab.quiet()
 
 
@@ -170,6 +171,7 @@ async def test_the_start_deadline_says_what_was_waited_for() -> None:
         assert "phase weights" in message
         assert "estimate 4.0 s" in message
         assert answer.headers["x-relight-state"] == "lighting"
+        assert answer.headers["x-relight-cold-start"] == "true"
         assert int(answer.headers["x-relight-wait-ms"]) > 0
         assert answer.headers["retry-after"] == "2"
         assert "It goes on being lit" in message
@@ -195,6 +197,7 @@ async def test_a_full_engine_is_told_from_a_dark_one() -> None:
         answer = await lab.chat()
         assert "had room" in answer.json()["error"]["message"]
         assert answer.headers["retry-after"] == "1"
+        assert answer.headers["x-relight-cold-start"] == "false"
 
 
 async def test_the_clients_own_timeout_counts_if_smaller(lab: Lab) -> None:
