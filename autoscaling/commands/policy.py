@@ -185,7 +185,8 @@ def explain(model: options.Model, address: options.Address = None, as_json: opti
     """Why a model has the replicas that it has now, in words and with the numbers, and until when."""
     from autoscaling.commands import times
 
-    zone = times.zone_name(times.local_zone())
+    # Of a clock without a name the cluster can't know; it then says UTC with each time.
+    zone = times.zone_name(times.local_zone()) or "UTC"
     answer = Client(address).get(f"explain/{in_path(model)}", timezone=zone)
     if as_json:
         options.print_json(answer)

@@ -45,6 +45,12 @@ def add(
     if (model is None) != everything:
         raise CommandError("Name one model, or give --all for every model.", WRONG)
     zone = timezone or times.zone_name(times.local_zone())
+    if zone is None:
+        raise CommandError(
+            "--timezone: this machine's own can't be told by name (from TZ, /etc/localtime or /etc/timezone), and a "
+            "schedule needs one; give one like Europe/Berlin",
+            WRONG,
+        )
     body = {"cron": cron, "duration_s": options.duration(lasting, "--for"), "timezone": zone, "rung": rung}
     body |= options.given({"model": model, "replicas": replicas, "until_s": options.moment(until, "--until")})
     answer = Client(address).post("schedules", body, dry_run=1 if dry_run else None)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import time as time_module
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from pathlib import Path
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 DURATIONS = "like 90s, 15m, 1h30m, 2d or 1w"
 TIMES = 'like 18:30, "tomorrow 09:00", "mon 08:00", "in 15m", 2026-11-25T09:00 or 2026-11-25T09:00+01:00'
@@ -19,6 +20,9 @@ _CLOCK = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?", re.ASCII)
 _ISO = re.compile(r"\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2})?(Z|[+-]\d{2}:\d{2})?)?", re.ASCII)
 _DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _LONGEST_S = 366 * 86400 * 10
+LOCALTIME, TIMEZONE = Path("/etc/localtime"), Path("/etc/timezone")
+_NO_ZONE = (OSError, ValueError, ZoneInfoNotFoundError)
+_YEAR = 366
 
 
 class TimeError(ValueError):
@@ -36,20 +40,56 @@ def local_zone() -> tzinfo:
     if name:
         try:
             return ZoneInfo(name)
-        except (OSError, ValueError):
-            # A POSIX rule (CET-1CEST) has no name in the zone database.
-            return datetime.now().astimezone().tzinfo or UTC
-    link = Path("/etc/localtime")
+        except _NO_ZONE:
+            return _LibraryZone()
     try:
-        _, found, name = str(link.resolve(strict=True)).rpartition("/zoneinfo/")
-        return ZoneInfo(name) if found else ZoneInfo.from_file(link.open("rb"))
-    except (OSError, ValueError):
+        # The link may name a zone of which only Python's own data know.
+        _, found, name = str(LOCALTIME.resolve()).rpartition("/zoneinfo/")
+        if found:
+            return ZoneInfo(name)
+        with LOCALTIME.open("rb") as file:
+            return ZoneInfo.from_file(file)
+    except FileNotFoundError:
         return UTC
+    except _NO_ZONE:
+        return _LibraryZone()
 
 
-def zone_name(zone: tzinfo) -> str:
-    """Its IANA name; "UTC" where it has none."""
-    return getattr(zone, "key", None) or "UTC"
+def zone_name(zone: tzinfo) -> str | None:
+    """Its IANA name; of a copy in /etc/localtime the one in /etc/timezone; None where it has none."""
+    if zone is UTC:
+        return "UTC"
+    return (zone.key or _name_beside(zone)) if isinstance(zone, ZoneInfo) else None
+
+
+class _LibraryZone(tzinfo):
+    """As the C library reads TZ: a rule (CET-1CEST) has no name in the zone database; what is unknown is UTC there."""
+
+    def __init__(self) -> None:
+        time_module.tzset()
+
+    def utcoffset(self, when: datetime | None, /) -> timedelta | None:
+        return None if when is None else when.replace(tzinfo=None).astimezone().utcoffset()
+
+    def dst(self, when: datetime | None, /) -> timedelta | None:
+        return None
+
+    def tzname(self, when: datetime | None, /) -> str | None:
+        return None if when is None else when.replace(tzinfo=None).astimezone().tzname()
+
+    def fromutc(self, when: datetime, /) -> datetime:
+        return datetime.fromtimestamp(when.replace(tzinfo=UTC).timestamp()).replace(tzinfo=self)
+
+
+def _name_beside(zone: ZoneInfo) -> str | None:
+    """What /etc/timezone says, if the clock of that is the same: the file is not always kept up to date."""
+    try:
+        named = ZoneInfo(TIMEZONE.read_text(encoding="utf-8").strip())
+    except _NO_ZONE:
+        return None
+    today = datetime.now().replace(hour=12)
+    days = (today + timedelta(days=day) for day in range(-_YEAR, _YEAR))
+    return named.key if all(zone.utcoffset(day) == named.utcoffset(day) for day in days) else None
 
 
 def parse_duration(text: str, *, zero: bool = False) -> float:
@@ -163,7 +203,7 @@ def _nearest(clock: time, days: list[date], now: datetime, text: str, *, past: b
 def _at(naive: datetime, zone: tzinfo, text: str) -> float:
     then = naive.replace(tzinfo=zone)
     if then.astimezone(UTC).astimezone(zone).replace(tzinfo=None) != naive:
-        where = zone_name(zone)
+        where = zone_name(zone) or "this machine"
         raise TimeError(
             f"{text!r} is {naive:%Y-%m-%d %H:%M}, which the clocks of {where} skip; take another time"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -108,3 +109,12 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster
     thread.join()
     cluster.server.server_close()
     cluster.store.close()
+
+
+@pytest.fixture
+def library_zone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The C library remembers TZ; it is told when that is as it was."""
+    with monkeypatch.context() as patched:
+        patched.delenv("TZ", raising=False)
+        yield
+    time.tzset()

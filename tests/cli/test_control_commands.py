@@ -157,6 +157,19 @@ def test_schedule_add_next_list_remove(cluster: Cluster) -> None:
     assert "Nothing is scheduled" in cluster.says("schedule", "next")
 
 
+@pytest.mark.usefixtures("library_zone")
+def test_a_clock_without_a_name_shows_times_and_no_schedule_is_set_by_it(cluster: Cluster) -> None:
+    add = ("schedule", "add", SMALL, "--cron", "0 9 * * *", "--for", "8h")
+    for tz in ("CET-1CEST", "Foo/Bar"):
+        assert "--timezone: this machine's own" in cluster.fails(2, *add, TZ=tz)
+        assert cluster.says("accounts", "--since", "1h", TZ=tz)
+        assert cluster.says("policy", "explain", SMALL, TZ=tz)
+    assert cluster.json("schedule", "list")["schedules"] == []
+    cluster.says(*add, "--timezone", "Europe/Berlin", TZ="CET-1CEST,M3.5.0,M10.5.0/3")
+    [row] = cluster.json("schedule", "list")["schedules"]
+    assert row["value"]["timezone"] == "Europe/Berlin"
+
+
 def test_a_schedule_that_never_ends_is_said_to_be_always_in_force(cluster: Cluster) -> None:
     """Each of its times begins while the last goes on."""
     add = ("schedule", "add", SMALL, "--cron", "0 9 * * MON-FRI", "--for", "2w")

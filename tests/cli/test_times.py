@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from zoneinfo import ZoneInfo
+from zoneinfo import TZPATH, ZoneInfo
 
 import pytest
 from hypothesis import assume, given
@@ -183,3 +183,65 @@ def test_the_local_zone_knows_its_rules(monkeypatch: pytest.MonkeyPatch) -> None
     zone = times.local_zone()
     assert datetime.now(zone).utcoffset() == datetime.now().astimezone().utcoffset()
     assert Path("/etc/localtime").exists() or times.zone_name(zone) == "UTC"
+
+
+@pytest.mark.usefixtures("library_zone")
+@pytest.mark.parametrize(
+    ("tz", "winter_h", "summer_h"),
+    [
+        ("CET-1CEST,M3.5.0,M10.5.0/3", 1, 2),
+        ("UTC0", 0, 0),
+        ("<+03>-3", 3, 3),
+        ("NST3:30", -3.5, -3.5),
+        ("Foo/Bar", 0, 0),
+    ],
+)
+def test_a_zone_without_a_name_goes_by_the_rules_of_the_c_library(
+    monkeypatch: pytest.MonkeyPatch, tz: str, winter_h: float, summer_h: float
+) -> None:
+    monkeypatch.setenv("TZ", tz)
+    zone = times.local_zone()
+    assert times.zone_name(zone) is None
+    for month, hours in ((1, winter_h), (7, summer_h)):
+        then = datetime(2026, month, 15, 12, tzinfo=zone)
+        assert then.utcoffset() == timedelta(hours=hours)
+        assert datetime.fromtimestamp(then.timestamp(), zone) == then
+
+
+@pytest.mark.usefixtures("library_zone")
+def test_such_a_zone_shows_hours_twice_and_skips_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    zone = times.local_zone()
+    for name in ("2026-10-25T00:30", "2026-10-25T01:30", "2026-03-29T00:59", "2026-03-29T01:00"):
+        moment = datetime.fromisoformat(f"{name}+00:00")
+        assert moment.astimezone(zone).isoformat() == moment.astimezone(BERLIN).isoformat()
+        assert moment.astimezone(zone).astimezone(UTC) == moment
+    now = datetime(2026, 3, 1, tzinfo=zone)
+    with pytest.raises(TimeError, match="the clocks of this machine skip"):
+        times.parse_time("2026-03-29 02:30", now)
+
+
+@pytest.mark.usefixtures("library_zone")
+def test_a_copied_zone_has_the_name_that_the_machine_says_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    berlin = next(path for folder in TZPATH if (path := Path(folder) / "Europe/Berlin").exists())
+    copy, named = tmp_path / "localtime", tmp_path / "timezone"
+    copy.write_bytes(berlin.read_bytes())
+    monkeypatch.setattr(times, "LOCALTIME", copy)
+    monkeypatch.setattr(times, "TIMEZONE", named)
+    assert times.zone_name(times.local_zone()) is None
+    assert datetime(2026, 7, 1, tzinfo=times.local_zone()).utcoffset() == timedelta(hours=2)
+    named.write_text("Europe/Berlin\n")
+    assert times.zone_name(times.local_zone()) == "Europe/Berlin"
+    # What was written of another clock is out of date.
+    for text in ("America/New_York\n", "Africa/Algiers\n", "\n", "/etc/passwd\n"):
+        named.write_text(text)
+        assert times.zone_name(times.local_zone()) is None
+    copy.write_bytes(b"damaged")
+    assert times.zone_name(times.local_zone()) is None
+    copy.unlink()
+    assert times.zone_name(times.local_zone()) == "UTC"
+    # A link to what only Python's own data have.
+    copy.symlink_to(tmp_path / "zoneinfo/Europe/Berlin")
+    assert times.zone_name(times.local_zone()) == "Europe/Berlin"
