@@ -95,7 +95,7 @@ def open_source(
 
 @dataclass(slots=True)
 class LogSource:
-    """An access log or JSON lines. Of an access log, POST requests that were served count."""
+    """An access log or JSON lines. POST requests that were served count; of JSON lines, what does not say, too."""
 
     log: Log
     name: str

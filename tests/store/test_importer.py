@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -245,6 +245,33 @@ def test_json_lines(tmp_path: Path, record: dict) -> None:  # type: ignore[type-
         Options(names=Names([("/m", "m")], model=None) if "path" in record else Names()),
     )
     assert found == [("m", NOON - 60, 1, 7, 3, 0.5)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        lambda method, status: {"request": {"method": method, "uri": "/v1/completions"}, "status": status},
+        lambda method, status: {"request_method": method, "uri": "/v1/completions", "status": str(status)},
+        lambda method, status: {"httpRequest": {"requestMethod": method, "status": status}, "path": "/m"},
+        lambda method, status: {"RequestMethod": method, "DownstreamStatus": status, "RequestPath": "/m"},
+        lambda method, status: {"method": method, "response_code": status, "path": "/m"},
+    ],
+    ids=["caddy", "nginx", "knative", "traefik", "envoy"],
+)
+def test_of_json_lines_only_what_a_model_was_asked_counts(
+    tmp_path: Path, line: Callable[[str, int], dict[str, object]]
+) -> None:
+    said = [("POST", 200), ("GET", 200), ("HEAD", 200), ("POST", 401), ("POST", 404), ("POST", 503)]
+    path = file(tmp_path, *(json.dumps({"time": NOON - 60, **line(*each)}) for each in said))
+    report = Import(path, ALL, NOON).report
+    assert (dict(report.requests), report.broken, report.lines) == ({"m": 2}, 0, 6)
+
+
+def test_json_lines_that_do_not_say_a_method_or_a_status_count(tmp_path: Path) -> None:
+    said = [{}, {"status": "ok"}, {"status": None}, {"method": "chat"}, {"method": ["GET"]}, {"status": {}}]
+    path = file(tmp_path, *(json.dumps({"time": NOON - 60, "model": "m", **each}) for each in said))
+    assert dict(Import(path, Options(), NOON).report.requests) == {"m": 6}
+    assert dict(Import(path, Options(fields={"status": "code"}), NOON).report.requests) == {"m": 6}
 
 
 def test_json_fields_by_name(tmp_path: Path) -> None:

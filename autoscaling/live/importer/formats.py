@@ -61,8 +61,9 @@ _ENVOY = re.compile(
     # Istio's format has three more before the bytes received and sent.
     r'(?:\S+ \S+ "[^"]*" )?(?:\d+|-) (?:\d+|-) (?P<millis>\d+|-)'
 )
-_NOT_SERVED = frozenset({400, 401, 403, 404, 405, 406, 410, 411, 413, 414, 415, 422})
+_NOT_SERVED = frozenset("400 401 403 404 405 406 410 411 413 414 415 422".split())
 """Answers to what no model was asked."""
+_OTHER_METHODS = frozenset("GET HEAD OPTIONS PUT PATCH DELETE CONNECT TRACE".split())
 _MONTHS = {"Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6}
 _MONTHS |= {"Jul": 7, "Aug": 8, "Sep": 9, "Oct": 10, "Nov": 11, "Dec": 12}
 _CLF_TIME = re.compile(r"(\d{1,2}/[A-Z][a-z]{2}/\d{4}):(\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)")
@@ -99,8 +100,7 @@ def parse_envoy(line: str) -> Arrival | None:
 
 
 def _was_asked(found: re.Match[str]) -> bool:
-    status = found["status"]
-    return found["method"] == "POST" and not (status.isdigit() and int(status) in _NOT_SERVED)
+    return found["method"] == "POST" and found["status"] not in _NOT_SERVED
 
 
 def _path(path: str) -> str:
@@ -181,27 +181,41 @@ GUESSES: dict[str, tuple[str, ...]] = {
     ),
     "count": ("n_requests", "num_model_requests"),
     "duration": ("duration_s", "request_time", "exec_s", "latency_s", "httpRequest.latency", "duration"),
+    "method": (
+        "request_method",
+        "request.method",
+        "httpRequest.requestMethod",
+        "RequestMethod",
+        "http_method",
+        "method",
+    ),
+    "status": ("status", "httpRequest.status", "DownstreamStatus", "response_code", "status_code"),
 }
-"""Keys that are tried in this order; among them those of nginx, Caddy, Knative's proxy and OpenAI's usage export."""
+"""Keys that are tried in this order; among them those of nginx, Caddy, Traefik, Knative's proxy and OpenAI's usage
+export."""
 _SPAN = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>ns|us|µs|ms|s)?")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, None: 1.0}
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """One JSON object a line. Where it says an HTTP method and a status, what no model was asked does not count."""
 
     def __init__(self, fields: Mapping[str, str]) -> None:
         self._keys = {
             field: (fields[field],) if field in fields else guesses for field, guesses in GUESSES.items()
         }
 
-    def __call__(self, line: str) -> Arrival:
+    def __call__(self, line: str) -> Arrival | None:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             raise LineError("the line", line, "a JSON object") from None
         if not isinstance(record, dict):
             raise LineError("the line", line, "a JSON object")
+        # Not every program means HTTP's by these names.
+        method, status = str(self._get(record, "method")), str(self._get(record, "status"))
+        if method in _OTHER_METHODS or status in _NOT_SERVED:
+            return None
         called = self._get(record, "model")
         if called is None:
             path = self._get(record, "path")

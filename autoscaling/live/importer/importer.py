@@ -43,7 +43,7 @@ class Options:
     window_s: float | None = None
     """How long a trace's windows are, where it doesn't say. None: by the file's name (min_, win5_), else a minute."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Of JSON lines: time, model, path, count, input_tokens, output_tokens, duration -> key."""
+    """Of JSON lines: time, model, path, count, input_tokens, output_tokens, duration, method, status -> key."""
     service_s: float | None = None
     """How long a request takes where the file doesn't say. None: its concurrency stays unknown, as 0."""
 
