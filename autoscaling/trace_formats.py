@@ -14,6 +14,7 @@ LATEST_S = 4_102_444_800.0
 MOST_IN_WINDOW = 100_000_000
 """Requests of one window, all of which are in memory at once."""
 LONGEST_WINDOW_S = 366 * 86400.0
+LONGEST_EXEC_S = 10 * 366 * 86400.0
 LEAST_CV, MOST_CV = 1e-9, 1e9
 MOST_DIGITS = len(str(MOST_IN_WINDOW)) - 1
 """Of a number that is surely no more."""
@@ -57,7 +58,7 @@ def _requests(header: list[str], window_s: float, model: str) -> Make:
             0.0,
             0 if tokens_in is None else _plain_count(cells[tokens_in], "input_tokens"),
             0 if tokens_out is None else _plain_count(cells[tokens_out], "output_tokens"),
-            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
+            0.0 if worked is None or not cells[worked] else _worked(cells[worked]),
         )
 
     return make
@@ -87,7 +88,7 @@ def _windows(header: list[str], window_s: float, model: str) -> Make:
             lasts_s,
             0 if tokens_in is None else _plain_count(cells[tokens_in], "input_tokens"),
             0 if tokens_out is None else _plain_count(cells[tokens_out], "output_tokens"),
-            0.0 if worked is None or not cells[worked] else _positive(cells[worked], "exec_s"),
+            0.0 if worked is None or not cells[worked] else _worked(cells[worked]),
             1.0 if varies is None or not cells[varies] else _cv(cells[varies]),
         )
 
@@ -224,6 +225,15 @@ def _positive(text: str, name: str) -> float:
     value = _number(text, name)
     if value < 0:
         raise ValueError(f"{name} {text!r} is negative")
+    return value
+
+
+def _worked(text: str) -> float:
+    value = _positive(text, "exec_s")
+    if value > LONGEST_EXEC_S:
+        raise ValueError(
+            f"exec_s {text!r} is more than {LONGEST_EXEC_S:.0f}, ten years; in which unit is it?"
+        )
     return value
 
 

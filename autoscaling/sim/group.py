@@ -159,14 +159,20 @@ class Group:
         return any(model.unanswered for model in self.models.values())
 
     @property
+    def works_s(self) -> float:
+        """Until when requests are worked on at the least; -inf if none is in progress, or ends never."""
+        ends_s = (model.queue.works_s() for model in self.models.values())
+        return max((each for each in ends_s if each < math.inf), default=-math.inf)
+
+    @property
     def answers(self) -> bool:
-        """The same, and it may yet be answered.
+        """The same, and it may yet be answered: what is in progress will be, however long it takes.
 
         A policy's own timers may begin a start, or end a replica whose GPUs another waits for; but some are always
         due, so that they count for as long only as something happened to a request.
         """
         now_s = self._clock.now_s()
-        return (
+        return self.works_s > -math.inf or (
             self.unanswered
             and self._due_s() < now_s + PATIENCE_S
             and any(model.answers(now_s, PATIENCE_S) for model in self.models.values())

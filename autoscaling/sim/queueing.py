@@ -203,6 +203,11 @@ class Queue:
         n = self.n
         return bool(n[WAITING] or n[IN_FLIGHT] or n[TAIL] < n[END])
 
+    def works_s(self) -> float:
+        """Until when requests are worked on at the least, as what is in progress by now goes; -inf if nothing is."""
+        slots = int(self.n[SLOTS])
+        return float(self.ends[:slots].max(where=self.load[:slots] > 0, initial=-math.inf))
+
     def close(self, least_s: float) -> None:
         """Whoever still waits has waited in vain until now, and for so long at least."""
         head, tail = int(self.n[HEAD]), int(self.n[TAIL])

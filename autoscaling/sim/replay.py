@@ -18,7 +18,7 @@ from autoscaling.sim import compiled
 from autoscaling.sim.arrivals import PIECE, Piece, pieces
 from autoscaling.sim.events import ARRIVED
 from autoscaling.sim.forecasts import Foresight, NoForecasts, SimForecasts
-from autoscaling.sim.group import Group, Sample, Setup
+from autoscaling.sim.group import PATIENCE_S, Group, Sample, Setup
 from autoscaling.sim.peers import Alone, Peers
 from autoscaling.sim.report import ModelReport, Report, together
 from autoscaling.traces import Row, Trace, busiest
@@ -143,9 +143,16 @@ class Replay:
         while True:
             for group in self.groups.values():
                 group.run(end_s, inclusive=True)
-            if not any(self._peers.gather(any(group.answers for group in self.groups.values()))):
+            groups = self.groups.values()
+            mine = (
+                any(group.answers for group in groups),
+                max((each.works_s for each in groups), default=-math.inf),
+            )
+            answers, works_s = map(max, zip(*self._peers.gather(mine), strict=True))
+            if not answers:
                 break
-            end_s += 60
+            # Minute by minute, but over the days of what takes days.
+            end_s += 60 * int(max(1, (works_s - PATIENCE_S - end_s) // 60))
         for group in self.groups.values():
             group.close(end_s)
         return self._report(begin_s, end_s, time.perf_counter() - began_s)

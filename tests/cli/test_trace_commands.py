@@ -237,6 +237,10 @@ BAD = {
         "timestamp_s,model,input_tokens\n1,a,-3\n",
         "t.csv:2: '1,a,-3': input_tokens '-3' is not a whole number from 0",
     ),
+    "endless-request": (
+        "timestamp_s,model,exec_s\n1,a,1e308\n",
+        "t.csv:2: '1,a,1e308': exec_s '1e308' is more than 316224000, ten years",
+    ),
     "half-a-request": ("minute,model,count\n1,a,3.5\n", "count '3.5' is not a whole number from 0"),
     "no-count": ("minute,model,count\n1,a,\n", "count '' is not a whole number from 0"),
     "negative-cv": ("minute,model,count,cv\n1,a,3,-1\n", "cv '-1' is negative"),

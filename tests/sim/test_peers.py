@@ -86,6 +86,13 @@ def test_so_is_what_its_reader_should_know() -> None:
     assert said(one) == said(simulate(base, variant, processes=3))
 
 
+def test_so_is_the_end_that_a_long_request_has() -> None:
+    base = replace(BASE, trace=sorted([*rows(), Row(7e4, "m2", exec_s=5e5)], key=lambda row: row.time_s))
+    one = said(simulate(base, Variant("keep-alive")))
+    assert one["total"]["busy_gpu_s"] > 4e5
+    assert one == said(simulate(base, Variant("keep-alive"), processes=3))
+
+
 class Broken:
     """A source whose last row can't be read."""
 

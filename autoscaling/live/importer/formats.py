@@ -61,9 +61,9 @@ _ENVOY = re.compile(
     # Istio's format has three more before the bytes received and sent.
     r'(?:\S+ \S+ "[^"]*" )?(?:\d+|-) (?:\d+|-) (?P<millis>\d+|-)'
 )
-_NOT_SERVED = frozenset("400 401 403 404 405 406 410 411 413 414 415 422".split())
+_NOT_SERVED = frozenset(["400", "401", "403", "404", "405", "406", "410", "411", "413", "414", "415", "422"])
 """Answers to what no model was asked."""
-_OTHER_METHODS = frozenset("GET HEAD OPTIONS PUT PATCH DELETE CONNECT TRACE".split())
+_OTHER_METHODS = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"])
 _MONTHS = {"Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6}
 _MONTHS |= {"Jul": 7, "Aug": 8, "Sep": 9, "Oct": 10, "Nov": 11, "Dec": 12}
 _CLF_TIME = re.compile(r"(\d{1,2}/[A-Z][a-z]{2}/\d{4}):(\d\d):(\d\d):(\d\d) ([+-])(\d\d)(\d\d)")
