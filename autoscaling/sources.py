@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from autoscaling.ports import Clock
-from autoscaling.traces import Row, Source, TraceError, busiest, open_trace
+from autoscaling.traces import Row, Source, TraceError, busiest, columns_of, open_trace
 
 if TYPE_CHECKING:
     from autoscaling.live.importer.names import Names
@@ -72,7 +72,7 @@ def open_source(
         raise TraceError(error.message) from None
     if format is None:
         trace = open_trace(path, window_s=window_s, model=model, skip_bad=skip_bad)
-        columns = {name.strip() for name in (first[1] or "").split(",")} if first is not None else set()
+        columns = set() if first is None else columns_of(first[1] or "")
         if mapping:
             raise TraceError(f"{path}: --map is for names and paths of logs, and this is a trace")
         if model is not None and trace.format not in NAMELESS:

@@ -238,7 +238,7 @@ def _header(path: Path, reader: _Reader) -> list[str]:
 
 
 def _format(path: Path, first: str) -> str:
-    columns = {column.strip() for column in first.split(",")}
+    columns = columns_of(first)
     if {"timestamp_s", "model"} <= columns:
         return "requests"
     if {"minute", "model", "count"} <= columns:
@@ -253,6 +253,14 @@ def _format(path: Path, first: str) -> str:
         f"{path}: {first[:80]!r} is the first line of no known format; it must be a CSV header with "
         "timestamp_s,model or minute,model,count, or that of Azure's or Mooncake's traces"
     )
+
+
+def columns_of(line: str) -> set[str]:
+    """The names in a header; none in what is no CSV."""
+    try:
+        return {name.strip() for name in next(csv.reader([line]), ())}
+    except csv.Error:
+        return set()
 
 
 def _window_s(path: Path) -> float:
@@ -280,4 +288,4 @@ def busiest(requests: Counter[str]) -> str:
     return f"{named} and {len(requests) - NAMED:,} more" if len(requests) > NAMED else named
 
 
-__all__ = ["Row", "Source", "Trace", "TraceError", "busiest", "open_trace", "until"]
+__all__ = ["Row", "Source", "Trace", "TraceError", "busiest", "columns_of", "open_trace", "until"]

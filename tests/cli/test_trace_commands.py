@@ -92,6 +92,22 @@ class TestFormats:
             file.write_text(text)
             assert [row["model"] for row in rows(says("trace", "convert", file, "-"))] == ["a", "a"]
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '"timestamp_s","model"\n"5","a"\n',
+            '"minute","model","count","window_s"\n0,"a",1,60\n',
+            '"TIMESTAMP","ContextTokens","GeneratedTokens"\n"2023-11-16 18:17:03.9799600",37,44\n',
+        ],
+        ids=["requests", "windows", "azure-llm"],
+    )
+    def test_names_of_columns_may_be_quoted(self, tmp_path: Path, text: str) -> None:
+        file, plain = tmp_path / "t.csv", tmp_path / "plain" / "t.csv"
+        plain.parent.mkdir()
+        file.write_text(text)
+        plain.write_text(text.replace('"', ""))
+        assert says("trace", "convert", file, "-") == says("trace", "convert", plain, "-")
+
     def test_functions_of_azure(self, tmp_path: Path) -> None:
         file = tmp_path / "invocations_per_function_md.anon.d02.csv"
         file.write_text(functions({1: 2, 1440: 1}, {1: 5}))
