@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+from autoscaling.core.policies import KEEPS
+from autoscaling.core.policies.following import IDLE
 from autoscaling.core.types import Rung, Spec, Window
 from autoscaling.live import cron
 from autoscaling.live.invalid import InvalidValue
@@ -81,6 +83,9 @@ def merged(spec: Spec, value: PolicyValue) -> Spec:
     changes: dict[str, Any] = {name: given for name in _FIELDS if (given := getattr(value, name)) is not None}
     policy = value.policy or spec.policy
     params = dict(spec.params) if policy == spec.policy else {}
+    if value.keep_alive_s is not None and policy in KEEPS:
+        # The parameter goes before the field: what this layer says would do nothing.
+        params.pop(IDLE.name, None)
     params.update(value.params or {})
     low, high = changes.get("min_replicas", spec.min_replicas), changes.get("max_replicas", spec.max_replicas)
     if low > high:

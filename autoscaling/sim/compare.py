@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from numbers import Real
 
-from autoscaling.core.policies import POLICIES, wrong_choice
+from autoscaling.core.policies import KEEPS, POLICIES, wrong_choice, wrong_keep
 from autoscaling.core.policies.following import IDLE
 from autoscaling.core.types import Rung, Spec
 from autoscaling.sim.forecasts import Foresight
@@ -126,11 +126,8 @@ def _check_idle(variant: Variant, policy: str) -> None:
     for name in SAME:
         if variant.policy == BEST_FIXED and name in variant.settings:
             raise SettingError(f"{name}: best-fixed finds it; set it for keep-alive")
-    if policy in KEEPS and SAME.keys() <= variant.settings.keys():
-        raise SettingError(
-            f"keep_alive_s: {variant.settings['keep_alive_s']:g} does nothing beside {IDLE.name}, "
-            f"{variant.settings[IDLE.name]:g}; set one of them"
-        )
+    if (wrong := wrong_keep(policy, variant.settings, variant.settings.get("keep_alive_s"))) is not None:
+        raise SettingError(str(wrong))
 
 
 MOST = {"wait_cost": 1e12, "max_replicas": 1e5, "gpus_per_replica": 1e5}
@@ -443,8 +440,6 @@ def holds_to_keep_alive(policy: str, params: Mapping[str, float]) -> bool:
     return policy in KEEPS or (policy == "predictive" and params.get("keep_alive_bound", 0.0) >= 0.5)
 
 
-KEEPS = ("keep-alive", "reactive")
-"""Policies that hold to the spec's keep_alive_s."""
 SAME = {"keep_alive_s": IDLE.name, IDLE.name: "keep_alive_s"}
 """What says the same to them as another: only one of them can be set."""
 

@@ -81,6 +81,22 @@ def test_what_is_said_beside_a_policy_file_goes_before_it_one_by_one(
     assert "its params must be" in cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
 
 
+def test_two_idle_times_at_once_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"policy": "keep-alive", "params": {}, "keep_alive_s": 211.4}))
+    both = ("--file", str(file), "--param", "idle_s=3")
+    shadow = ("--keep-alive", "90s", "--param", "idle_s=3")
+    for command in (
+        ("policy", "set", ORG, *both),
+        ("policy", "validate", ORG, *both),
+        ("policy", "validate", ORG, *both, "--address", cluster.address),
+        ("policy", "set", "--all", "--policy", "reactive", *shadow),
+        ("policy", "shadow", "start", "keep-alive", *shadow),
+    ):
+        assert "expected none beside params.idle_s, 3.0, which goes before it" in cluster.fails(2, *command)
+    cluster.says("policy", "set", ORG, "--policy", "scheduled", *shadow)
+
+
 def test_policy_set_for_the_whole_fleet(cluster: Cluster) -> None:
     cluster.says("policy", "set", "--all", "--keep-alive", "0")
     assert {spec.keep_alive_s for spec in cluster.view.models().values()} == {0.0}

@@ -770,7 +770,7 @@ WRONG = [
     (("--policy", "best-fixed", "--set", "idle_s=3"), "idle_s: best-fixed finds it"),
     (
         (*KEEP, "--set", "keep_alive_s=3", "--set", "idle_s=4"),
-        "keep_alive_s: 3 does nothing beside idle_s, 4; set one of them",
+        "keep_alive_s: 3.0 is not right; expected none beside params.idle_s, 4.0, which goes before it",
     ),
     ((*KEEP, "--measure-from", "soon"), "--measure-from: 'soon' is not a duration"),
     ((*KEEP, "--price", "L4"), "--price: 'L4' is not TYPE=NUMBER"),

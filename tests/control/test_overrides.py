@@ -60,6 +60,19 @@ def test_another_policy_drops_the_parameters_of_the_one_before() -> None:
     assert kept["b"].params == {"target_utilization": 0.5, "stable_window_s": 30.0}
 
 
+def test_an_idle_time_that_is_said_later_holds() -> None:
+    """The policies' parameter goes before the field: it would else be set, shown and not gone by."""
+    said_before = said("policy", {"policy": "keep-alive", "params": {"idle_s": 9.0}}, model="b", made_s=1.0)
+    later = applied(said_before, said("policy", {"keep_alive_s": 5.0}, model="b", made_s=2.0))
+    assert (later["b"].params, later["b"].keep_alive_s) == ({}, 5.0)
+    # What says both, as an earlier Relight took it, stays what it was; and to other policies it says another thing.
+    both = applied(said("policy", {**said_before.value, "keep_alive_s": 5.0}, model="b"))
+    assert (both["b"].params, both["b"].keep_alive_s) == ({"idle_s": 9.0}, 5.0)
+    windows = said("policy", {"policy": "scheduled", "params": {"idle_s": 9.0}}, model="b", made_s=1.0)
+    kept = applied(windows, said("policy", {"keep_alive_s": 5.0}, model="b", made_s=2.0))
+    assert (kept["b"].params, kept["b"].keep_alive_s) == ({"idle_s": 9.0}, 5.0)
+
+
 def test_where_bounds_contradict_what_was_said_at_run_time_holds() -> None:
     """The fleet file may have changed since: the model is not scaled beyond what was said last."""
     assert applied(said("policy", {"min_replicas": 5}))["a"].max_replicas == 5

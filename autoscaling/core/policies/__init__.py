@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from autoscaling.core.policies.base import Context, Param, Policy, Proposal
 from autoscaling.core.policies.fixed import Fixed
+from autoscaling.core.policies.following import IDLE
 from autoscaling.core.policies.hybrid_histogram import HybridHistogram
 from autoscaling.core.policies.keep_alive import KeepAlive
 from autoscaling.core.policies.kpa import Kpa
@@ -30,6 +31,8 @@ _ALL: tuple[Policy, ...] = (
 )
 POLICIES: Mapping[str, Policy] = MappingProxyType({policy.name: policy for policy in _ALL})
 DEFAULT = "predictive"
+KEEPS = ("keep-alive", "reactive")
+"""Policies that hold to the spec's keep_alive_s, unless their parameter idle_s is set."""
 
 
 class Wrong(NamedTuple):
@@ -65,6 +68,17 @@ def wrong_choices(policy: str, params: Mapping[str, object]) -> Iterator[Wrong]:
             yield Wrong(f"params.{name}", value, expected)
 
 
+def wrong_keep(policy: str, params: Mapping[str, object], keep_alive_s: float | None) -> Wrong | None:
+    """What is wrong with an idle time that is set at once with these parameters; None if nothing is."""
+    if keep_alive_s is None or policy not in KEEPS or IDLE.name not in params:
+        return None
+    return Wrong(
+        "keep_alive_s",
+        keep_alive_s,
+        f"none beside params.{IDLE.name}, {params[IDLE.name]!r}, which goes before it: set one of them",
+    )
+
+
 def _one_of(wanted: str, known: Mapping[str, object]) -> str:
     close = difflib.get_close_matches(wanted, known, n=1)
     if close:
@@ -74,6 +88,7 @@ def _one_of(wanted: str, known: Mapping[str, object]) -> str:
 
 __all__ = [
     "DEFAULT",
+    "KEEPS",
     "POLICIES",
     "Context",
     "Param",
@@ -82,4 +97,5 @@ __all__ = [
     "Wrong",
     "wrong_choice",
     "wrong_choices",
+    "wrong_keep",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+from autoscaling.core.policies import wrong_keep
 from autoscaling.core.types import Spec
 from autoscaling.live import catalog
 from autoscaling.live.api.overrides import Ends, draft, ends, keep, make, shown_override, undo
@@ -86,6 +87,8 @@ def checked(spec: Spec, value: PolicyValue) -> Spec:
         raise InvalidValue(field, given, bound)
     if value.params:
         catalog.check(value.policy or spec.policy, value.params)
+        if wrong := wrong_keep(value.policy or spec.policy, value.params, value.keep_alive_s):
+            raise InvalidValue(*wrong)
     after = merged(spec, value)
     replicas = after.params.get("replicas", 0) if after.policy == "fixed" else 0
     if replicas > after.max_replicas:
