@@ -92,13 +92,14 @@ def test_a_password_is_nowhere_shown(
         assert "secret" not in said
 
 
+@pytest.mark.parametrize("version", ["99", "two"])
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_newer_schema_is_refused_and_not_touched(
-    database: str, request: pytest.FixtureRequest, path: Path, clock: FakeClock
+    database: str, version: str, request: pytest.FixtureRequest, path: Path, clock: FakeClock
 ) -> None:
     url = f"sqlite:///{path}" if database == "sqlite" else request.getfixturevalue("postgres").new_database()
     Store.open(url, clock=clock).close()
-    change = "UPDATE relight_meta SET value = '99' WHERE key = 'schema_version'"
+    change = f"UPDATE relight_meta SET value = '{version}' WHERE key = 'schema_version'"
     if database == "sqlite":
         with closing(sqlite3.connect(path)) as connection:
             connection.execute(change)
@@ -109,7 +110,7 @@ def test_a_newer_schema_is_refused_and_not_touched(
         with psycopg.connect(url.replace("+psycopg", "")) as plain:
             plain.execute(change)
             plain.execute("DROP TABLE relight_decisions")
-    with pytest.raises(ConfigError, match=rf"version 99.*up to {SCHEMA_VERSION}"):
+    with pytest.raises(ConfigError, match=rf"version {version}.*up to {SCHEMA_VERSION}"):
         Store.open(url, clock=clock)
     if database == "sqlite":
         assert path.read_bytes() == before

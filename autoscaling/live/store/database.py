@@ -331,7 +331,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
 
 
 def _refuse_newer(found: str | None, where: str) -> None:
-    if found is not None and int(found) > SCHEMA_VERSION:
+    # What is no number is of a Relight that this one knows nothing of, too.
+    if found is not None and not (str(found).isdecimal() and int(found) <= SCHEMA_VERSION):
         raise NewerSchema(
             f"store: {where} has schema version {found}, and this Relight knows versions up to {SCHEMA_VERSION}. "
             "Use the Relight that wrote it, or another database. Nothing was changed."
