@@ -51,6 +51,40 @@ class UniqueKeys:
         return mapping
 
 
+class _Twice:
+    """In place of an object of JSON, in which a key stands twice or which holds such an object."""
+
+    def __init__(self, place: tuple[str | int, ...]) -> None:
+        self.place = place
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            return _Twice((key,))
+        if (inner := _twice(value)) is not None:
+            return _Twice((key, *inner.place))
+        found[key] = value
+    return found
+
+
+def _twice(value: object) -> _Twice | None:
+    if isinstance(value, list):
+        for index, each in enumerate(value):
+            if (inner := _twice(each)) is not None:
+                return _Twice((index, *inner.place))
+    return value if isinstance(value, _Twice) else None
+
+
+def read_json(text: str, where: str, **how: Any) -> Any:
+    """As `json.loads`. Raises ConfigError for a key that stands twice in an object."""
+    found = json.loads(text, object_pairs_hook=_unique, **how)
+    if (twice := _twice(found)) is not None:
+        raise ConfigError(f"{where}: {path_of(twice.place)} stands twice")
+    return found
+
+
 @contextlib.contextmanager
 def yaml_errors(where: str) -> Iterator[None]:
     """What PyYAML raises, as one ConfigError that names the file, the line and the reason."""

@@ -161,15 +161,17 @@ def params(given: list[str] | None) -> dict[str, float] | None:
 
 
 def policy_file(path: Path | None) -> dict[str, Any]:
-    """What a policy file says, without the evidence for it. Raises CommandError."""
+    """What a policy file says, without the evidence for it. Raises CommandError, ConfigError."""
     if path is None:
         return {}
+    from deployments.config_text import read_json
+
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text, parse_float=_finite, parse_constant=_finite)
+        found = read_json(text, f"--file: {path}", parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise CommandError(f"--file: {path} can't be read: {error.strerror}", WRONG) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"--file: {path} is not JSON: {error}", WRONG) from None
     if not isinstance(found, dict) or "policy" not in found:
         raise CommandError(f"--file: {path} is no policy file: it must be an object with a policy", WRONG)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,8 @@ from numpy.typing import NDArray
 
 from autoscaling.core.types import Rung, RungProfile
 from autoscaling.sim.prices import GPU_PRICES_PER_H
+from deployments.config_text import read_json
+from deployments.errors import ConfigError
 
 Floats = NDArray[np.float64]
 
@@ -203,11 +204,13 @@ def read_profile(
 ) -> tuple[Profile, frozenset[str]]:
     """The same, and the fields that the file names. Raises ProfileError."""
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = read_json(Path(path).read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise ProfileError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path}: not JSON: {error}") from error
+    except ConfigError as error:
+        raise ProfileError(error.message) from None
     try:
         profile = parse_profile(data)
     except ProfileError as error:

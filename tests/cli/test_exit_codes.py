@@ -156,6 +156,13 @@ def test_a_number_of_a_policy_file_is_finite(cluster: Cluster, tmp_path: Path, n
     assert said == f"--file: {file} is not JSON: {number} is not a finite number\n"
 
 
+def test_a_key_of_a_policy_file_stands_once(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "policy.json"
+    file.write_text('{"policy": "kpa", "params": {"stable_window_s": 3, "stable_window_s": 4}}')
+    said = cluster.fails(2, "policy", "set", SMALL, "--file", str(file))
+    assert said == f"--file: {file}: params.stable_window_s stands twice\n"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

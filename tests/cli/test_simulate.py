@@ -212,6 +212,11 @@ class TestOptions:
         assert found["total"]["cost"] == pytest.approx(found["total"]["gpu_s"] / 3600)
         profile.write_text('{"starts": {"lukewarm": 7.0}}')
         assert "lukewarm" in fails("simulate", tmp_path / "m.csv", *KEEP, "--profile", profile)
+        profile.write_text('{"starts": {"template": 7.0}, "engine": {"decode_s": 1, "decode_s": 2}}')
+        said = fails("simulate", tmp_path / "m.csv", *KEEP, "--profile", profile)
+        assert f"{profile}: engine.decode_s stands twice" in said
+        profile.write_text('{"slo_s": [{}, {"a": 1, "a": 2}]}')
+        assert "slo_s[1].a stands twice" in fails("simulate", tmp_path / "m.csv", *KEEP, "--profile", profile)
 
     def test_start_times_that_were_measured(self, tmp_path: Path) -> None:
         file = requests(tmp_path, range(0, 200_000, 1000))
