@@ -29,6 +29,8 @@ _MAX_STARTS = 2000
 _MAX_BEYOND = 32
 """How many starts beyond the bounds are looked at, where spans go on and on."""
 _HOURS_KEPT = 2
+_LEAST_S = 1e-3
+"""What is shorter has no end after its start, among Unix seconds."""
 _MAX_OFFSET_S = 26 * 3600.0
 """More than any zone is from UTC, and more than its clock ever jumps."""
 
@@ -94,7 +96,8 @@ def always(cron: Cron) -> bool:
 def upcoming(cron: Cron, now_s: float, count: int) -> tuple[tuple[float, float], ...]:
     """The next `count` spans, beginning with the one in force. Cached: a fleet's models often share a schedule."""
     found: list[tuple[float, float]] = []
-    near = takewhile(lambda span: span[0] < now_s + _FAR_S, islice(_raw_spans(cron, now_s), 5 * _MAX_STARTS))
+    far_s = now_s + _FAR_S
+    near = takewhile(lambda span: span[0] < far_s, islice(_raw_spans(cron, now_s, far_s), 5 * _MAX_STARTS))
     for span in _merged(near):
         if span[1] > now_s:
             found.append(span)
@@ -116,7 +119,7 @@ def _spans(cron: Cron, first_hour: int, last_hour: int) -> tuple[tuple[float, fl
 
     def bounded() -> Iterator[tuple[float, float]]:
         nonlocal end_s, beyond
-        for start, end in _raw_spans(cron, first_hour * _HOUR_S):
+        for start, end in _raw_spans(cron, first_hour * _HOUR_S, until_s + _FAR_S):
             if start >= until_s:
                 beyond += 1
                 if start > end_s or beyond > _MAX_BEYOND:
@@ -127,8 +130,11 @@ def _spans(cron: Cron, first_hour: int, last_hour: int) -> tuple[tuple[float, fl
     return tuple(_merged(bounded()))
 
 
-def _raw_spans(cron: Cron, from_s: float) -> Iterator[tuple[float, float]]:
-    """Of each start after about `from_s`, what it is on the clock of the world. May overlap; endless."""
+def _raw_spans(cron: Cron, from_s: float, until_s: float) -> Iterator[tuple[float, float]]:
+    """Of each start from about `from_s` to `until_s`, what it is on the clock of the world. May overlap.
+
+    It must end: a schedule may lie in nothing but hours that its clock skips.
+    """
     # On the bare clock, which knows no jumps; the starts before `from_s` may still be in force.
     low, high = _offsets(cron.timezone, from_s)
     latest = _EPOCH + timedelta(seconds=from_s + high)
@@ -143,7 +149,9 @@ def _raw_spans(cron: Cron, from_s: float) -> Iterator[tuple[float, float]]:
     begin = earliest - timedelta(seconds=1)
     for naive in CronSim(cron.expression, begin):
         start = (naive - _EPOCH).total_seconds()
-        yield from _on_the_world_clock(cron.timezone, start, start + cron.duration_s)
+        if start > until_s + _MAX_OFFSET_S:
+            return
+        yield from _on_the_world_clock(cron.timezone, start, start + max(cron.duration_s, _LEAST_S))
 
 
 def _on_the_world_clock(name: str, start: float, end: float) -> Iterator[tuple[float, float]]:

@@ -201,3 +201,15 @@ def test_of_a_schedule_that_is_asked_for_all_year_no_hour_is_kept_that_is_over()
         assert cron.spans(often, now_s, now_s + 86400) == found
         assert (len(found), found[0][0]) == (288, now_s)
     assert cron._spans_of(often).cache_info().currsize <= 2  # type: ignore[attr-defined]
+
+
+def test_a_schedule_in_nothing_but_hours_that_are_skipped_is_never_in_force() -> None:
+    skipped = Cron("30 2 * 3 SUN#2", 600.0, "America/New_York")
+    assert cron.upcoming(skipped, 1.8e9, 2) == cron.spans(skipped, 1.8e9, 1.8e9 + 400 * 86400) == ()
+
+
+def test_a_schedule_that_is_too_short_for_a_clock_ends_all_the_same() -> None:
+    blink = Cron("0 9 * * *", 1e-7, "Europe/Berlin")
+    found = cron.upcoming(blink, 1.8e9, 2)
+    assert found == cron.spans(blink, 1.8e9, 1.8e9 + 2 * 86400)
+    assert [0 < end - start < 0.01 for start, end in found] == [True, True]
