@@ -157,5 +157,7 @@ class Client:
 
 
 def in_path(name: str) -> str:
-    """A model's name as the end of a path."""
+    """A model's name as the end of a path. Raises CommandError for an empty one: that path would be of all of them."""
+    if not name:
+        raise CommandError("An empty name is none; is a variable of your shell not set?", WRONG)
     return quote(name, safe="")

@@ -156,6 +156,25 @@ def test_a_number_of_a_policy_file_is_finite(cluster: Cluster, tmp_path: Path, n
     assert said == f"--file: {file} is not JSON: {number} is not a finite number\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("policy", "set", "", "--wait-cost", "2"),
+        ("policy", "unset", ""),
+        ("policy", "show", ""),
+        ("policy", "validate", "", "--wait-cost", "2"),
+        ("forecast", ""),
+        ("undo", ""),
+        ("policy", "shadow", "stop", ""),
+    ],
+)
+def test_an_empty_name_is_not_the_whole_fleet(cluster: Cluster, arguments: tuple[str, ...]) -> None:
+    """As of a variable of the shell that is not set."""
+    cluster.says("policy", "set", "--all", "--wait-cost", "7")
+    assert "An empty name is none" in cluster.fails(2, *arguments)
+    assert {spec.wait_cost for spec in cluster.view.models().values()} == {7.0}
+
+
 def test_a_key_of_a_policy_file_stands_once(cluster: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "policy.json"
     file.write_text('{"policy": "kpa", "params": {"stable_window_s": 3, "stable_window_s": 4}}')
