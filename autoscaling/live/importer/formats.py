@@ -61,7 +61,9 @@ _ENVOY = re.compile(
     # Istio's format has three more before the bytes received and sent.
     r'(?:\S+ \S+ "[^"]*" )?(?:\d+|-) (?:\d+|-) (?P<millis>\d+|-)'
 )
-_NOT_SERVED = frozenset(["400", "401", "403", "404", "405", "406", "408", "410", "411", "413", "414", "415", "422"])
+_NOT_SERVED = frozenset(
+    ["400", "401", "403", "404", "405", "406", "408", "410", "411", "413", "414", "415", "422"]
+)
 """Answers to what no model was asked."""
 _OTHER_METHODS = frozenset(["GET", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "CONNECT", "TRACE"])
 _MONTHS = {"Jan": 1, "Feb": 2, "Mar": 3, "Apr": 4, "May": 5, "Jun": 6}
