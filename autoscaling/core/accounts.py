@@ -29,7 +29,7 @@ class Usage:
     """GPU-seconds by rung name."""
     requests: int = 0
     cold_requests: int = 0
-    """Those that came while no replica was ready, as far as that is known."""
+    """Those that came while no engine answered, as far as that is known."""
     waited_s: float = 0.0
     """Request-seconds in the queue."""
     cold_starts: int = 0
@@ -179,7 +179,7 @@ def _usage(spec: Spec, account: Account, now: Observation) -> tuple[Usage, ...]:
         if cost > 0:
             rates[before.rung.name.lower()] = cost
     requests = _count(now.arrivals)
-    was_dark = _count(before.ready) == 0
+    was_dark = _count(before.ready) == 0 and not before.answering
     started = replicas == 0 and _count(now.ready) + _count(now.starting) > 0
     lately = account.asked_s is not None and 0 <= now.now_s - account.asked_s <= LONGEST_S
     asked = requests > 0 or _load(now) > 0 or lately

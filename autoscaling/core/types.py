@@ -117,6 +117,8 @@ class Observation:
     capacity: Capacity | None = None
     waited_s: float | None = field(default=None, compare=False)
     """Request-seconds waited since the observation before; None where only `queued` tells. Decides nothing."""
+    answering: bool = field(default=False, compare=False)
+    """An engine answers, though maybe none of the replicas has it yet. Decides nothing."""
     late: int = field(default=0, compare=False)
     """Arrivals that were told so late that nobody knows what they met: gateways were not heard. Decides nothing."""
 

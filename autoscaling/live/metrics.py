@@ -91,10 +91,13 @@ class _View:
             rung = Rung[entry["rung"].upper()]
             self.rungs[entry["model"]] = max(rung, self.rungs.get(entry["model"], Rung.NODE))
         self.weights_bytes: dict[str, float] = {}
+        self.answering: set[str] = set()
         for engine in report["engines"]:
             model = engine["model"]
             weight = max(engine["memory_bytes"], self.weights_bytes.get(model, 0))
             self.weights_bytes[model] = weight
+            if engine["state"] == "ready":
+                self.answering.add(model)
             if engine["state"] in ("parked", "ready") and not engine["held"]:
                 self.rungs[model] = Rung.PARKED
 
@@ -282,6 +285,7 @@ class LiveMetrics:
                 inter_token_slo_s=setup.inter_token_slo_s,
             ),
             waited_s=waited_s,
+            answering=any(model in view.answering for view in cluster.views),
             late=late,
         )
 

@@ -128,6 +128,23 @@ def test_how_warm_a_model_is(engines: list[dict[str, Any]], host_rung: str, rung
     assert place.look().rung is rung
 
 
+@pytest.mark.parametrize(
+    ("engines", "answering"),
+    [
+        ([], False),
+        ([engine()], True),
+        ([engine(held=False)], True),
+        ([engine(state="starting", held=False), engine(state="parked", held=False)], False),
+        ([engine("other")], False),
+    ],
+)
+def test_whether_an_engine_answers(engines: list[dict[str, Any]], answering: bool) -> None:
+    """Also one that was lit beside its replica, which is not there yet."""
+    place = Place()
+    place.metrics.take_report("g", report("m", engines=engines), ())
+    assert place.look().answering is answering
+
+
 def test_a_model_that_no_node_could_run_is_cold() -> None:
     """By its resources, and by its kinds of accelerators."""
     place = Place(setup(resources={"CPU": 1.0, "GPU": 2.0}, accelerator_types=("A100", "L4")))

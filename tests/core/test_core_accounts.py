@@ -149,6 +149,16 @@ def test_a_request_that_was_told_late_met_nobody_knows_what() -> None:
     assert (ledger.requests, ledger.cold_requests) == (73, 3)
 
 
+def test_a_request_that_met_an_engine_without_its_replica_did_not_meet_the_dark() -> None:
+    """Where an engine is lit beside its replica it answers some seconds before that is there."""
+    ledger = Ledger()
+    ledger.book(seen(NOON))
+    ledger.book(replace(seen(NOON + 1, arrivals=1, in_flight=1), answering=True))
+    ledger.book(replace(seen(NOON + 2, arrivals=5), answering=True))
+    ledger.book(replace(lit(NOON + 3), arrivals=2, answering=True))
+    assert (ledger.requests, ledger.cold_requests) == (8, 1)
+
+
 def test_a_prewarm_ends_where_the_clock_goes_back() -> None:
     """It can't be measured any more, and is not left open for ever."""
     ledger = Ledger()
