@@ -245,7 +245,9 @@ class ModelReplica:
     async def _replace(self) -> None:
         """Have the host end the engine that no longer answers and, once it holds no GPU any more, start another."""
         if self._host is not None:
-            self._host.send(_KILL)
+            # Where the host has just gone, its successor is told once it is there.
+            with contextlib.suppress(ConnectionError):
+                self._host.send(_KILL)
         await self._watching
         self._forget_engine()
         if not self._closing:
@@ -262,8 +264,9 @@ class ModelReplica:
         """Serve calls this once the last lease is back: let the host park the engine, or end it."""
         self._closing = True
         if self._host is not None:
-            self._host.send({"op": "release", "park": True})
-            with contextlib.suppress(TimeoutError, AttributeError):
+            # Of a host that has just gone, the successor ends what no replica comes for.
+            with contextlib.suppress(ConnectionError, TimeoutError, AttributeError):
+                self._host.send({"op": "release", "park": True})
                 await asyncio.wait_for(asyncio.shield(self._watching), 5)
         self._forget_engine()
         self._lease_server.close()

@@ -54,15 +54,11 @@ class ModelEntry:
     template_reason: str | None = None
     template_tried_s: float = 0.0  # monotonic
     flat: str | None = None  # its mapped weights, once a template built from them has passed its self-test
-    failure: tuple[str, float] | None = (
-        None  # why the last start failed, and when (monotonic: clocks are set)
-    )
+    failure: tuple[str, float] | None = None  # why the last start failed, and when (monotonic)
     template_wanted: bool = True  # False once its memory was asked back
     parked_bytes: int | None = None  # what its engine took when it was last parked
     warming: asyncio.Task[None] | None = None
-    granted: Grant | None = (
-        None  # by who asked last for a parked engine, for as long as it waits for the answer
-    )
+    granted: Grant | None = None  # of who asked last for a parked engine, while it waits for the answer
     warm_reason: str | None = None  # why the last warming did not get there
     of_fleet: bool = False  # a gateway told of it
 

@@ -165,9 +165,7 @@ class ServeEngines:
         self._max_ongoing = max_ongoing
         self._id = secrets.token_hex(4)
         self._local: dict[str, EngineInfo] = {}  # engines of this node, as its host tells
-        self._ended: deque[str] = deque(
-            maxlen=KEPT_ENDED
-        )  # engines of this node that its host said have ended
+        self._ended: deque[str] = deque(maxlen=KEPT_ENDED)  # those of which its host told the end
         self._host_models: list[dict[str, Any]] = []
         self._host_up = asyncio.Event()
         self._early_leases: Counter[str] = Counter()  # by engine

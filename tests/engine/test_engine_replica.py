@@ -85,6 +85,35 @@ async def test_an_engine_that_does_not_answer_is_not_lent_again(
     assert not alive(first["pid"])
 
 
+async def test_an_engine_that_hangs_as_the_connection_to_its_host_ends_is_replaced(
+    replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not be told then is told when the host is found again."""
+    gateway = Gateway(replica)
+    first = (await gateway.lent())["engine"]
+    os.kill(first["pid"], signal.SIGSTOP)
+
+    async def hangs(*_: object) -> None:
+        assert replica._host is not None
+        replica._host._writer.close()
+        raise TimeoutError
+
+    monkeypatch.setattr(model_module.http, "request", hangs)
+    await replica._check_engine(first["engine_id"])
+    monkeypatch.undo()
+    second = (await gateway.lent())["engine"]
+    assert second["engine_id"] != first["engine_id"]
+    assert not alive(first["pid"])
+
+
+async def test_a_replica_ends_whole_as_the_connection_to_its_host_ends(replica: ModelReplica) -> None:
+    await Gateway(replica).lent()
+    assert replica._host is not None
+    replica._host._writer.close()
+    await replica.__del__()
+    assert replica._engine is None and not replica._lease_socket.exists()
+
+
 async def test_an_engine_that_went_with_its_host_is_not_lent(
     node: Node, replica: ModelReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
